@@ -1,0 +1,27 @@
+"""CrossEarth-Gate: Fisher-guided adaptive tuning of frozen vision transformers for remote sensing."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["build", "fisher", "gate", "load", "ops", "wrap"]
+
+# resolved on first use: `cegate --help` needs none of torch
+_LAZY = {
+    "build": ("cegate.api", "build"),
+    "load": ("cegate.api", "load"),
+    "wrap": ("cegate.toolbox.toolbox", "wrap"),
+    "fisher": ("cegate.fisher", None),
+    "gate": ("cegate.gate", None),
+    "ops": ("cegate.ops", None),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'cegate' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    loaded = import_module(module)
+    return loaded if attribute is None else getattr(loaded, attribute)

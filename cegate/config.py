@@ -1,0 +1,241 @@
+"""The configuration: frozen dataclasses, one per section. No torch here, so that ``--help`` is instant.
+
+The docstring under a field is its help text on the command line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["spatial", "semantic", "frequency"]
+KINDS: tuple[Kind, ...] = ("spatial", "semantic", "frequency")
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run goes and how it computes."""
+
+    name: str = "quickstart"
+    """Name of the run."""
+    work_dir: str | None = None
+    """Folder of the run; default runs/<name>."""
+    seed: int = 0
+    """Seed of weights, data stream and Fisher probes."""
+    deterministic: bool = False
+    """Use only deterministic torch algorithms."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<index>."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto is bf16 on a GPU that has it and fp32 elsewhere."""
+
+
+@dataclass(frozen=True)
+class SetConfig:
+    """One set of images and masks."""
+
+    kind: Literal["folder", "loveda", "generated"] = "folder"
+    """folder (images and masks by glob), loveda (as downloaded) or generated (procedural scenes)."""
+    root: str | None = None
+    """Folder that holds the set."""
+    images: str = "images/*"
+    """Glob of the images below root (folder)."""
+    masks: str = "masks/*"
+    """Glob of the masks below root (folder). Pairs are formed by the part of the name that the two globs leave open."""
+    split: str | None = None
+    """loveda: Train/Urban, Train/Rural, Val/Urban or Val/Rural. generated: the climate."""
+    label_map: dict[str | int, str | int] | None = None
+    """Mask value or '#RRGGBB' -> class name, class index or 'ignore'; default: values are class indices."""
+    bands: list[int] | None = None
+    """1-based bands to read, in the order the backbone takes them; default: the first three."""
+    value_range: list[float] | None = None
+    """[low, high] mapped to 0..1; default: 0..255 for 8-bit files, else 1st..99th percentile of each band over the set."""
+    nan: Literal["error", "ignore"] = "error"
+    """NaN pixels: refuse the file, or set them to the range's low end and their label to ignore."""
+    ignore: int = IGNORE
+    """Mask value that is never trained on nor counted."""
+    limit: int | None = None
+    """Use only the first so many pairs (generated: the number of scenes, default 64)."""
+    first: int = 0
+    """generated: number of the first scene, so that splits do not overlap."""
+    tile: int | None = None
+    """generated: side of a scene in pixels; default 256."""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of a training crop."""
+
+    resize: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    """Range of the random scale."""
+    max_class_share: float = 0.75
+    """Draw a crop again (up to 10 times) while one class covers more than this share."""
+    flip: bool = True
+    """Flip horizontally with probability 0.5."""
+    photometric: bool = True
+    """Random brightness, contrast, saturation and hue (the last two for three bands)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read."""
+
+    source: SetConfig = field(default_factory=SetConfig)
+    """Labelled set that is trained on."""
+    targets: dict[str, SetConfig] = field(default_factory=dict)
+    """Name -> set that is only evaluated."""
+    validation: SetConfig | None = None
+    """Held-out part of the source domain, evaluated as 'source'; picks the best checkpoint. Default: mean over targets is reported, last is best."""
+    classes: list[str] = field(default_factory=list)
+    """Class names in the order of their indices."""
+    palette: list[str] = field(default_factory=list)
+    """One '#RRGGBB' per class; default: a colour-blind-safe palette."""
+    crop: int = 512
+    """Side of a training crop in pixels."""
+    stride: int | None = None
+    """Step of the sliding test window in pixels; default two thirds of the crop."""
+    batch_size: int = 4
+    """Crops per iteration."""
+    workers: int = 2
+    """Processes that read and augment."""
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    """Random changes of a training crop."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Frozen backbone and trained head."""
+
+    backbone: str = "tiny"
+    """Name of a timm vision transformer, or tiny (ships with cegate)."""
+    weights: str = "auto"
+    """auto (timm's hub, or the shipped file for tiny), none (random), or the path of a .pth or .safetensors file."""
+    image_size: int | None = None
+    """Side in pixels that fixes the position grid; default data.crop."""
+    patch_size: int | None = None
+    """Resample the patch embedding to this size; default: the backbone's own."""
+    features: list[int] | None = None
+    """Four 0-based layers that the head sees; default one third, one half, two thirds and all of the depth (paper: 7, 11, 15, 23)."""
+    head: Literal["linear", "mask2former"] = "linear"
+    """linear (fast) or mask2former (the paper's)."""
+
+
+@dataclass(frozen=True)
+class SpatialConfig:
+    """LoRA on query and value."""
+
+    rank: int = 64
+    """Rank r."""
+    alpha: float | None = None
+    """Scale is alpha / rank; default alpha = rank."""
+
+
+@dataclass(frozen=True)
+class SemanticConfig:
+    """Adapter parallel to the MLP."""
+
+    width: int = 64
+    """Bottleneck width."""
+    scale: float = 0.1
+    """Factor of the adapter's output."""
+
+
+@dataclass(frozen=True)
+class FrequencyConfig:
+    """Earth-Adapter on the block output."""
+
+    width: int = 32
+    """Bottleneck width d of each of the three experts."""
+    cutoff: float | Literal["learnable"] = 0.3
+    """Share rho of the spectrum that is low frequency, 0..1; learnable starts at 0.3 and has a smooth edge."""
+    band: Literal["official", "symmetric"] = "official"
+    """official keeps -c..c-1, symmetric keeps -c..c."""
+    init: Literal["zero", "official"] = "zero"
+    """zero: a fresh module changes nothing; official: as Earth-Adapter initialises."""
+
+
+@dataclass(frozen=True)
+class ToolboxConfig:
+    """The modules on every layer."""
+
+    kinds: list[Kind] = field(default_factory=lambda: list(KINDS))
+    """Module kinds."""
+    spatial: SpatialConfig = field(default_factory=SpatialConfig)
+    """LoRA on query and value."""
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
+    """Adapter parallel to the MLP."""
+    frequency: FrequencyConfig = field(default_factory=FrequencyConfig)
+    """Earth-Adapter on the block output."""
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Which sites train, and when that is decided again."""
+
+    method: Literal["fisher", "all", "none", "fixed"] = "fisher"
+    """fisher (the paper), all sites on, none (frozen backbone + head), or fixed (gate.sites)."""
+    k: int = 18
+    """Active sites out of layers x kinds."""
+    interval: int = 100
+    """Training iterations between two scorings (paper: 100 for DG, 50 for DA)."""
+    samples: int = 16
+    """Training samples M of one scoring."""
+    normalize: Literal["kind", "layer", "mean", "none"] = "kind"
+    """Divide a score by the sum over its kind (paper), over its layer, by its number of weights, or not."""
+    estimator: Literal["per_sample", "batch"] = "per_sample"
+    """Square every sample's gradient (Fisher), or the batch's mean gradient."""
+    loss: Literal["task", "nll"] = "task"
+    """log-likelihood of a sample: minus its training loss, or minus its mean pixel cross entropy."""
+    inactive: Literal["off", "frozen"] = "off"
+    """An inactive site is skipped, or keeps contributing what it has learned."""
+    sites: list[str] = field(default_factory=list)
+    """Active sites of method 'fixed', e.g. spatial.7."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The schedule, in iterations."""
+
+    iterations: int = 20000
+    """Training iterations."""
+    lr: float = 1e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; none on norms, biases and embeddings."""
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    """Decay of the learning rate to zero."""
+    power: float = 0.9
+    """Exponent of the poly schedule."""
+    warmup: int = 0
+    """Iterations of linear warm-up."""
+    clip: float | None = None
+    """Largest gradient norm; default: no clipping."""
+    eval_every: int = 2000
+    """Iterations between evaluations; the last iteration is always evaluated."""
+    log_every: int = 50
+    """Iterations between two lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Iterations between checkpoints."""
+    keep_checkpoints: int = 1
+    """Numbered checkpoints kept beside last and best."""
+    baseline: bool = False
+    """First train frozen backbone + head on the same stream, for the 'before' rows of the table."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """Where a run goes and how it computes."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What is read."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Frozen backbone and trained head."""
+    toolbox: ToolboxConfig = field(default_factory=ToolboxConfig)
+    """The modules on every layer."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """Which sites train, and when that is decided again."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The schedule, in iterations."""

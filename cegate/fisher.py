@@ -1,0 +1,211 @@
+"""Per-sample Fisher information of every site from one backward pass.
+
+For a linear map with inputs a [B, T, in] and output gradients g [B, T, out] the gradient of sample b is g_b^T a_b. One
+backward pass of the *sum* of the per-sample losses yields all g, so the squares are formed weight by weight as the
+gradients come by, and no per-sample gradient outlives its own weight.
+
+Source: CrossEarth-Gate, arXiv:2511.20302, equation of the empirical diagonal Fisher.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cegate import ops
+from cegate.errors import TrainingError
+from cegate.toolbox.base import Unpack
+from cegate.toolbox.toolbox import Toolbox
+
+
+class LabelledBatch(Protocol):
+    """What scoring needs of a batch."""
+
+    image: Tensor  # [B, C, H, W] float32, normalised
+    label: Tensor  # [B, H, W] int64, 255 ignored
+
+
+class Segmenting(Protocol):
+    """What scoring needs of a model."""
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor: ...
+    def nll(self, images: Tensor, labels: Tensor) -> Tensor: ...
+    def train(self, mode: bool = True) -> nn.Module: ...
+
+
+class SquaredGradients:
+    """Tap that adds up squared per-sample gradients, as one number per site or as a tensor per weight.
+
+    ``diagonal`` keeps the elementwise Fisher diagonal, else only its sum over a site is kept and nothing of weight size.
+    """
+
+    def __init__(self, diagonal: bool, scale: float) -> None:
+        self.diagonal = diagonal
+        self.unscale = 1 / scale**2
+        self.mass: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
+
+    def linear(self, site: str, unpack: Unpack, inputs: Tensor, output: Tensor) -> Tensor:
+        inputs = inputs.detach()
+
+        def square(grad: Tensor) -> None:
+            if self.diagonal:
+                squares = ops.sum_squared_gradients(inputs.to(grad.dtype), grad)
+                for name, part in unpack(squares).items():
+                    self._add(self.weights, f"{site}.{name}", part)
+            else:
+                self._add(self.mass, site, ops.sum_squared_gradients(inputs.to(grad.dtype), grad, reduce=True))
+
+        return _watch(output, square)
+
+    def expand(self, site: str, name: str, parameter: Tensor, batch: int) -> Tensor:
+        def square(grad: Tensor) -> None:
+            squares = grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
+            if self.diagonal:
+                self._add(self.weights, f"{site}.{name}", squares.sum(0))
+            else:
+                self._add(self.mass, site, squares.sum())
+
+        return _watch(_per_sample(parameter, batch), square)
+
+    def _add(self, totals: dict[str, Tensor], key: str, value: Tensor) -> None:
+        value = value.mul(self.unscale)
+        totals[key] = totals[key].add_(value) if key in totals else value
+
+    def result(self, samples: int) -> dict[str, Tensor]:
+        """Mean over the samples."""
+        totals = self.weights if self.diagonal else self.mass
+        return {name: total / samples for name, total in totals.items()}
+
+
+class SummedGradients:
+    """Tap for ``estimator="batch"``: the gradient of the mean loss over all samples, squared at the end."""
+
+    def __init__(self, diagonal: bool, scale: float) -> None:
+        self.diagonal = diagonal
+        self.unscale = 1 / scale
+        self.sums: dict[str, Tensor] = {}
+        self.site_of: dict[str, str] = {}
+
+    def linear(self, site: str, unpack: Unpack, inputs: Tensor, output: Tensor) -> Tensor:
+        inputs = inputs.detach()
+
+        def collect(grad: Tensor) -> None:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            total = torch.einsum("bto,bti->oi", grad.to(wide), inputs.to(wide))
+            for name, part in unpack(total).items():
+                self._add(site, name, part)
+
+        return _watch(output, collect)
+
+    def expand(self, site: str, name: str, parameter: Tensor, batch: int) -> Tensor:
+        return _watch(_per_sample(parameter, batch), lambda grad: self._add(site, name, grad.sum(0)))
+
+    def _add(self, site: str, name: str, value: Tensor) -> None:
+        key = f"{site}.{name}"
+        self.site_of[key] = site
+        value = value.mul(self.unscale)
+        self.sums[key] = self.sums[key].add_(value) if key in self.sums else value
+
+    def result(self, samples: int) -> dict[str, Tensor]:
+        """Square of the mean gradient."""
+        squares = {key: (total / samples).square() for key, total in self.sums.items()}
+        if self.diagonal:
+            return squares
+        mass: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        for key, value in squares.items():
+            mass[self.site_of[key]] = mass[self.site_of[key]] + value.sum().cpu()
+        return dict(mass)
+
+
+def _watch(output: Tensor, hook) -> Tensor:
+    # below the first site nothing else needs a gradient, so the chain starts here
+    output = output if output.requires_grad else output.detach().requires_grad_()
+    output.register_hook(hook)
+    return output
+
+
+def _per_sample(parameter: Tensor, batch: int) -> Tensor:
+    return parameter.detach().expand(batch, *parameter.shape).clone()
+
+
+def measure_fisher(
+    model: Segmenting,
+    toolbox: Toolbox,
+    batches: Iterable[LabelledBatch],
+    *,
+    diagonal: bool = False,
+    estimator: Literal["per_sample", "batch"] = "per_sample",
+    loss: Literal["task", "nll"] = "task",
+    loss_scale: float = 1.0,
+) -> dict[str, float] | dict[str, Tensor]:
+    """Empirical Fisher of every site, all sites on; training finds gradients, modes, plan and random state as it left them.
+
+    Args:
+        model: gives the loss of each sample alone, [B].
+        toolbox: the sites, all of which are scored.
+        batches: the probe; its samples are counted as M. A micro-batch may have any size: the result does not depend on it.
+        diagonal: return weight name -> elementwise diagonal instead of site -> sum.
+        estimator: ``per_sample`` squares every sample's gradient (the Fisher), ``batch`` the mean gradient.
+        loss: ``task`` takes the training loss as -log p, ``nll`` the mean pixel cross entropy.
+        loss_scale: factor on the loss during backward, divided out again; for float16.
+
+    Returns:
+        Site -> unnormalised score >= 0 in (kind, layer) order, mean over samples of the squared gradient of the per-sample
+        loss summed over the site's weights; with ``diagonal``, weight name (``spatial.0.down_q``) -> tensor.
+
+    Raises:
+        TrainingError: the probe is empty or a loss is not finite.
+    """
+    tap = (SquaredGradients if estimator == "per_sample" else SummedGradients)(diagonal, loss_scale)
+    measure = model.loss if loss == "task" else model.nll
+    devices = [p.device for p in toolbox.parameters() if p.is_cuda][:1]
+    samples = 0
+    with _as_found(model), torch.random.fork_rng(devices), toolbox.tapped(tap), torch.enable_grad():
+        for batch in batches:
+            losses = measure(batch.image, batch.label)
+            if not torch.isfinite(losses).all():
+                raise TrainingError(f"the Fisher probe has losses {losses.tolist()}; look for NaN in the data or weights")
+            (losses.sum() * loss_scale).backward()
+            samples += len(losses)
+    if not samples:
+        raise TrainingError("the Fisher probe is empty; gate.samples must be at least 1")
+    result = tap.result(samples)
+    # a site behind the last layer that the head sees never runs: its gradient is zero
+    if diagonal:
+        weights = {f"{site}.{name}": p for site in toolbox.sites for name, p in toolbox.parameters_of(site).items()}
+        return {name: result.get(name, torch.zeros_like(p)) for name, p in weights.items()}
+    return _finite({site: result.get(site, torch.zeros(())) for site in toolbox.sites})
+
+
+def _finite(mass: Mapping[str, Tensor]) -> dict[str, float]:
+    values = torch.stack([value.double().cpu().reshape(()) for value in mass.values()]).tolist()
+    for site, value in zip(mass, values, strict=True):
+        if not math.isfinite(value):
+            raise TrainingError(f"the Fisher score of {site} is {value}; lower train.lr or use run.precision=fp32")
+    return dict(zip(mass, values, strict=True))
+
+
+class _as_found:
+    """Evaluation mode and no gradients of the model's weights inside; modes, flags and gradients as found afterwards."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.modes = [(module, module.training) for module in self.model.modules()]
+        self.flags = [(p, p.requires_grad) for p in self.model.parameters()]
+        self.model.eval()
+        for parameter, _ in self.flags:
+            parameter.requires_grad_(False)
+
+    def __exit__(self, *exc: object) -> None:
+        for module, mode in self.modes:
+            module.training = mode
+        for parameter, flag in self.flags:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,179 @@
+"""The frozen vision transformer: any timm ViT, built at the wanted patch and image size, with weights that are checked."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import timm
+import torch
+from timm.models import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cegate.errors import BackboneError, nearest
+
+log = logging.getLogger(__name__)
+
+TINY = "tiny"
+TINY_WEIGHTS = "tiny.safetensors"
+HEAD_KEYS = ("head.", "head_dist.", "fc_norm.")  # classifiers, which no feature passes
+DEPTH_SHARES = (1 / 3, 1 / 2, 2 / 3, 1.0)  # layers 8, 12, 16 and 24 of 24: CrossEarth-Gate, section 4.1
+
+
+def build_vit(
+    name: str, *, weights: str = "auto", image_size: int, patch_size: int | None = None, in_chans: int = 3
+) -> nn.Module:
+    """Build a frozen timm vision transformer.
+
+    Args:
+        name: timm model name, or ``tiny``.
+        weights: ``auto`` (timm's hub; the shipped file for ``tiny``), ``none`` (random), or a .pth / .safetensors path.
+        image_size: side in pixels that fixes the position grid; position embeddings are resampled to it. Other sizes
+            still run where the model supports them.
+        patch_size: patch side in pixels to which the patch embedding is resampled; ``None`` keeps the model's own.
+        in_chans: bands of the input; the patch embedding of pretrained weights is adapted when it is not 3.
+
+    Returns:
+        The model in evaluation mode; no parameter requires a gradient.
+
+    Raises:
+        BackboneError: unknown name, unsuitable size, unreachable hub, or weights that do not fit; keys are named.
+    """
+    vit = _create(name, weights == "auto", image_size, patch_size, in_chans)
+    if weights == "none":
+        log.warning("backbone %s has RANDOM weights (model.weights=none)", name)
+    elif name == TINY and weights == "auto":
+        with resources.as_file(resources.files("cegate") / "weights" / TINY_WEIGHTS) as path:
+            load_weights(vit, path)
+    elif weights != "auto":
+        load_weights(vit, Path(weights))
+    return vit.eval().requires_grad_(False)
+
+
+def _create(name: str, pretrained: bool, image_size: int, patch_size: int | None, in_chans: int) -> nn.Module:
+    if name == TINY:
+        return tiny_vit(image_size, patch_size or 8, in_chans)
+    if not timm.is_model(name):
+        raise BackboneError(f"model.backbone={name!r} is no timm model{nearest(name, timm.list_models())}")
+    own_size = timm.get_pretrained_cfg(name).input_size[-1] if timm.get_pretrained_cfg(name) else None
+    options: dict[str, object] = {"img_size": image_size, "in_chans": in_chans, "num_classes": 0}
+    if patch_size is not None:
+        options["patch_size"] = patch_size
+    try:
+        return _create_any_size(name, pretrained, options)
+    except (OSError, RuntimeError) as error:  # the hub, or weights that do not fit
+        if not pretrained:
+            raise BackboneError(f"cannot build {name} at image_size={image_size}: {_line(error)}") from error
+        raise BackboneError(
+            f"weights of {name} cannot be had from timm's hub ({_line(error)}); give model.weights a file, or 'none' for random weights"
+        ) from error
+    except (TypeError, ValueError, AssertionError) as error:
+        own = f" (its own image size is {own_size})" if own_size else ""
+        raise BackboneError(
+            f"cannot build {name} with image_size={image_size}, patch_size={patch_size}{own}: {_line(error)}"
+        ) from error
+
+
+def _create_any_size(name: str, pretrained: bool, options: dict[str, object]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, dynamic_img_size=True, **options)
+    except TypeError as error:
+        if "dynamic_img_size" not in str(error):
+            raise
+        return timm.create_model(name, pretrained=pretrained, **options)
+
+
+def _line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def tiny_vit(image_size: int, patch_size: int = 8, in_chans: int = 3) -> VisionTransformer:
+    """The small ViT that ships with cegate: width 128, 8 layers, no class token; scripts/pretrain_tiny.py remakes it."""
+    return VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        in_chans=in_chans,
+        num_classes=0,
+        global_pool="",
+        embed_dim=128,
+        depth=8,
+        num_heads=4,
+        class_token=False,
+        dynamic_img_size=True,
+    )
+
+
+def load_weights(vit: nn.Module, path: Path) -> None:
+    """Load a weight file, resampling patch and position embeddings to the model's sizes.
+
+    Raises:
+        BackboneError: missing file, unreadable file, or keys or shapes that do not fit (they are named).
+    """
+    if not path.is_file():
+        raise BackboneError(f"model.weights={path} does not exist; give a .pth or .safetensors file, 'auto' or 'none'")
+    try:
+        state = timm.models.load_state_dict(str(path))
+    except Exception as error:  # torch raises whatever the pickle or zip reader raises
+        raise BackboneError(f"{path} is no weight file ({_line(error)}); give a .pth or .safetensors file") from error
+    convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        state = convert(state, vit)
+    state = {key: value for key, value in state.items() if not key.startswith(HEAD_KEYS)}
+    conv = state.get("patch_embed.proj.weight")
+    if conv is not None and conv.shape[1] != vit.patch_embed.proj.in_channels:
+        state["patch_embed.proj.weight"] = adapt_input_conv(vit.patch_embed.proj.in_channels, conv)
+    own = {key: value for key, value in vit.state_dict().items() if not key.startswith(HEAD_KEYS)}
+    # intermediate features never pass the final norm, and some conversions drop it
+    state = {key: own[key] for key in ("norm.weight", "norm.bias") if key in own} | state
+    misfits = {
+        "missing": own.keys() - state.keys(),
+        "unexpected": state.keys() - own.keys(),
+        "of wrong shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
+    }
+    problems = [f"{label}: {_some(sorted(keys))}" for label, keys in misfits.items() if keys]
+    if problems:
+        raise BackboneError(
+            f"{path} does not fit the backbone ({'; '.join(problems)}); check model.backbone and model.patch_size"
+        )
+    vit.load_state_dict(state, strict=False)
+
+
+def _some(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def feature_layers(depth: int, features: Sequence[int] | None) -> list[int]:
+    """The four 0-based layers that feed the head; default one third, one half, two thirds and all of the depth.
+
+    Raises:
+        BackboneError: not four increasing layers of the backbone.
+    """
+    layers = [math.ceil(depth * share) - 1 for share in DEPTH_SHARES] if features is None else list(features)
+    if len(layers) != 4 or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= depth:
+        raise BackboneError(
+            f"model.features={layers} must be four increasing layers of 0..{depth - 1}; "
+            f"the default is {[math.ceil(depth * share) - 1 for share in DEPTH_SHARES]}"
+        )
+    return layers
+
+
+def extract_features(vit: nn.Module, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
+    """Patch tokens after the given layers as maps, [B, C, H/patch, W/patch] each; no final norm."""
+    return vit.forward_intermediates(
+        images, indices=list(layers), norm=False, stop_early=True, output_fmt="NCHW", intermediates_only=True
+    )
+
+
+def weight_hash(vit: nn.Module) -> str:
+    """sha256 over names, shapes and float32 values of the backbone, the same for equal weights on any device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(vit.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

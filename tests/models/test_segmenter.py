@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import cegate
+from cegate.config import Config, DataConfig, GateConfig, ModelConfig, SetConfig, ToolboxConfig
+from cegate.config import FrequencyConfig, SemanticConfig, SpatialConfig
+from cegate.errors import BackboneError, ConfigError, DataError
+
+CONFIG = Config(
+    data=DataConfig(classes=["background", "building", "road"], crop=64),
+    model=ModelConfig(weights="none"),
+    toolbox=ToolboxConfig(spatial=SpatialConfig(rank=4), semantic=SemanticConfig(width=4), frequency=FrequencyConfig(width=4)),
+    gate=GateConfig(method="all"),
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return cegate.build(CONFIG)
+
+
+def test_equal_seeds_build_equal_models_and_leave_the_random_state(model):
+    state = torch.get_rng_state()
+    twin = cegate.build(CONFIG)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+
+
+def test_head_and_toolbox_start_alike_whatever_the_gate_and_the_weights(model):
+    twin = cegate.build(replace(CONFIG, gate=GateConfig(method="none")))
+    assert all(torch.equal(a, b) for a, b in zip(model.head.parameters(), twin.head.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.toolbox.parameters(), twin.toolbox.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (40, 72), (37, 51)], ids=str)
+def test_logits_have_the_size_of_the_image(model, size):
+    assert model(torch.randn(2, 3, *size)).shape == (2, 3, *size)
+
+
+def test_each_sample_has_its_own_loss(model):
+    images, labels = torch.randn(3, 3, 60, 64), torch.randint(0, 3, (3, 60, 64))
+    losses = model.loss(images, labels)
+    alone = torch.cat([model.loss(images[i : i + 1], labels[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(losses, alone)
+
+
+def test_ignored_pixels_do_not_count(model):
+    images, labels = torch.randn(1, 3, 64, 64), torch.randint(0, 3, (1, 64, 64))
+    other = labels.clone()
+    labels[:, 20:], other[:, 20:] = 255, 255
+    other[:, 40:] = 255
+    assert torch.equal(model.loss(images, labels), model.loss(images, other))
+    assert model.nll(images, labels).item() == pytest.approx(model.loss(images, labels).item(), rel=1e-5)
+
+
+def test_only_toolbox_and_head_learn_and_the_backbone_stays_in_evaluation_mode(model):
+    model.train()
+    assert not model.vit.training and model.head.training
+    learn = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert learn == {"toolbox", "head"}
+
+
+def test_predictions_of_an_array_do_not_depend_on_its_layout(model):
+    image = np.random.default_rng(0).integers(0, 256, (3, 70, 90), dtype=np.uint8)
+    classes = model.predict(image)
+    assert classes.shape == (70, 90) and classes.dtype == np.uint8
+    assert np.array_equal(model.predict(np.moveaxis(image, 0, -1)), classes)
+    proba = model.predict_proba(image)
+    assert proba.dtype == np.float32
+    np.testing.assert_allclose(proba.sum(0), 1, rtol=1e-5)
+    assert np.array_equal(proba.argmax(0), classes)
+
+
+def test_predicting_from_a_file_equals_predicting_from_its_pixels(model, tmp_path):
+    from PIL import Image
+
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    assert np.array_equal(model.predict(tmp_path / "image.png"), model.predict(image))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((5, 64, 64), np.uint8), r"\(5, 64, 64\).*\(3, H, W\)"),
+        (np.full((3, 64, 64), np.nan, np.float32), "4096 NaN pixels"),
+        (np.zeros((3, 64, 64), np.uint16), "uint16.*8-bit"),
+    ],
+    ids=["bands", "nan", "depth"],
+)
+def test_unsuitable_images_are_refused(model, image, message):
+    with pytest.raises(DataError, match=message):
+        model.predict(image)
+
+
+def test_sixteen_bit_pixels_are_scaled_by_the_training_range(model):
+    image = np.random.default_rng(0).integers(0, 256, (3, 64, 64), dtype=np.uint8)
+    expected = model.predict_proba(image)
+    model.value_range = [[0, 25500]] * 3
+    try:
+        np.testing.assert_allclose(model.predict_proba(image.astype(np.uint16) * 100), expected, atol=1e-6)
+    finally:
+        model.value_range = None
+
+
+def test_more_bands_widen_the_input():
+    data = replace(CONFIG.data, source=SetConfig(bands=[4, 3, 2, 1]))
+    model = cegate.build(replace(CONFIG, data=data))
+    assert model(torch.randn(1, 4, 64, 64)).shape == (1, 3, 64, 64)
+    assert len(model.mean) == len(model.std) == 4
+
+
+def test_build_takes_a_dict_and_names_an_unknown_key():
+    sections = {"model": {"weights": "none"}, "data": {"classes": ["a", "b"], "crop": 64}, "gate": {"method": "none"}}
+    assert cegate.build(sections).toolbox.plan.on == ()
+    with pytest.raises(ConfigError, match=r"wieghts.*did you mean .*weights"):
+        cegate.build({**sections, "model": {"wieghts": "none"}})
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"gate": GateConfig(k=25)}, ConfigError, r"k=25.*24 sites"),
+        ({"gate": GateConfig(method="fixed", sites=["spatial.8"])}, ConfigError, r"spatial\.8"),
+        ({"gate": GateConfig(method="fixed")}, ConfigError, "gate.sites"),
+        ({"data": replace(CONFIG.data, classes=["only"])}, ConfigError, "at least two classes"),
+        ({"data": replace(CONFIG.data, palette=["#FFFFFF"])}, ConfigError, "1 colours for 3 classes"),
+        ({"data": replace(CONFIG.data, crop=60)}, BackboneError, "60 is not a multiple of .* 8; use 56 or 64"),
+    ],
+    ids=["k", "site", "no-sites", "classes", "palette", "crop"],
+)
+def test_what_does_not_fit_is_named(change, error, message):
+    with pytest.raises(error, match=message):
+        cegate.build(replace(CONFIG, **change))

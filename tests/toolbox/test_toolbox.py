@@ -1,0 +1,207 @@
+"""The toolbox on real timm blocks: what is off leaves no trace, what is on does what the formulas say."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import cegate
+from cegate.config import FrequencyConfig, SemanticConfig, SpatialConfig, ToolboxConfig
+from cegate.errors import BackboneError, ConfigError
+from cegate.gate import GatePlan
+from cegate.toolbox.toolbox import wrap
+
+SMALL = ToolboxConfig(spatial=SpatialConfig(rank=4), semantic=SemanticConfig(width=6), frequency=FrequencyConfig(width=5))
+
+# name, options: plain, registers, rotary with fused and with separate projections, bias added by hand
+BACKBONES = {
+    "augreg": ("vit_tiny_patch16_224", {}),
+    "dinov2-registers": ("vit_small_patch14_reg4_dinov2", {"patch_size": 16}),
+    "dinov3": ("vit_small_patch16_dinov3", {}),
+    "dinov3-qkv-bias": ("vit_small_patch16_dinov3_qkvb", {}),
+    "eva02-fused": ("eva02_tiny_patch14_224", {"patch_size": 16}),
+    "eva02-separate": ("eva02_base_patch14_224", {"patch_size": 16, "embed_dim": 192, "num_heads": 3}),
+    "deit3": ("deit3_small_patch16_224", {}),
+    "mae": ("vit_base_patch16_224.mae", {"embed_dim": 192, "num_heads": 3}),
+}
+
+
+def make_vit(key: str, depth: int = 2) -> torch.nn.Module:
+    name, options = BACKBONES[key]
+    return timm.create_model(
+        name, pretrained=False, num_classes=0, img_size=64, dynamic_img_size=True, depth=depth, **options
+    ).eval()
+
+
+def randomise(toolbox: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in toolbox.parameters():
+            parameter.normal_(std=0.2)
+
+
+@pytest.fixture(params=BACKBONES)
+def vit(request) -> torch.nn.Module:
+    return make_vit(request.param)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 48, 80)
+
+
+def tokens(vit, images):
+    with torch.no_grad():
+        return vit.forward_features(images)
+
+
+def test_a_fresh_toolbox_changes_nothing_even_with_every_gate_on(vit, images):
+    before = tokens(vit, images)
+    toolbox = wrap(vit, SMALL)
+    toolbox.apply(GatePlan(toolbox.sites))
+    torch.testing.assert_close(tokens(vit, images), before, rtol=1e-4, atol=1e-5)
+
+
+def test_every_site_changes_the_output_and_unwrapping_restores_every_bit(vit, images):
+    before, keys = tokens(vit, images), set(vit.state_dict())
+    toolbox = wrap(vit, SMALL)
+    randomise(toolbox)
+    for site in toolbox.sites:
+        toolbox.apply(GatePlan([site]))
+        assert (tokens(vit, images) - before).abs().max() > 1e-4, site
+    assert toolbox.unwrap() is vit
+    assert torch.equal(tokens(vit, images), before)
+    assert set(vit.state_dict()) == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in vit.modules())
+
+
+def test_gates_off_leave_the_model_without_a_single_hook(vit):
+    toolbox = wrap(vit, SMALL)
+    toolbox.apply(GatePlan(toolbox.sites))
+    toolbox.apply(GatePlan())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in vit.modules())
+
+
+def test_one_block_follows_the_formulas(images):
+    vit = make_vit("dinov2-registers", depth=1)
+    toolbox = wrap(vit, SMALL)
+    randomise(toolbox)
+    toolbox.apply(GatePlan(toolbox.sites))
+    lora, adapter, earth = toolbox.spatial[0], toolbox.semantic[0], toolbox.frequency[0]
+    block, prefix = vit.blocks[0], vit.num_prefix_tokens
+    x = torch.randn(2, prefix + 15, vit.embed_dim)
+    with torch.no_grad():
+        toolbox._tokens.grid = (3, 5)
+        got = block(x)
+        toolbox.apply(GatePlan())
+        u = block.norm1(x)
+        q, k, v = block.attn.qkv(u).chunk(3, -1)
+        q, v = q + u @ lora.down_q.T @ lora.up_q.T, v + u @ lora.down_v.T @ lora.up_v.T
+        heads = [t.unflatten(-1, (block.attn.num_heads, -1)).transpose(1, 2) for t in (q, k, v)]
+        attended = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        x_att = x + block.ls1(block.attn.proj(attended))
+        y = x_att + block.ls2(block.mlp(block.norm2(x_att)))
+        y = y + 0.1 * (F.gelu(x_att @ adapter.down.T + adapter.down_bias) @ adapter.up.T + adapter.up_bias)
+        patches = y[:, prefix:]
+        grid = torch.fft.fftshift(torch.fft.fft2(patches.mT.unflatten(-1, (3, 5)), norm="ortho"), dim=(-2, -1))
+        assert int(min(3, 5) * 0.3 // 2) == 0 and grid.isfinite().all()  # c = 0 on so small a grid: low is zero
+        low = torch.zeros_like(patches)
+        experts = [
+            F.relu(t @ earth.down[j].T + earth.down_bias[j]) @ earth.up[j].T + earth.up_bias[j]
+            for j, t in enumerate((patches, low, patches - low))
+        ]
+        weights = (patches @ earth.router.T + earth.router_bias).softmax(-1)
+        mixture = sum(weights[..., j : j + 1] * e for j, e in enumerate(experts))
+        expected = torch.cat([y[:, :prefix], patches + earth.scale * mixture], 1)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_tapped_form_equals_the_fast_form(vit, images):
+    class Nothing:
+        def linear(self, site, unpack, inputs, output):
+            return output
+
+        def expand(self, site, name, parameter, batch):
+            return parameter.expand(batch, *parameter.shape)
+
+    toolbox = wrap(vit, SMALL)
+    randomise(toolbox)
+    toolbox.apply(GatePlan(toolbox.sites))
+    fast = tokens(vit, images)
+    with toolbox.tapped(Nothing()):
+        torch.testing.assert_close(tokens(vit, images), fast, rtol=1e-3, atol=1e-3)
+
+
+def test_only_active_sites_learn_and_frozen_ones_still_contribute(images):
+    vit = make_vit("augreg")
+    toolbox = wrap(vit, SMALL)
+    randomise(toolbox)
+    before = tokens(vit, images)
+    toolbox.apply(GatePlan(["spatial.1"], frozen=["frequency.0"]))
+    with_frozen = vit.forward_features(images)
+    assert (with_frozen - before).abs().max() > 1e-4
+    with_frozen.sum().backward()
+    learned = {n for n, p in toolbox.named_parameters() if p.grad is not None}
+    assert learned == {f"spatial.1.{w}" for w in ("down_q", "down_v", "up_q", "up_v")}
+    assert set(toolbox.parameters(active_only=True)) == set(toolbox.parameters_of("spatial.1").values())
+    assert all(p.grad is None for p in vit.parameters())
+
+
+def test_switching_a_site_off_drops_its_gradient(images):
+    vit = make_vit("augreg")
+    toolbox = wrap(vit, SMALL)
+    toolbox.apply(GatePlan(["semantic.0"]))
+    vit.forward_features(images).sum().backward()
+    toolbox.apply(GatePlan(["semantic.1"]))
+    assert all(p.grad is None and not p.requires_grad for p in toolbox.parameters_of("semantic.0").values())
+
+
+@pytest.mark.parametrize("key", ["augreg", "eva02-separate", "dinov3-qkv-bias"])
+def test_merging_keeps_the_output_and_unmerging_every_bit(key, images):
+    vit = make_vit(key)
+    toolbox = wrap(vit, SMALL)
+    randomise(toolbox)
+    weights = copy.deepcopy(vit.state_dict())
+    toolbox.apply(GatePlan(toolbox.sites))
+    apart = tokens(vit, images)
+    toolbox.merge()
+    torch.testing.assert_close(tokens(vit, images), apart, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ConfigError, match="unmerge"):
+        toolbox.apply(GatePlan())
+    toolbox.unmerge()
+    assert all(torch.equal(value, weights[name]) for name, value in vit.state_dict().items())
+    torch.testing.assert_close(tokens(vit, images), apart, rtol=0, atol=0)
+
+
+def test_a_copy_of_model_and_toolbox_is_independent(images):
+    vit = make_vit("augreg")
+    toolbox = wrap(vit, SMALL)
+    randomise(toolbox)
+    toolbox.apply(GatePlan(toolbox.sites))
+    before = tokens(vit, images)
+    pair = torch.nn.ModuleDict({"vit": vit, "toolbox": toolbox})
+    twin = copy.deepcopy(pair)
+    randomise(toolbox)
+    assert torch.equal(tokens(twin["vit"], images), before)
+    assert not torch.equal(tokens(vit, images), before)
+
+
+def test_sites_are_listed_by_kind_then_layer_and_counted():
+    toolbox = wrap(make_vit("augreg"), ToolboxConfig())
+    assert toolbox.sites == [f"{kind}.{layer}" for kind in ("spatial", "semantic", "frequency") for layer in (0, 1)]
+    c = 192
+    counts = {"spatial": 4 * c * 64, "semantic": 2 * 64 * c + 64 + c, "frequency": 3 * (2 * c * 32 + 32 + c) + 3 * (c + 1) + 1}
+    assert toolbox.counts() == {site: counts[site.split(".")[0]] for site in toolbox.sites}
+
+
+def test_an_unknown_site_and_an_unsuitable_model_are_named():
+    toolbox = wrap(make_vit("augreg"), SMALL)
+    with pytest.raises(ConfigError, match=r"spatial\.9"):
+        toolbox.apply(GatePlan(["spatial.9"]))
+    with pytest.raises(BackboneError, match="ResNet has no list of blocks"):
+        cegate.wrap(timm.create_model("resnet18", pretrained=False))
+    with pytest.raises(BackboneError, match="ParallelThingsBlock"):
+        wrap(timm.create_model("vit_small_patch16_18x2_224", pretrained=False, depth=1))
