@@ -1,0 +1,1 @@
+"""Images and labels: files, sets, random changes, batches, and procedural scenes."""

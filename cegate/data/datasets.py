@@ -1,0 +1,468 @@
+"""Sets of images and masks behind one face: folders of any naming, LoveDA as downloaded, generated scenes.
+
+Decoded files stay in memory up to `CACHE_BYTES` per set and process, the least recently used leave first. Rasters of
+more than `LARGE_PX` pixels are never held: the part asked for is read from the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cegate.config import IGNORE, SetConfig
+from cegate.data import scenes
+from cegate.data.rasters import SUFFIXES, Header, LabelMap, Window, read_header, read_image, read_mask, to_unit
+from cegate.errors import ConfigError, DataError, nearest
+
+LOVEDA_CLASSES: tuple[str, ...] = ("background", "building", "road", "water", "barren", "forest", "agricultural")
+"""Train ids of LoveDA; files hold them plus one, and 0 where there is no data."""
+LOVEDA_SPLITS: tuple[str, ...] = ("Train/Urban", "Train/Rural", "Val/Urban", "Val/Rural")
+CACHE_BYTES = 256 * 2**20
+LARGE_PX = 2**24
+_RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image with its label."""
+
+    image: np.ndarray
+    """[C, H, W] float32, 0..1."""
+    label: np.ndarray
+    """[H, W] uint8, class index or 255."""
+    name: str
+
+
+class SegmentationSet(ABC):
+    """Images with labels in one class list. Reading needs no state but a cache, so copies in workers agree.
+
+    Attributes:
+        name: the set's name in the configuration.
+        classes: class names in the order of their indices.
+        bands: 1-based bands that are read.
+        value_range: per band, the (low, high) that becomes 0..1.
+    """
+
+    def __init__(self, name: str, classes: Sequence[str], labels: LabelMap, bands: Sequence[int], nan: str) -> None:
+        self.name, self.classes, self.bands = name, tuple(classes), tuple(bands)
+        self.value_range: tuple[tuple[float, float], ...] = ((0.0, 255.0),) * len(self.bands)
+        self._labels, self._nan = labels, nan
+        self._cache = _Cache(CACHE_BYTES)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def item_name(self, index: int) -> str:
+        """Name of an item, unique in the set; for files the part of the path that tells pairs apart."""
+
+    @abstractmethod
+    def size(self, index: int) -> tuple[int, int]:
+        """(H, W) of an item in pixels."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hash of what the set consists of: names and file sizes, or the scenes' recipe. No file is read."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Look at the header of every file; raises the first DataError, which names the file."""
+
+    @abstractmethod
+    def _pixels(self, index: int, window: Window | None) -> np.ndarray:
+        """[C, H, W] in the file's dtype."""
+
+    @abstractmethod
+    def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
+        """[H, W] uint8 label of an item or of a part of it; NaN pixels of the image are not looked at."""
+
+    def read(self, index: int, window: Window | None = None) -> Item:
+        """Read an item, or a part of it.
+
+        Raises:
+            DataError: missing, damaged or unfit file; NaN pixels where the set does not allow them.
+        """
+        pixels, label = self._pixels(index, window), self.read_label(index, window)
+        image = to_unit(pixels, self.value_range)
+        if np.issubdtype(pixels.dtype, np.floating):
+            bad = ~np.isfinite(pixels).all(0)
+            if bad.any():
+                label = self._without(index, image, label, bad)
+        return Item(image, label, self.item_name(index))
+
+    def _without(self, index: int, image: np.ndarray, label: np.ndarray, bad: np.ndarray) -> np.ndarray:
+        """Blank the bad pixels of image in place; returns a label that ignores them."""
+        if self._nan == "error":
+            raise DataError(
+                f"{self._describe(index)}: {int(bad.sum())} of {bad.size} pixels are NaN or infinite in bands "
+                f"{list(self.bands)}; mend the file, or set data's nan to 'ignore' to leave those pixels out"
+            )
+        image[:, bad] = 0
+        return np.where(bad, np.uint8(IGNORE), label)
+
+    def _describe(self, index: int) -> str:
+        return self.item_name(index)
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_cache": _Cache(CACHE_BYTES)}  # a worker starts with an empty cache
+
+
+class _Cache:
+    """The most recently used arrays, up to a number of bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.held = limit, 0
+        self._arrays: OrderedDict[tuple, np.ndarray] = OrderedDict()
+
+    def get(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array under key, made if it is not held; never written to."""
+        if key in self._arrays:
+            self._arrays.move_to_end(key)
+            return self._arrays[key]
+        array = make()
+        array.flags.writeable = False
+        self._arrays[key] = array
+        self.held += array.nbytes
+        while self.held > self.limit:
+            self.held -= self._arrays.popitem(last=False)[1].nbytes
+        return array
+
+
+def _part(array: np.ndarray, window: Window | None) -> np.ndarray:
+    return array if window is None else array[..., *window.slices]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image file and its mask."""
+
+    name: str
+    image: Path
+    mask: Path
+
+
+class FileSet(SegmentationSet):
+    """Pairs of files. A pair's mask has the size of its image."""
+
+    def __init__(self, cfg: SetConfig, name: str, classes: Sequence[str], labels: LabelMap, pairs: list[Pair]) -> None:
+        super().__init__(name, classes, labels, cfg.bands or (1, 2, 3), cfg.nan)
+        self._pairs = pairs
+        self._headers: dict[int, Header] = {}
+        self._dtype: str | None = None  # of every file, where the range was not given
+        self.value_range = self._choose_range(cfg.value_range)
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def item_name(self, index: int) -> str:
+        return self._pairs[index].name
+
+    def image_path(self, index: int) -> Path:
+        """The image file of an item."""
+        return self._pairs[index].image
+
+    def _describe(self, index: int) -> str:
+        return str(self._pairs[index].image)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._header(index).size
+
+    def _header(self, index: int) -> Header:
+        """The image's header, once image and mask are known to fit the set and each other."""
+        if index not in self._headers:
+            pair = self._pairs[index]
+            image, mask = read_header(pair.image), read_header(pair.mask)
+            if max(self.bands) > image.bands:
+                read_image(pair.image, self.bands, window=Window(0, 0, 1, 1))  # raises, and says what to do
+            if image.size != mask.size:
+                raise DataError(
+                    f"{pair.mask}: the mask is {mask.width}x{mask.height} pixels, but its image {pair.image} is "
+                    f"{image.width}x{image.height}; a mask has the size of its image"
+                )
+            if self._dtype is not None and image.dtype != self._dtype:
+                raise DataError(
+                    f"{pair.image}: pixels are {image.dtype}, but the set's first image has {self._dtype}; "
+                    "use files of one kind, or set value_range"
+                )
+            self._headers[index] = image
+        return self._headers[index]
+
+    def check(self) -> None:
+        for index in range(len(self)):
+            self._header(index)
+
+    def fingerprint(self) -> str:
+        facts = [
+            (p.name, p.image.name, p.image.stat().st_size, p.mask.name, p.mask.stat().st_size) for p in self._pairs
+        ]
+        return _digest(facts, self._labels.codes, self.classes, self.bands, self.value_range)
+
+    def _whole(self, index: int) -> bool:
+        height, width = self.size(index)
+        return height * width <= LARGE_PX
+
+    def _pixels(self, index: int, window: Window | None) -> np.ndarray:
+        path = self._pairs[index].image
+        if not self._whole(index):
+            return read_image(path, self.bands, window=window)
+        return _part(self._cache.get(("image", index), lambda: read_image(path, self.bands)), window)
+
+    def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
+        path = self._pairs[index].mask
+        if not self._whole(index):
+            return read_mask(path, self._labels, window=window)
+        return _part(self._cache.get(("label", index), lambda: read_mask(path, self._labels)), window)
+
+    def _choose_range(self, given: Sequence[float] | None) -> tuple[tuple[float, float], ...]:
+        header = self._header(0)
+        if given is not None:
+            if len(given) != 2 or not given[0] < given[1]:
+                raise ConfigError(f"set {self.name!r}: value_range={list(given)} is not [low, high] with low < high")
+            return ((float(given[0]), float(given[1])),) * len(self.bands)
+        self._dtype = header.dtype
+        if self._dtype == "uint8":
+            return ((0.0, 255.0),) * len(self.bands)
+        return self._percentiles()
+
+    def _percentiles(self) -> tuple[tuple[float, float], ...]:
+        """1st and 99th percentile of each band, of evenly spread pixels of evenly spread files."""
+        chosen = np.unique(np.linspace(0, len(self) - 1, _RANGE_FILES).round().astype(int))
+        samples = []
+        for index in chosen:
+            self._header(index)
+            pixels = read_image(self._pairs[index].image, self.bands).reshape(len(self.bands), -1)
+            pixels = pixels[:, :: -(-pixels.shape[1] // _RANGE_PX)].astype(np.float64)
+            samples.append(pixels[:, np.isfinite(pixels).all(0)])
+        values = np.concatenate(samples, axis=1)
+        if not values.size:
+            raise DataError(f"{self._describe(0)}: no finite pixel in bands {list(self.bands)}; set value_range")
+        low, high = np.percentile(values, (1, 99), axis=1)
+        return tuple(zip(low.tolist(), high.tolist(), strict=True))
+
+
+class GeneratedSet(SegmentationSet):
+    """Procedural scenes of one climate."""
+
+    def __init__(self, cfg: SetConfig, name: str, classes: Sequence[str], labels: LabelMap) -> None:
+        super().__init__(name, classes, labels, cfg.bands or (1, 2, 3), cfg.nan)
+        if max(self.bands) > 3:
+            raise ConfigError(f"set {name!r}: bands={list(self.bands)}, but generated scenes have bands 1, 2 and 3")
+        self.climate = scenes.CLIMATES[cfg.split]
+        self._count = 64 if cfg.limit is None else cfg.limit
+        self._first, self._side = cfg.first, cfg.tile or 256
+
+    def __len__(self) -> int:
+        return self._count
+
+    def item_name(self, index: int) -> str:
+        return f"{self.climate.name}/{self._first + index:05d}"
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._side, self._side
+
+    def check(self) -> None:
+        """Nothing can be wrong with a drawn scene."""
+
+    def fingerprint(self) -> str:
+        recipe = (repr(self.climate), self._first, self._count, self._side)
+        return _digest(recipe, self._labels.codes, self.classes, self.bands, self.value_range)
+
+    def _scene(self, index: int) -> np.ndarray:
+        """[4, H, W] uint8: the image's bands and the label."""
+
+        def draw() -> np.ndarray:
+            image, label = scenes.render_scene(self.climate, self._first + index, self._side)
+            return np.concatenate((image, label[None]))
+
+        return self._cache.get((index,), draw)
+
+    def _pixels(self, index: int, window: Window | None) -> np.ndarray:
+        return _part(self._scene(index)[[band - 1 for band in self.bands]], window)
+
+    def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
+        return self._labels.apply(_part(self._scene(index)[3], window))[0]
+
+
+def open_set(cfg: SetConfig, *, name: str, classes: Sequence[str] = ()) -> SegmentationSet:
+    """Open a set of images and masks.
+
+    Args:
+        cfg: where it is and how to read it.
+        name: its name in the configuration ("source", "validation" or the target's name), for messages.
+        classes: class names in the order of their indices. LoveDA and generated sets know their own; others need them.
+
+    Returns:
+        The set; pairs are found and the first is looked at, pixels are read when asked for.
+
+    Raises:
+        ConfigError: a key of the set is missing or wrong.
+        DataError: no pairs, files without a partner, or an unfit first pair.
+    """
+    openers = {"folder": _open_folder, "loveda": _open_loveda, "generated": _open_generated}
+    if cfg.kind not in openers:
+        raise ConfigError(
+            f"set {name!r}: kind={cfg.kind!r} is none of {', '.join(openers)}{nearest(cfg.kind, openers)}"
+        )
+    if cfg.bands is not None and (not cfg.bands or min(cfg.bands) < 1):
+        raise ConfigError(f"set {name!r}: bands={cfg.bands} is not a list of band numbers, which start at 1")
+    if cfg.limit is not None and cfg.limit < 1:
+        raise ConfigError(f"set {name!r}: limit={cfg.limit} leaves nothing; use 1 or more, or no limit")
+    if len(classes) >= 254 or len(set(classes)) != len(classes):
+        raise ConfigError(f"data.classes has {len(classes)} names; use at most 253, each once")
+    return openers[cfg.kind](cfg, name, classes)
+
+
+def _labels(cfg: SetConfig, name: str, classes: Sequence[str], default: dict[str, str] | None) -> LabelMap:
+    mapping = default if cfg.label_map is None else cfg.label_map
+    try:
+        return LabelMap.parse(mapping, classes, cfg.ignore)
+    except ConfigError as error:
+        hint = "; data.classes has other classes than the set: give a label_map" if cfg.label_map is None else ""
+        raise ConfigError(f"set {name!r}: {error}{hint}") from error
+
+
+def _open_folder(cfg: SetConfig, name: str, classes: Sequence[str]) -> SegmentationSet:
+    if not classes:
+        raise ConfigError(f"set {name!r}: a folder needs data.classes, the class names in the order of their indices")
+    labels = _labels(cfg, name, classes, default=None)
+    return FileSet(cfg, name, classes, labels, find_pairs(_root(cfg, name), cfg.images, cfg.masks, name)[: cfg.limit])
+
+
+def _open_loveda(cfg: SetConfig, name: str, classes: Sequence[str]) -> SegmentationSet:
+    if cfg.split not in LOVEDA_SPLITS:
+        hint = nearest(cfg.split or "", LOVEDA_SPLITS)
+        raise ConfigError(f"set {name!r}: split={cfg.split!r} is none of {', '.join(LOVEDA_SPLITS)}{hint}")
+    classes = classes or LOVEDA_CLASSES
+    stored = {"0": "ignore"} | {str(k + 1): class_name for k, class_name in enumerate(LOVEDA_CLASSES)}
+    labels = _labels(cfg, name, classes, default=stored)
+    pairs = find_pairs(_root(cfg, name), f"{cfg.split}/images_png/*.png", f"{cfg.split}/masks_png/*.png", name)
+    return FileSet(cfg, name, classes, labels, pairs[: cfg.limit])
+
+
+def _open_generated(cfg: SetConfig, name: str, classes: Sequence[str]) -> SegmentationSet:
+    if cfg.split not in scenes.CLIMATES:
+        hint = nearest(cfg.split or "", scenes.CLIMATES)
+        raise ConfigError(
+            f"set {name!r}: split={cfg.split!r} is no climate; use one of {', '.join(scenes.CLIMATES)}{hint}"
+        )
+    if (cfg.tile is not None and cfg.tile < 16) or cfg.first < 0:
+        raise ConfigError(
+            f"set {name!r}: tile={cfg.tile}, first={cfg.first}: use a tile of 16 or more and a first of 0 or more"
+        )
+    classes = classes or scenes.CLASSES
+    drawn = {str(k): class_name for k, class_name in enumerate(scenes.CLASSES)}
+    labels = _labels(cfg, name, classes, default=drawn)
+    missing = [drawn[key] for key in drawn if int(key) not in dict(labels.codes)]
+    if missing or labels.colours:
+        raise ConfigError(
+            f"set {name!r}: label_map of generated scenes needs the keys {', '.join(drawn)}, "
+            f"which are {', '.join(scenes.CLASSES)}"
+        )
+    return GeneratedSet(cfg, name, classes, labels)
+
+
+def _root(cfg: SetConfig, name: str) -> Path:
+    if cfg.root is None:
+        raise ConfigError(f"set {name!r}: root is missing; give the folder that holds the set")
+    root = Path(cfg.root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"set {name!r}: root {root} is not a folder; give the folder that holds the set")
+    return root
+
+
+def find_pairs(root: Path, images: str, masks: str, name: str) -> list[Pair]:
+    """Find the image and mask files of a set.
+
+    Two files belong together when the wildcards of their globs (``*``, ``?``, ``[...]``, ``**``) stand for the same
+    text: ``*/img/*_sat.jpg`` and ``*/msk/*_gt.png`` pair ``a/img/7_sat.jpg`` with ``a/msk/7_gt.png``. The file suffix
+    does not count.
+    A glob that ends in a wildcard takes raster files only.
+
+    Returns:
+        Pairs sorted by name, numbers in their natural order.
+
+    Raises:
+        ConfigError: the globs have different wildcards, or one is absolute.
+        DataError: nothing found, two files with the same open part, or files without a partner.
+    """
+    found = [_find(root, pattern, key, name) for pattern, key in ((images, "images"), (masks, "masks"))]
+    if _wildcards(images) != _wildcards(masks):
+        raise ConfigError(
+            f"set {name!r}: images={images!r} and masks={masks!r} have different wildcards, so files cannot be paired; "
+            "use the same wildcards in the same order"
+        )
+    by_image, by_mask = found
+    for lonely, kind, pattern in (
+        (by_image.keys() - by_mask.keys(), "image", masks),
+        (by_mask.keys() - by_image.keys(), "mask", images),
+    ):
+        if lonely:
+            files = by_image if kind == "image" else by_mask
+            first = files[min(lonely, key=_natural)]
+            other = "mask" if kind == "image" else "image"
+            raise DataError(
+                f"set {name!r}: {len(lonely)} of {len(files)} {kind}s have no {other} in {root / pattern}, "
+                f"first {first}; add the missing files or narrow the globs images={images!r}, masks={masks!r}"
+            )
+    keys = sorted(by_image, key=_natural)
+    return [Pair("/".join(filter(None, key)) or by_image[key].stem, by_image[key], by_mask[key]) for key in keys]
+
+
+def _find(root: Path, pattern: str, key: str, name: str) -> dict[tuple[str, ...], Path]:
+    """Files that match a glob, by the text of its wildcards."""
+    if Path(pattern).is_absolute() or not pattern:
+        raise ConfigError(f"set {name!r}: {key}={pattern!r} is not a glob below root {root}")
+    expression = re.compile(_expression(pattern))
+    files: dict[tuple[str, ...], Path] = {}
+    for path in sorted(p for p in root.glob(pattern) if p.is_file()):
+        match = expression.fullmatch(path.relative_to(root).as_posix())
+        if match is None:
+            continue
+        part = tuple(text or "" for text in match.groups())
+        if pattern.endswith("*"):
+            if path.suffix.lower() not in SUFFIXES:
+                continue
+            part = (*part[:-1], part[-1].removesuffix(path.suffix))
+        if part in files:
+            raise DataError(
+                f"set {name!r}: {files[part]} and {path} are both {key[:-1]} {'/'.join(part)!r}; keep one of them"
+            )
+        files[part] = path
+    if not files:
+        raise DataError(
+            f"set {name!r}: no {key} match {root / pattern}; check root={str(root)!r} and {key}={pattern!r}"
+        )
+    return files
+
+
+def _wildcards(pattern: str) -> list[str]:
+    return re.findall(r"\*\*|\*|\?|\[[^]]*\]", pattern)
+
+
+def _expression(pattern: str) -> str:
+    """A glob as a regular expression with one group per wildcard."""
+    groups = {"**/": "(?:(.+)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
+
+    def translate(token: str) -> str:
+        if token.startswith("[") and len(token) > 2:
+            return f"({token.replace('[!', '[^', 1)})"
+        return groups.get(token) or re.escape(token)
+
+    return "".join(translate(token) for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]*\]|[^*?\[]+|\[", pattern))
+
+
+def _natural(key: Sequence[str]) -> list[list[tuple[int, str]]]:
+    """Sorts 'a2' before 'a10'."""
+    return [[(int(t), "") if t.isdecimal() else (-1, t) for t in re.split(r"(\d+)", text)] for text in key]
+
+
+def _digest(*facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()

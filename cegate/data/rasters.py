@@ -1,0 +1,352 @@
+"""Images and masks on disk, through rasterio: PNG, JPEG, TIFF and GeoTIFF, any number of bands, 8 or 16 bit or float.
+
+Nodata tags are never applied: a set whose background happens to carry the nodata value would lose that class.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.windows import Window as RasterWindow
+
+from cegate.config import IGNORE
+from cegate.errors import ConfigError, DataError, nearest
+
+SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".bmp", ".webp")
+"""Files that a bare ``*`` takes for rasters."""
+# by default GDAL fills what is missing of a truncated JPEG with grey and of a truncated PNG with zeros, in silence
+_STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
+_UNMAPPED = 254
+_SHOWN = 6
+
+
+class Window(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Rows and columns, for indexing."""
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself without being decoded."""
+
+    height: int
+    width: int
+    bands: int
+    """Bands as read: a palette image counts as three."""
+    dtype: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.height, self.width
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[rasterio.DatasetReader]:
+    """The open file; a missing or damaged one is a DataError, a missing georeference is no news."""
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    try:
+        with rasterio.Env(**_STRICT), warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(path) as src:
+                yield src
+    except RasterioError as error:
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise DataError(
+            f"{path}: cannot be read as a raster ({reason}); use an intact PNG, JPEG, TIFF or GeoTIFF"
+        ) from error
+
+
+def _colour_table(src: rasterio.DatasetReader) -> np.ndarray | None:
+    """[256, 3] uint8 colours of a palette file, None where there is no palette."""
+    if src.count != 1 or src.colorinterp[0] != rasterio.enums.ColorInterp.palette:
+        return None
+    table = np.zeros((256, 3), np.uint8)
+    for value, colour in src.colormap(1).items():
+        if value < 256:
+            table[value] = colour[:3]
+    return table
+
+
+def read_header(path: str | Path) -> Header:
+    """Size, bands and dtype of a raster.
+
+    Raises:
+        DataError: the file is missing or unreadable.
+    """
+    with _open(path) as src:
+        bands = 3 if _colour_table(src) is not None else src.count
+        return Header(src.height, src.width, bands, src.dtypes[0])
+
+
+def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: Window | None = None) -> np.ndarray:
+    """Read the pixels of an image.
+
+    Args:
+        path: any raster GDAL reads. A palette image is read as its three colours.
+        bands: 1-based bands in the order wanted, repeats allowed; default: all.
+        window: read this part only.
+
+    Returns:
+        [C, H, W] in the file's dtype.
+
+    Raises:
+        DataError: the file is missing, unreadable or has too few bands; the file and both counts are named.
+    """
+    with _open(path) as src:
+        table = _colour_table(src)
+        count = src.count if table is None else 3
+        bands = range(1, count + 1) if bands is None else bands
+        if max(bands) > count:
+            wanted = ", ".join(map(str, bands))
+            raise DataError(
+                f"{path}: {count} band{'s' * (count != 1)}, but {len(bands)} are to be read (bands {wanted}); "
+                f"set bands to numbers from 1 to {count}, e.g. [{', '.join(str(min(b, count)) for b in bands)}]"
+            )
+        area = _raster_window(window)
+        if table is None:
+            return src.read(list(bands), window=area)
+        return table[src.read(1, window=area)].transpose(2, 0, 1)[[b - 1 for b in bands]]
+
+
+def _raster_window(window: Window | None) -> RasterWindow | None:
+    return None if window is None else RasterWindow(window.left, window.top, window.width, window.height)
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """How the values or colours of a mask become class indices."""
+
+    codes: tuple[tuple[int, int], ...]
+    """Pairs of mask value (or 0xRRGGBB) and class index (255: ignored)."""
+    colours: bool
+    """The codes are colours."""
+
+    @classmethod
+    def parse(
+        cls, mapping: Mapping[str | int, str | int] | None, classes: Sequence[str], ignore: int = IGNORE
+    ) -> LabelMap:
+        """Check a label map against the classes.
+
+        Args:
+            mapping: mask value or "#RRGGBB" (any case) -> class name, class index or "ignore". None: mask values are
+                class indices.
+            classes: class names in the order of their indices.
+            ignore: a further mask value that is ignored; no meaning for colours.
+
+        Raises:
+            ConfigError: a key or value means nothing, or values and colours are mixed; all problems at once.
+        """
+        if mapping is None:
+            table = {index: index for index in range(len(classes))}
+            return cls(tuple(({ignore: IGNORE} | table | {ignore: IGNORE}).items()), colours=False)
+        problems: list[str] = []
+        table = {}
+        keys = [str(key).strip() for key in mapping]
+        colours = any(key.startswith("#") for key in keys)
+        for key, meaning in zip(keys, mapping.values(), strict=True):
+            code = _code(key, colours)
+            index = _class_index(str(meaning), classes)
+            if code is None:
+                accepted = "'#RRGGBB' in a map of colours" if colours else "an integer or '#RRGGBB'"
+                problems.append(f"key {key!r} is not {accepted}")
+            elif index is None:
+                problems.append(f"{key!r}: {meaning!r} is no class{nearest(str(meaning), [*classes, 'ignore'])}")
+            elif code in table:
+                problems.append(f"{key!r} is given twice")
+            else:
+                table[code] = index
+        if problems:
+            names = ", ".join(classes) or "none given"
+            raise ConfigError(f"label_map: {'; '.join(problems)}; use a class ({names}), its index or 'ignore'")
+        if not colours:
+            table.setdefault(ignore, IGNORE)
+        return cls(tuple(table.items()), colours)
+
+    def apply(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Class indices uint8 of mask codes of any shape, and True where a code is outside the map."""
+        if codes.dtype == np.uint8:
+            lut = np.full(256, _UNMAPPED, np.uint8)
+            for code, index in self.codes:
+                if 0 <= code < 256:
+                    lut[code] = index
+            label = lut[codes]
+        else:
+            label = np.full(codes.shape, _UNMAPPED, np.uint8)
+            for code, index in self.codes:
+                label[codes == code] = index
+        return label, label == _UNMAPPED
+
+    def describe(self) -> str:
+        """The codes it knows, for messages."""
+        return ", ".join(_spell(code, self.colours) for code, _ in self.codes)
+
+
+def _code(key: str, colours: bool) -> int | None:
+    if colours:
+        digits = key.removeprefix("#")
+        valid = key.startswith("#") and len(digits) == 6 and all(c in "0123456789abcdefABCDEF" for c in digits)
+        return int(digits, 16) if valid else None
+    try:
+        return int(key)
+    except ValueError:
+        return None
+
+
+def _class_index(meaning: str, classes: Sequence[str]) -> int | None:
+    if meaning in classes:
+        return list(classes).index(meaning)
+    if meaning == "ignore":
+        return IGNORE
+    return int(meaning) if meaning.isdecimal() and int(meaning) < len(classes) else None
+
+
+def _spell(code: float, colours: bool) -> str:
+    return f"#{int(code):06X}" if colours else f"{code:g}"
+
+
+def read_mask(
+    path: str | Path,
+    label_map: LabelMap | Mapping[str | int, str | int] | None = None,
+    *,
+    classes: Sequence[str] = (),
+    ignore: int = IGNORE,
+    window: Window | None = None,
+) -> np.ndarray:
+    """Read a mask as class indices.
+
+    Colours are looked up in RGB(A) files, through the colour table of palette files, and as grey in single-band ones.
+    Values are those stored in the file, in a palette file the indices; an RGB file of equal bands counts as grey.
+
+    Args:
+        path: the mask.
+        label_map: a parsed map, or one that `LabelMap.parse` takes together with `classes` and `ignore`.
+        classes: class names in the order of their indices.
+        ignore: mask value that is ignored.
+        window: read this part only.
+
+    Returns:
+        [H, W] uint8: 0..K-1, and 255 where ignored.
+
+    Raises:
+        DataError: missing or unreadable file, or values outside the map: the file, the values and their pixel counts.
+        ConfigError: the map itself is wrong.
+    """
+    labels = label_map if isinstance(label_map, LabelMap) else LabelMap.parse(label_map, classes, ignore)
+    with _open(path) as src:
+        pixels = src.read(window=_raster_window(window))
+        table = _colour_table(src)
+    codes = _colour_codes(path, pixels, table) if labels.colours else _value_codes(path, pixels)
+    label, unmapped = labels.apply(codes)
+    if unmapped.any():
+        raise DataError(_unmapped_message(path, codes[unmapped], labels))
+    return label
+
+
+def _colour_codes(path: str | Path, pixels: np.ndarray, table: np.ndarray | None) -> np.ndarray:
+    """[H, W] int32 0xRRGGBB."""
+    if pixels.dtype != np.uint8:
+        raise DataError(f"{path}: a mask of {pixels.dtype} has no colours; use values as keys of label_map")
+    if table is not None:
+        return (table.astype(np.int32) @ (65536, 256, 1)).astype(np.int32)[pixels[0]]
+    red, green, blue = pixels[:3] if len(pixels) >= 3 else (pixels[0],) * 3
+    return red.astype(np.int32) << 16 | green.astype(np.int32) << 8 | blue
+
+
+def _value_codes(path: str | Path, pixels: np.ndarray) -> np.ndarray:
+    if len(pixels) >= 3 and not ((pixels[0] == pixels[1]).all() and (pixels[0] == pixels[2]).all()):
+        raise DataError(f"{path}: the mask has {len(pixels)} bands of colour; give a label_map with '#RRGGBB' keys")
+    return pixels[0]
+
+
+def _unmapped_message(path: str | Path, codes: np.ndarray, labels: LabelMap) -> str:
+    values, counts = np.unique(codes, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    shown = ", ".join(f"{_spell(values[k], labels.colours)} ({counts[k]} px)" for k in order[:_SHOWN])
+    more = f" and {len(order) - _SHOWN} more" if len(order) > _SHOWN else ""
+    kind = "colours" if labels.colours else "values"
+    return (
+        f"{path}: mask {kind} outside the label map: {shown}{more}; known are {labels.describe()}; "
+        "add them to label_map, as a class or as 'ignore'"
+    )
+
+
+def to_unit(image: np.ndarray, value_range: Sequence[tuple[float, float]]) -> np.ndarray:
+    """Scale pixels so that each band's range becomes 0..1; what lies outside is clipped, NaN stays NaN.
+
+    Args:
+        image: [C, H, W] of any real dtype.
+        value_range: (low, high) of each band; a band with low = high becomes 0.
+
+    Returns:
+        [C, H, W] float32.
+    """
+    low, high = np.array(value_range, np.float32).T.reshape(2, -1, 1, 1)
+    scale = np.divide(1, high - low, out=np.zeros_like(high), where=high > low)
+    unit = image.astype(np.float32)
+    unit -= low
+    unit *= scale
+    return np.clip(unit, 0, 1, out=unit)
+
+
+def write_mask(
+    path: str | Path, mask: np.ndarray, *, like: str | Path | None = None, palette: Sequence[str] | None = None
+) -> None:
+    """Write class indices as a single-band PNG or (compressed) TIFF.
+
+    Args:
+        path: target; its suffix decides the format: .png, .tif or .tiff.
+        mask: [H, W] uint8.
+        like: a raster of the same size whose coordinate system and transform the mask takes over.
+        palette: "#RRGGBB" per class, stored as colour table; 255 is black.
+
+    Raises:
+        DataError: another suffix, dtype or shape, or a size that differs from that of `like`.
+    """
+    path = Path(path)
+    drivers = {".png": "PNG", ".tif": "GTiff", ".tiff": "GTiff"}
+    if path.suffix.lower() not in drivers:
+        raise DataError(
+            f"{path}: a mask cannot be written as {path.suffix or 'a file without suffix'}; use .png or .tif"
+        )
+    if mask.dtype != np.uint8 or mask.ndim != 2:
+        raise DataError(f"{path}: a mask is [H, W] uint8, not {list(mask.shape)} {mask.dtype}")
+    height, width = mask.shape
+    profile = {"driver": drivers[path.suffix.lower()], "height": height, "width": width, "count": 1, "dtype": "uint8"}
+    if profile["driver"] == "GTiff":
+        profile["compress"] = "deflate"
+    if like is not None:
+        with _open(like) as src:
+            if src.shape != mask.shape:
+                raise DataError(f"{path}: the mask is {width}x{height}, but {like} is {src.width}x{src.height} pixels")
+            if src.crs is not None or not src.transform.is_identity:
+                profile |= {"crs": src.crs, "transform": src.transform}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(path, "w", **profile) as dst:
+            if palette is not None:
+                dst.write_colormap(1, {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)})
+            dst.write(mask, 1)
+
+
+def _triple(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

@@ -1,0 +1,197 @@
+"""Batches as a pure function of (seed, purpose, iteration): equal for any number of workers, and after any resume.
+
+Every epoch is a permutation drawn from the seed. Every sample of a batch has a generator of its own, seeded by
+(seed, purpose, iteration, slot), that decides on its crop and its changes. Nothing here touches a global generator.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from cegate.config import AugmentConfig
+from cegate.data.datasets import SegmentationSet
+from cegate.data.transforms import augment_from, normalise
+from cegate.errors import CegateError, ConfigError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples that go through the model together."""
+
+    image: torch.Tensor
+    """[B, C, H, W] float32, normalised."""
+    label: torch.Tensor
+    """[B, H, W] int64, class index or 255."""
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The batch on another device."""
+        move = {"device": device, "non_blocking": non_blocking}
+        return Batch(self.image.to(**move), self.label.to(**move), self.names)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, from where it is copied to a GPU in the background."""
+        return Batch(self.image.pin_memory(), self.label.pin_memory(), self.names)
+
+
+class TrainStream:
+    """Random crops of a set, without end.
+
+    Args:
+        dataset: the set.
+        crop: side of a crop in pixels.
+        batch_size: crops per batch.
+        augment: random changes.
+        seed: the run's seed, >= 0.
+        mean, std: of each band, on 0..1.
+        purpose: streams of different purposes ("train", "fisher") draw independently.
+
+    Raises:
+        ConfigError: crop or batch_size is not positive, or mean and std do not fit the bands.
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentationSet,
+        *,
+        crop: int,
+        batch_size: int,
+        augment: AugmentConfig,
+        seed: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        purpose: str = "train",
+    ) -> None:
+        if crop < 1 or batch_size < 1:
+            raise ConfigError(f"data.crop={crop}, data.batch_size={batch_size}: use 1 or more")
+        low, high = augment.resize if len(augment.resize) == 2 else (0, 0)
+        if not 0 < low <= high:
+            raise ConfigError(f"data.augment.resize={augment.resize} is not [low, high] with 0 < low <= high")
+        _check_statistics(dataset, mean, std)
+        self.dataset, self.crop, self.batch_size, self.augment = dataset, crop, batch_size, augment
+        self.mean, self.std = tuple(mean), tuple(std)
+        self._key = (seed, zlib.crc32(purpose.encode()))
+
+    def batch(self, iteration: int) -> Batch:
+        """The batch of an iteration, >= 0."""
+        samples = [self._sample(iteration, slot) for slot in range(self.batch_size)]
+        images, labels, names = zip(*samples, strict=True)
+        image = torch.from_numpy(normalise(np.stack(images), self.mean, self.std))
+        return Batch(image, torch.from_numpy(np.stack(labels).astype(np.int64)), list(names))
+
+    def _sample(self, iteration: int, slot: int) -> tuple[np.ndarray, np.ndarray, str]:
+        index = self._index(iteration * self.batch_size + slot)
+        rng = np.random.default_rng([*self._key, iteration, slot])
+        image, label = augment_from(self.dataset, index, rng, crop=self.crop, cfg=self.augment)
+        return image, label, self.dataset.item_name(index)
+
+    def _index(self, draw: int) -> int:
+        """Which item the draw-th sample of the stream comes from."""
+        epoch, position = divmod(draw, len(self.dataset))
+        order = np.random.default_rng([*self._key, epoch]).permutation(len(self.dataset))
+        return int(order[position])
+
+    def loader(
+        self, start: int, stop: int, workers: int = 0, *, pin_memory: bool = False, context: str | None = None
+    ) -> Iterator[Batch]:
+        """The batches start..stop-1, in order.
+
+        Args:
+            start: first iteration.
+            stop: iteration after the last.
+            workers: processes that prepare batches ahead; 0: prepared when asked for.
+            pin_memory: hand out page-locked batches.
+            context: how workers start ("fork", "spawn", "forkserver"); default: torch's choice.
+
+        Closing or dropping the iterator ends the workers.
+        """
+        return _fetch(self.batch, range(start, stop), workers, pin_memory=pin_memory, context=context)
+
+
+class EvalStream:
+    """Whole images of a set in order, one per batch: sizes may differ.
+
+    Args:
+        dataset: the set.
+        mean, std: of each band, on 0..1.
+    """
+
+    def __init__(self, dataset: SegmentationSet, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        _check_statistics(dataset, mean, std)
+        self.dataset, self.mean, self.std = dataset, tuple(mean), tuple(std)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, index: int) -> Batch:
+        """Item `index` as a batch of one: image [1, C, H, W], label [1, H, W]."""
+        item = self.dataset.read(index)
+        image = torch.from_numpy(normalise(item.image[None], self.mean, self.std))
+        return Batch(image, torch.from_numpy(item.label[None].astype(np.int64)), [item.name])
+
+    def loader(
+        self, start: int = 0, stop: int | None = None, workers: int = 0, *, pin_memory: bool = False
+    ) -> Iterator[Batch]:
+        """The items start..stop-1 (default: all), in order; as `TrainStream.loader`."""
+        return _fetch(self.batch, range(start, len(self) if stop is None else stop), workers, pin_memory=pin_memory)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.loader()
+
+
+def _check_statistics(dataset: SegmentationSet, mean: Sequence[float], std: Sequence[float]) -> None:
+    if not len(mean) == len(std) == len(dataset.bands):
+        raise ConfigError(
+            f"set {dataset.name!r} has {len(dataset.bands)} bands {list(dataset.bands)}, but mean has {len(mean)} "
+            f"and std {len(std)} values; set bands to as many as the backbone takes"
+        )
+
+
+class _Batches(Dataset):
+    """A batch function as torch's loader wants it. Errors travel as values: raised, they lose their text."""
+
+    def __init__(self, batch: Callable[[int], Batch]) -> None:
+        self.batch = batch
+
+    def __getitem__(self, iteration: int) -> Batch | CegateError:
+        try:
+            return self.batch(iteration)
+        except CegateError as error:
+            return error
+
+
+def _fetch(
+    batch: Callable[[int], Batch],
+    iterations: range,
+    workers: int,
+    *,
+    pin_memory: bool = False,
+    context: str | None = None,
+) -> Iterator[Batch]:
+    if workers == 0:
+        for iteration in iterations:
+            ready = batch(iteration)
+            yield ready.pin_memory() if pin_memory else ready
+        return
+    loader = DataLoader(
+        _Batches(batch),
+        batch_size=None,
+        sampler=iterations,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+        generator=torch.Generator(),  # or torch would draw a seed from the global generator
+    )
+    for ready in loader:
+        if isinstance(ready, CegateError):
+            raise ready
+        yield ready
