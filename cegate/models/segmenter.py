@@ -37,7 +37,13 @@ class Segmenter(nn.Module):
     """
 
     def __init__(
-        self, vit: nn.Module, toolbox: Toolbox, head: nn.Module, layers: Sequence[int], classes: Sequence[str], config: Config
+        self,
+        vit: nn.Module,
+        toolbox: Toolbox,
+        head: nn.Module,
+        layers: Sequence[int],
+        classes: Sequence[str],
+        config: Config,
     ) -> None:
         super().__init__()
         self.vit, self.toolbox, self.head = vit, toolbox, head
@@ -69,7 +75,7 @@ class Segmenter(nn.Module):
         return extract_features(self.vit, images, self.layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K, H, W] of normalised float32 images [B, bands, H, W], any size (padded to whole patches inside)."""
+        """Logits [B, K, H, W] of normalised float32 images [B, bands, H, W]; any size (padded to whole patches)."""
         height, width = images.shape[-2:]
         images = self._whole_patches(images, 0.0)
         return self.head(self.features(images), images.shape[-2:])[..., :height, :width]
@@ -141,7 +147,7 @@ class Segmenter(nn.Module):
 
 
 def normalisation(vit: nn.Module, bands: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per band of pixels in 0..1, as the backbone was pretrained; further bands get the average."""
+    """Mean and deviation per band of pixels in 0..1, as the backbone was pretrained; further bands get the average."""
     known = getattr(vit, "pretrained_cfg", None) or {}
     mean, std = tuple(known.get("mean", (0.5,) * 3)), tuple(known.get("std", (0.5,) * 3))
     extend = lambda values: (values + (sum(values) / len(values),) * bands)[:bands]  # noqa: E731
@@ -172,9 +178,13 @@ def build(config: Config) -> Segmenter:
     """
     model, data = config.model, config.data
     if len(data.classes) < 2:
-        raise ConfigError(f"data.classes={list(data.classes)} must name at least two classes, in the order of their indices")
+        raise ConfigError(
+            f"data.classes={list(data.classes)} must name at least two classes, in the order of their indices"
+        )
     if data.palette and len(data.palette) != len(data.classes):
-        raise ConfigError(f"data.palette has {len(data.palette)} colours for {len(data.classes)} classes; give one per class")
+        raise ConfigError(
+            f"data.palette has {len(data.palette)} colours for {len(data.classes)} classes; give one per class"
+        )
     vit_size = model.image_size or data.crop
     with torch.random.fork_rng():
         torch.manual_seed(config.run.seed)

@@ -1,4 +1,4 @@
-"""The frozen vision transformer: any timm ViT, built at the wanted patch and image size, with weights that are checked."""
+"""The frozen vision transformer: any timm ViT at the wanted patch and image size, its weights checked."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def _create(name: str, pretrained: bool, image_size: int, patch_size: int | None
         if not pretrained:
             raise BackboneError(f"cannot build {name} at image_size={image_size}: {_line(error)}") from error
         raise BackboneError(
-            f"weights of {name} cannot be had from timm's hub ({_line(error)}); give model.weights a file, or 'none' for random weights"
+            f"weights of {name} cannot be had from timm's hub ({_line(error)}); "
+            "give model.weights a file, or 'none' for random weights"
         ) from error
     except (TypeError, ValueError, AssertionError) as error:
         own = f" (its own image size is {own_size})" if own_size else ""
@@ -94,7 +95,7 @@ def _line(error: BaseException) -> str:
 
 
 def tiny_vit(image_size: int, patch_size: int = 8, in_chans: int = 3) -> VisionTransformer:
-    """The small ViT that ships with cegate: width 128, 8 layers, no class token; scripts/pretrain_tiny.py remakes it."""
+    """The ViT that ships with cegate: width 128, 8 layers, no class token; scripts/pretrain_tiny.py remakes it."""
     return VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,

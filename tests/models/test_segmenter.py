@@ -7,14 +7,25 @@ import pytest
 import torch
 
 import cegate
-from cegate.config import Config, DataConfig, GateConfig, ModelConfig, SetConfig, ToolboxConfig
-from cegate.config import FrequencyConfig, SemanticConfig, SpatialConfig
+from cegate.config import (
+    Config,
+    DataConfig,
+    FrequencyConfig,
+    GateConfig,
+    ModelConfig,
+    SemanticConfig,
+    SetConfig,
+    SpatialConfig,
+    ToolboxConfig,
+)
 from cegate.errors import BackboneError, ConfigError, DataError
 
 CONFIG = Config(
     data=DataConfig(classes=["background", "building", "road"], crop=64),
     model=ModelConfig(weights="none"),
-    toolbox=ToolboxConfig(spatial=SpatialConfig(rank=4), semantic=SemanticConfig(width=4), frequency=FrequencyConfig(width=4)),
+    toolbox=ToolboxConfig(
+        spatial=SpatialConfig(rank=4), semantic=SemanticConfig(width=4), frequency=FrequencyConfig(width=4)
+    ),
     gate=GateConfig(method="all"),
 )
 
@@ -60,7 +71,8 @@ def test_ignored_pixels_do_not_count(model):
 
 def test_only_toolbox_and_head_learn_and_the_backbone_stays_in_evaluation_mode(model):
     model.train()
-    assert not model.vit.training and model.head.training
+    assert not model.vit.training
+    assert model.head.training
     learn = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad}
     assert learn == {"toolbox", "head"}
 
@@ -68,7 +80,8 @@ def test_only_toolbox_and_head_learn_and_the_backbone_stays_in_evaluation_mode(m
 def test_predictions_of_an_array_do_not_depend_on_its_layout(model):
     image = np.random.default_rng(0).integers(0, 256, (3, 70, 90), dtype=np.uint8)
     classes = model.predict(image)
-    assert classes.shape == (70, 90) and classes.dtype == np.uint8
+    assert classes.shape == (70, 90)
+    assert classes.dtype == np.uint8
     assert np.array_equal(model.predict(np.moveaxis(image, 0, -1)), classes)
     proba = model.predict_proba(image)
     assert proba.dtype == np.float32

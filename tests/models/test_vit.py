@@ -11,7 +11,8 @@ from cegate.models.vit import build_vit, extract_features, feature_layers, tiny_
 
 def test_tiny_has_no_gradient_and_runs_at_other_sizes():
     vit = build_vit("tiny", weights="none", image_size=32)
-    assert not vit.training and not any(p.requires_grad for p in vit.parameters())
+    assert not vit.training
+    assert not any(p.requires_grad for p in vit.parameters())
     maps = extract_features(vit, torch.randn(2, 3, 24, 40), [0, 2, 4, 7])
     assert [tuple(m.shape) for m in maps] == [(2, 128, 3, 5)] * 4
 
@@ -37,11 +38,14 @@ def test_dinov2_large_runs_at_patch_16_and_512_pixels_with_resampled_embeddings(
     options = {"pretrained": False, "num_classes": 0, "depth": 2, "embed_dim": 64, "num_heads": 2}
     original = timm.create_model("vit_large_patch14_dinov2", img_size=518, **options)
     save_file(original.state_dict(), tmp_path / "dinov2.safetensors")
-    narrow = timm.create_model("vit_large_patch14_dinov2", img_size=512, patch_size=16, dynamic_img_size=True, **options)
+    narrow = timm.create_model(
+        "vit_large_patch14_dinov2", img_size=512, patch_size=16, dynamic_img_size=True, **options
+    )
     from cegate.models.vit import load_weights
 
     load_weights(narrow, tmp_path / "dinov2.safetensors")
-    assert narrow.patch_embed.proj.weight.shape[-1] == 16 and narrow.pos_embed.shape[1] == 1 + 32 * 32
+    assert narrow.patch_embed.proj.weight.shape[-1] == 16
+    assert narrow.pos_embed.shape[1] == 1 + 32 * 32
     assert torch.equal(narrow.blocks[1].mlp.fc1.weight, original.blocks[1].mlp.fc1.weight)
     smooth = torch.nn.functional.interpolate(torch.randn(1, 3, 16, 16), 518, mode="bicubic")
     finer = torch.nn.functional.interpolate(smooth, 512, mode="bicubic")

@@ -1,0 +1,58 @@
+"""Sliding windows: logits of an image of any size from a model that sees squares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def default_stride(crop: int) -> int:
+    """Two thirds of the window, as CrossEarth-Gate tests: 341 px for 512."""
+    return max(1, crop * 2 // 3)
+
+
+def window_starts(length: int, crop: int, stride: int) -> list[int]:
+    """First pixels of windows that cover an axis; the last one ends at the edge."""
+    return [*range(0, max(length - crop, 0), stride), max(length - crop, 0)]
+
+
+def slide(
+    forward: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int | None = None, *, batch: int = 1
+) -> Tensor:
+    """Logits of a whole image, averaged where windows overlap.
+
+    Args:
+        forward: normalised images [B, C, crop, crop] -> logits [B, K, crop, crop].
+        image: [1, C, H, W], normalised float32. Where it is shorter than a window it is filled up with zeros (the mean
+            colour) below and to the right.
+        crop: side of a window in pixels.
+        stride: step between windows in pixels; default two thirds of the window.
+        batch: windows per forward pass; it changes speed and memory only.
+
+    Returns:
+        [1, K, H, W] in the dtype of the logits, at least float32. One window gives exactly ``forward(image)``.
+    """
+    height, width = image.shape[-2:]
+    image = F.pad(image, (0, max(crop - width, 0), 0, max(crop - height, 0)))
+    stride = stride or default_stride(crop)
+    corners = [
+        (top, left)
+        for top in window_starts(image.shape[-2], crop, stride)
+        for left in window_starts(image.shape[-1], crop, stride)
+    ]
+    total = count = None
+    for first in range(0, len(corners), batch):
+        chunk = corners[first : first + batch]
+        windows = torch.cat([image[..., top : top + crop, left : left + crop] for top, left in chunk])
+        logits = forward(windows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if total is None:
+            total = logits.new_zeros(1, logits.shape[1], *image.shape[-2:])
+            count = logits.new_zeros(image.shape[-2:])
+        for window, (top, left) in zip(logits, chunk, strict=True):
+            total[0, :, top : top + crop, left : left + crop] += window
+            count[top : top + crop, left : left + crop] += 1
+    return (total / count)[..., :height, :width]
