@@ -1,0 +1,1 @@
+"""Fused operators, installed as ``cegate.kernels``; reached through :mod:`cegate.ops` only."""

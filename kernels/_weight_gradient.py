@@ -1,0 +1,58 @@
+"""narrow^T wide over all tokens: the weight gradient of every narrow projection, in fixed-order partial sums."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._support import HAS_TRITON, dot_block, pad
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from ._support import dot
+
+    @triton.jit
+    def _weight_gradient_kernel(
+        narrow_ptr, wide_ptr, partial_ptr, images, tokens, tokens_per_part, rank, channels,
+        narrow_stride, wide_batch_stride, wide_token_stride,
+        RP: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    ):  # fmt: skip
+        part = tl.program_id(1)
+        channel, r = tl.program_id(0) * BC + tl.arange(0, BC), tl.arange(0, RP)
+        channel_ok, rank_ok = channel < channels, r < rank
+        total = tl.zeros([RP, BC], tl.float32)
+        first = part.to(tl.int64) * tokens_per_part
+        for step in range(0, tokens_per_part, BM):
+            m = step + tl.arange(0, BM)
+            ok = (m < tokens_per_part) & (first + m < images * tokens)
+            m += first
+            a = narrow_ptr + m[None, :] * narrow_stride + r[:, None]
+            b = wide_ptr + (m // tokens * wide_batch_stride + m % tokens * wide_token_stride)[:, None] + channel[None, :]
+            a = tl.load(a, mask=rank_ok[:, None] & ok[None, :], other=0.0)
+            b = tl.load(b, mask=ok[:, None] & channel_ok[None, :], other=0.0)
+            total = dot(a, b.to(narrow_ptr.dtype.element_ty), total)
+        at = (part * rank + r)[:, None].to(tl.int64) * channels + channel[None, :]
+        tl.store(partial_ptr + at, total, mask=rank_ok[:, None] & channel_ok[None, :])
+
+
+def weight_gradient(narrow: Tensor, wide: Tensor) -> Tensor:
+    """[R, C] in the dtype of narrow = sum over tokens of narrow [B, N, R] times wide [B, N, C].
+
+    Args:
+        narrow: contiguous but for a padded row, so that token (b, n) starts at ``(b * N + n) * narrow.stride(1)``.
+        wide: last stride 1.
+    """
+    images, tokens, rank = narrow.shape
+    channels = wide.shape[-1]
+    block = 64 if rank <= 128 else 32
+    # a fixed number of parts, so that the order of the sum depends on the shape alone
+    parts = max(1, min(8, images * tokens // 512))
+    partial = torch.empty(parts, rank, channels, dtype=torch.float32, device=wide.device)
+    _weight_gradient_kernel[(triton.cdiv(channels, block), parts)](
+        narrow, wide, partial, images, tokens, triton.cdiv(images * tokens, parts), rank, channels,
+        narrow.stride(1), wide.stride(0), wide.stride(1),
+        RP=pad(rank), BM=dot_block(narrow.dtype), BC=block, num_warps=4 if rank <= 64 else 8, num_stages=3,
+    )  # fmt: skip
+    return partial.sum(0).to(narrow.dtype)

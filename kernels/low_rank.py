@@ -1,0 +1,435 @@
+"""Low-rank maps beside a frozen one: bottleneck adapters and LoRA, added to what they accompany."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._support import HAS_TRITON, compute_dtype, dot_block, pad, pick_backend
+
+ACTIVATIONS = (None, "relu", "gelu")
+MAX_RANK = 256
+
+
+def _activate(pre: Tensor, activation: str | None) -> Tensor:
+    if activation == "relu":
+        return torch.relu(pre)
+    return torch.nn.functional.gelu(pre) if activation == "gelu" else pre
+
+
+def _activate_backward(pre: Tensor, dhidden: Tensor, activation: str | None) -> Tensor:
+    if activation == "relu":
+        return torch.where(pre > 0, dhidden, 0)
+    return torch.ops.aten.gelu_backward(dhidden, pre) if activation == "gelu" else dhidden
+
+
+def _product(narrow: Tensor, weight: Tensor, scale: float, base: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """base + scale * narrow [M, r] @ weight [out, r]^T."""
+    if base is None:
+        return (scale * narrow @ weight.mT).to(out_dtype)
+    if base.dtype == narrow.dtype:
+        return torch.addmm(base, narrow, weight.mT, alpha=scale)
+    return base + scale * (narrow @ weight.mT)
+
+
+if HAS_TRITON:
+    import triton
+    import triton.language as tl
+
+    from ._support import dot
+    from ._weight_gradient import weight_gradient
+
+    @triton.jit
+    def _gelu(pre):
+        return 0.5 * pre * (1.0 + tl.erf(pre * 0.7071067811865476))
+
+    @triton.jit
+    def _gelu_backward(pre):
+        density = tl.exp(-0.5 * pre * pre) * 0.3989422804014327
+        return 0.5 * (1.0 + tl.erf(pre * 0.7071067811865476)) + pre * density
+
+    @triton.jit
+    def _low_rank_kernel(
+        x_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, base_ptr, y_ptr, pre_ptr, scale,
+        tokens, channels, rank, out, x_stride, base_stride, y_stride, pre_stride, part_offset,
+        HAS_BASE: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+        BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
+    ):  # fmt: skip
+        """One part (program axis 1: one map, or q and v) for one block of tokens; x comes from memory once, then from L2."""
+        part = tl.program_id(1)
+        m, r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, RP)
+        ok, rank_ok = m < tokens, r < rank
+        down_ptr += part * rank * channels
+        pre = tl.zeros([BM, RP], tl.float32)
+        for start in range(0, channels, BK):
+            c = start + tl.arange(0, BK)
+            c_ok = c < channels
+            x = tl.load(x_ptr + m[:, None] * x_stride + c[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0)
+            down = down_ptr + r[None, :] * channels + c[:, None]
+            pre = dot(x, tl.load(down, mask=c_ok[:, None] & rank_ok[None, :], other=0.0), pre)
+        if HAS_DOWN_BIAS:
+            pre += tl.load(down_bias_ptr + r, mask=rank_ok, other=0.0).to(tl.float32)[None, :]
+        pre_at = pre_ptr + m[:, None] * pre_stride + (part * rank + r)[None, :]
+        tl.store(pre_at, pre.to(pre_ptr.dtype.element_ty), mask=ok[:, None] & rank_ok[None, :])
+        if ACTIVATION == "relu":
+            pre = tl.maximum(pre, 0.0)
+        if ACTIVATION == "gelu":
+            pre = _gelu(pre)
+        hidden = (pre * scale).to(up_ptr.dtype.element_ty)
+        up_ptr += part * out * rank
+        for start in range(0, out, BC):
+            c = start + tl.arange(0, BC)
+            c_ok = c < out
+            at_ok = ok[:, None] & c_ok[None, :]
+            y = tl.zeros([BM, BC], tl.float32)
+            if HAS_BASE:
+                base = base_ptr + m[:, None] * base_stride + (part * part_offset + c)[None, :]
+                y = tl.load(base, mask=at_ok, other=0.0).to(tl.float32)
+            if HAS_UP_BIAS:
+                y += scale * tl.load(up_bias_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+            up = tl.load(up_ptr + c[None, :] * rank + r[:, None], mask=rank_ok[:, None] & c_ok[None, :], other=0.0)
+            y = dot(hidden, up, y)
+            y_at = y_ptr + m[:, None] * y_stride + (part * part_offset + c)[None, :]
+            tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=at_ok)
+
+    @triton.jit
+    def _part_backward(
+        dy_ptr, up_ptr, pre_ptr, dpre_ptr, hidden_ptr, scale, m, ok, rank, out, dy_stride, pre_stride,
+        ACTIVATION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
+    ):  # fmt: skip
+        """Gradient of the pre-activation of one part [BM, RP]; stores it and the scaled activation for the weights."""
+        r = tl.arange(0, RP)
+        dpre = tl.zeros([BM, RP], tl.float32)
+        for start in range(0, out, BC):
+            c = start + tl.arange(0, BC)
+            c_ok = c < out
+            dy = tl.load(dy_ptr + m[:, None] * dy_stride + c[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0)
+            up = tl.load(up_ptr + c[:, None] * rank + r[None, :], mask=c_ok[:, None] & (r < rank)[None, :], other=0.0)
+            dpre = dot(dy, up, dpre)
+        dpre *= scale
+        at = m[:, None] * pre_stride + r[None, :]
+        at_ok = ok[:, None] & (r < rank)[None, :]
+        pre = tl.load(pre_ptr + at, mask=at_ok, other=0.0).to(tl.float32)
+        hidden = pre
+        if ACTIVATION == "relu":
+            dpre = tl.where(pre > 0, dpre, 0.0)
+            hidden = tl.maximum(pre, 0.0)
+        if ACTIVATION == "gelu":
+            dpre *= _gelu_backward(pre)
+            hidden = _gelu(pre)
+        dpre = dpre.to(up_ptr.dtype.element_ty)
+        tl.store(dpre_ptr + at, dpre, mask=at_ok)
+        tl.store(hidden_ptr + at, (hidden * scale).to(up_ptr.dtype.element_ty), mask=at_ok)
+        return dpre
+
+    @triton.jit
+    def _low_rank_backward_kernel(
+        dy_ptr, down_ptr, up_ptr, pre_ptr, dpre_ptr, hidden_ptr, dx_ptr, scale,
+        tokens, channels, rank, out, dy_stride, pre_stride, part_offset,
+        WANTS_X: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
+        BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
+    ):  # fmt: skip
+        m, r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, RP)
+        ok, rank_ok = m < tokens, r < rank
+        first = _part_backward(
+            dy_ptr, up_ptr, pre_ptr, dpre_ptr, hidden_ptr, scale, m, ok, rank, out, dy_stride, pre_stride,
+            ACTIVATION, BM, BK, RP,
+        )  # fmt: skip
+        if PARTS == 2:
+            second = _part_backward(
+                dy_ptr + part_offset, up_ptr + out * rank, pre_ptr + rank, dpre_ptr + rank, hidden_ptr + rank,
+                scale, m, ok, rank, out, dy_stride, pre_stride, ACTIVATION, BM, BK, RP,
+            )  # fmt: skip
+        if WANTS_X:
+            for start in range(0, channels, BC):
+                c = start + tl.arange(0, BC)
+                c_ok = c < channels
+                down = down_ptr + r[:, None] * channels + c[None, :]
+                down_ok = rank_ok[:, None] & c_ok[None, :]
+                dx = dot(first, tl.load(down, mask=down_ok, other=0.0), tl.zeros([BM, BC], tl.float32))
+                if PARTS == 2:
+                    dx = dot(second, tl.load(down + rank * channels, mask=down_ok, other=0.0), dx)
+                at = m[:, None] * channels + c[None, :]
+                tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=ok[:, None] & c_ok[None, :])
+
+
+def _tiles(rank: int, dtype: torch.dtype) -> dict[str, int]:
+    return {
+        "BM": 32 if dtype == torch.float32 or rank > 128 else 64,
+        "BK": dot_block(dtype) if rank <= 128 else 32,
+        "BC": 64 if rank <= 128 else 32,
+        "RP": pad(rank),
+        "num_warps": 4 if rank <= 64 else 8,
+    }
+
+
+def _rows(flat: Tensor) -> Tensor:
+    """The same [M, C] with unit stride in a row."""
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _launch_forward(x, down, up, base, down_bias, up_bias, y, activation, scale, part_offset=0) -> Tensor:
+    """Writes y [M, ..] and returns the pre-activation [M, parts * r]; down [parts * r, C], up [parts, out, r]."""
+    parts, out, rank = up.shape
+    pre = torch.empty(x.shape[0], parts * rank, dtype=down.dtype, device=x.device)
+    tiles = _tiles(rank, down.dtype)
+    _low_rank_kernel[(triton.cdiv(x.shape[0], tiles["BM"]), parts)](
+        x, down, down_bias, up, up_bias, base, y, pre, scale, x.shape[0], x.shape[1], rank, out,
+        x.stride(0), 0 if base is None else base.stride(0), y.stride(0), pre.stride(0), part_offset,
+        HAS_BASE=base is not None, HAS_DOWN_BIAS=down_bias is not None, HAS_UP_BIAS=up_bias is not None,
+        ACTIVATION=activation or "none", **tiles,
+    )  # fmt: skip
+    return pre
+
+
+def _launch_backward(x, pre, down, up, dy, activation, scale, wants_x, part_offset=0):
+    """dx [M, C] or None, dpre and the scaled activation, both [M, parts * r]."""
+    parts, out, rank = up.shape
+    tiles = _tiles(rank, down.dtype)
+    dpre, hidden = torch.empty_like(pre), torch.empty_like(pre)
+    dx = torch.empty(x.shape if wants_x else 0, dtype=x.dtype, device=x.device)
+    _low_rank_backward_kernel[(triton.cdiv(x.shape[0], tiles["BM"]),)](
+        dy, down, up, pre, dpre, hidden, dx, scale, x.shape[0], x.shape[1], rank, out, dy.stride(0), pre.stride(0),
+        part_offset, WANTS_X=wants_x, PARTS=parts, ACTIVATION=activation or "none", **tiles,
+    )  # fmt: skip
+    return dx if wants_x else None, dpre, hidden
+
+
+def _forward_triton(x, down, up, base, down_bias, up_bias, activation, scale):
+    x, base = _rows(x), None if base is None else _rows(base)
+    dtype = x.dtype if base is None else base.dtype
+    y = torch.empty(x.shape[0], up.shape[0], dtype=dtype, device=x.device)
+    return y, _launch_forward(x, down, up[None], base, down_bias, up_bias, y, activation, scale)
+
+
+def _backward_triton(x, pre, down, up, dy, activation, scale, wants_x, wants_down, wants_up):
+    x, dy = _rows(x), _rows(dy)
+    dx, dpre, hidden = _launch_backward(x, pre, down, up[None], dy, activation, scale, wants_x)
+    ddown = weight_gradient(dpre[None], x[None]) if wants_down else None
+    dup = weight_gradient(hidden[None], dy[None]).mT if wants_up else None
+    return dx, ddown, dup, dpre
+
+
+def _forward(x, down, up, base, down_bias, up_bias, activation, scale):
+    narrow = x.to(down.dtype)
+    pre = narrow @ down.mT if down_bias is None else torch.addmm(down_bias, narrow, down.mT)
+    y = _product(_activate(pre, activation), up, scale, base, x.dtype if base is None else base.dtype)
+    return y if up_bias is None else y.add_(up_bias, alpha=scale), pre
+
+
+def _backward(x, pre, down, up, dy, activation, scale, wants_x, wants_down, wants_up):
+    dy = dy.to(up.dtype)
+    dup = dy.mT @ (_activate(pre, activation) * scale) if wants_up else None
+    dpre = _activate_backward(pre, (dy @ up).mul_(scale), activation)
+    dx = (dpre @ down).to(x.dtype) if wants_x else None
+    return dx, dpre.mT @ x.to(dpre.dtype) if wants_down else None, dup, dpre
+
+
+class _LowRank(torch.autograd.Function):
+    """Keeps x [M, C] and the narrow pre-activation [M, r]."""
+
+    @staticmethod
+    def forward(x, down, up, base, down_bias, up_bias, activation, scale, backend):
+        run = _forward_triton if backend == "triton" else _forward
+        return run(x, down, up, base, down_bias, up_bias, activation, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, down, up, _, _, _, ctx.activation, ctx.scale, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, output[1], down, up)
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        if dy is None:
+            return (None,) * 9
+        x, pre, down, up = ctx.saved_tensors
+        wants_x, wants_down, wants_up, wants_base, wants_down_bias, wants_up_bias, *_ = ctx.needs_input_grad
+        run = _backward_triton if ctx.backend == "triton" else _backward
+        dx, ddown, dup, dpre = run(x, pre, down, up, dy, ctx.activation, ctx.scale, wants_x, wants_down, wants_up)
+        ddown_bias = dpre.sum(0) if wants_down_bias else None
+        dup_bias = (dy.sum(0) * ctx.scale).to(up.dtype) if wants_up_bias else None
+        return dx, ddown, dup, dy if wants_base else None, ddown_bias, dup_bias, None, None, None
+
+
+def low_rank(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    base: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str | None = None,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """``base + scale * (up(activation(down(x))))``: LoRA without activation, a bottleneck adapter with one.
+
+    Args:
+        x: [..., C] float32, bfloat16, float16 (float64 in PyTorch only); any strides.
+        down, down_bias: [r, C], [r].
+        up, up_bias: [out, r], [out]; the bias is scaled too.
+        base: [..., out] what the result is added to; any strides, for example a part of a fused qkv output. It is not changed.
+        activation: None, "relu" or "gelu" (exact).
+        scale: factor of the low-rank part.
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        [..., out] in the dtype of base, or of x without one. Weights are cast to the dtype of x, or to autocast's.
+
+    Raises:
+        ValueError: shapes or activation do not fit.
+
+    Source: LoRA, arXiv:2106.09685; AdaptFormer, arXiv:2205.13535.
+    """
+    _check(x, down, up, base, down_bias, up_bias, activation)
+    chosen = _pick("low_rank", backend, down.shape[0], out=up.shape[0], x=x, down=down)
+    dtype = compute_dtype(x)
+    down, up = down.to(dtype), up.to(dtype)
+    down_bias, up_bias = (None if bias is None else bias.to(dtype) for bias in (down_bias, up_bias))
+    flat_base = None if base is None else base.reshape(-1, up.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        y, _ = _LowRank.apply(
+            x.reshape(-1, x.shape[-1]), down, up, flat_base, down_bias, up_bias, activation, float(scale), chosen
+        )
+    return y.view(*x.shape[:-1], up.shape[0])
+
+
+def _pick(op: str, backend: str, rank: int, *, out: int, **tensors: Tensor) -> str:
+    limits = [f"rank {rank} is above {MAX_RANK}"] if rank > MAX_RANK else []
+    chosen = pick_backend(op, backend, limits=limits, **tensors)
+    return chosen if tensors["x"].numel() and rank and out else "torch"
+
+
+class _LowRankQV(torch.autograd.Function):
+    """Adds to q and v of qkv [B, T, 3D] in place; the gradient of qkv passes straight through."""
+
+    @staticmethod
+    def forward(qkv, x, down, up, scale, backend):
+        _, width, rank = up.shape
+        flat = qkv.view(-1, 3 * width)
+        if backend == "triton":
+            return qkv, _launch_forward(_rows(x), down, up, flat, None, None, flat, None, scale, 2 * width)
+        hidden = x.to(down.dtype) @ down.mT  # [M, 2r], q then v
+        for part in (0, 1):
+            target, narrow = flat[:, 2 * part * width :][:, :width], hidden[:, part * rank :][:, :rank]
+            if qkv.dtype == hidden.dtype:
+                target.addmm_(narrow, up[part].mT, alpha=scale)
+            else:
+                target += scale * (narrow @ up[part].mT)
+        return qkv, hidden
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        qkv, x, down, up, ctx.scale, ctx.backend = inputs
+        ctx.mark_dirty(qkv)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, output[1], down, up)
+
+    @staticmethod
+    def backward(ctx, dqkv, _):
+        if dqkv is None:
+            return (None,) * 6
+        x, hidden, down, up = ctx.saved_tensors
+        _, wants_x, wants_down, wants_up, *_ = ctx.needs_input_grad
+        run = _qv_backward_triton if ctx.backend == "triton" else _qv_backward
+        flat = dqkv.reshape(-1, dqkv.shape[-1])
+        dx, ddown, dup = run(x, hidden, down, up, flat, ctx.scale, wants_x, wants_down, wants_up)
+        return dqkv, dx, ddown, dup, None, None
+
+
+def _qv_backward_triton(x, pre, down, up, dqkv, scale, wants_x, wants_down, wants_up):
+    _, width, rank = up.shape
+    x, dqkv = _rows(x), _rows(dqkv)
+    dx, dpre, hidden = _launch_backward(x, pre, down, up, dqkv, None, scale, wants_x, 2 * width)
+    ddown = weight_gradient(dpre[None], x[None]) if wants_down else None
+    dup = None
+    if wants_up:
+        parts = ((hidden[:, :rank], dqkv[:, :width]), (hidden[:, rank:], dqkv[:, 2 * width :]))
+        dup = torch.stack([weight_gradient(narrow[None], dy[None]).mT for narrow, dy in parts])
+    return dx, ddown, dup
+
+
+def _qv_backward(x, hidden, down, up, dqkv, scale, wants_x, wants_down, wants_up):
+    _, width, rank = up.shape
+    dq, _, dv = dqkv.to(down.dtype).split(width, dim=1)
+    dx = ddown = dup = None
+    if wants_up:
+        dup = torch.stack([dq.mT @ (hidden[:, :rank] * scale), dv.mT @ (hidden[:, rank:] * scale)])
+    if wants_x or wants_down:
+        dhidden = torch.cat([dq @ up[0], dv @ up[1]], dim=1).mul_(scale)
+        dx = (dhidden @ down).to(x.dtype) if wants_x else None
+        ddown = dhidden.mT @ x.to(down.dtype) if wants_down else None
+    return dx, ddown, dup
+
+
+def low_rank_qv_(
+    qkv: Tensor,
+    x: Tensor,
+    down_q: Tensor,
+    up_q: Tensor,
+    down_v: Tensor,
+    up_v: Tensor,
+    scale: float = 1.0,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """LoRA on the query and value parts of a fused qkv output, added in place.
+
+    Args:
+        qkv: [B, T, 3D] contiguous, the output of the fused projection; changed and returned. No leaf that wants a gradient.
+        x: [B, T, C], what the projection saw.
+        down_q, down_v: [r, C].
+        up_q, up_v: [D, r].
+        scale: factor of the low-rank part.
+        backend: "auto", "torch" or "triton".
+
+    Raises:
+        ValueError: shapes do not fit, or qkv is not contiguous.
+    """
+    rank, width = down_q.shape[0], up_q.shape[0]
+    if not qkv.is_contiguous() or qkv.shape != (*x.shape[:-1], 3 * width):
+        raise ValueError(
+            f"low_rank_qv_: qkv {tuple(qkv.shape)} must be contiguous and {(*x.shape[:-1], 3 * width)} "
+            f"for x {tuple(x.shape)} and up_q {tuple(up_q.shape)}"
+        )
+    for name, down, up in (("q", down_q, up_q), ("v", down_v, up_v)):
+        if down.shape != (rank, x.shape[-1]) or up.shape != (width, rank):
+            raise ValueError(
+                f"low_rank_qv_: down_{name} {tuple(down.shape)} and up_{name} {tuple(up.shape)} must be "
+                f"{(rank, x.shape[-1])} and {(width, rank)}"
+            )
+    chosen = _pick("low_rank_qv_", backend, rank, out=width, qkv=qkv, x=x, down_q=down_q)
+    dtype = compute_dtype(x)
+    if torch.compiler.is_compiling():  # the compiler has no in-place autograd functions, but fuses the additions itself
+        q, k, v = qkv.chunk(3, dim=-1)
+        q = low_rank(x, down_q, up_q, base=q, scale=scale, backend=backend)
+        v = low_rank(x, down_v, up_v, base=v, scale=scale, backend=backend)
+        return torch.cat([q, k, v], dim=-1)
+    down, up = torch.cat([down_q, down_v]).to(dtype), torch.stack([up_q, up_v]).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        flat = x.reshape(-1, x.shape[-1])
+        return _LowRankQV.apply(qkv, flat, down, up, float(scale), chosen)[0]
+
+
+def _check(x, down, up, base, down_bias, up_bias, activation) -> None:
+    rank, out = down.shape[0], up.shape[0]
+    expected = {
+        "down": (down, (rank, x.shape[-1])),
+        "up": (up, (out, rank)),
+        "base": (base, (*x.shape[:-1], out)),
+        "down_bias": (down_bias, (rank,)),
+        "up_bias": (up_bias, (out,)),
+    }
+    problems = [
+        f"{name} has shape {tuple(tensor.shape)}, expected {shape}"
+        for name, (tensor, shape) in expected.items()
+        if tensor is not None and tuple(tensor.shape) != shape
+    ]
+    if activation not in ACTIVATIONS:
+        problems.append(f"activation={activation!r} is unknown, use None, 'relu' or 'gelu'")
+    if problems:
+        raise ValueError(f"low_rank: {'; '.join(problems)}")

@@ -1,0 +1,115 @@
+"""Compiles every launch of the Triton kernels ahead of time, without a GPU, and prints one JSON object a kernel.
+
+    python aot_compile.py 90 bfloat16 [--all]
+
+The launchers run on meta tensors with ``JITFunction.run`` replaced: what they would launch is compiled for the target
+instead, so the configurations are the shipped ones by construction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from cegate.kernels import _frequency_kernels, low_pass, low_rank, sum_squared_gradients
+
+_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_launches: dict[tuple, tuple] = {}
+
+
+def _record(self, *args, grid, warmup, num_warps=4, num_stages=3, **meta):
+    """Stands in for ``JITFunction.run``: keeps the specialisation that the launch would compile."""
+    named = dict(zip(self.arg_names, args, strict=False)) | meta
+    signature, constants, aligned = {}, {}, []
+    for position, parameter in enumerate(self.params):
+        value = named[parameter.name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[parameter.name], constants[(position,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+            aligned.append(position)
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+            aligned += [position] * (value % 16 == 0)
+        else:
+            signature[parameter.name] = "fp32"
+    key = (self.__name__, tuple(signature.items()), str(constants), tuple(aligned), num_warps, num_stages)
+    _launches[key] = (self, signature, constants, aligned, {"num_warps": num_warps, "num_stages": num_stages})
+
+
+def _run_launchers(dtype: torch.dtype, every: bool) -> None:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    shapes = [(4, (32, 32), 1024, 32)]
+    if every:
+        shapes += [(16, (64, 64), 1024, 32), (2, (37, 19), 768, 16), (1, (128, 128), 384, 64), (1, (5, 7), 48, 3)]
+    for batch, grid, channels, d in shapes:
+        x, rank = empty(batch, grid[0] * grid[1], channels), 3 * d + 3
+        smooth = torch.empty((), device="meta")
+        for cutoff in (0.3, smooth) if every else (0.3,):
+            kept = low_pass.make_filter(x, grid, cutoff, "official", 0.5)
+            low_pass._low_pass_triton(x, grid, kept)
+            weights = empty(rank, channels), empty(rank), empty(rank, channels), torch.empty((), dtype=dtype, device="meta")
+            _, hidden = _frequency_kernels.forward(x, *weights, kept, grid)
+            enter, _, leave, scale = weights
+            _frequency_kernels.backward(x, hidden, enter, leave, scale, kept, grid, x, True, True, True)
+    maps = [(64, None, 1024), (64, "gelu", 1024)]
+    if every:
+        maps += [(8, "relu", 192), (130, None, 768), (256, "gelu", 1024)]
+    x = empty(4100, 1024)
+    for rank, activation, out in maps:
+        down, up, base, dy = empty(rank, 1024), empty(out, rank), empty(4100, 3 * out)[:, :out], empty(4100, out)
+        biases = (None, None) if activation is None else (empty(rank), empty(out))
+        _, pre = low_rank._forward_triton(x, down, up, base, *biases, activation, 0.5)
+        low_rank._backward_triton(x, pre, down, up, dy, activation, 0.5, True, True, True)
+        if activation is None:
+            down, up, qkv = empty(2 * rank, 1024), empty(2, out, rank), empty(4100, 3 * out)
+            pre = low_rank._launch_forward(x, down, up, qkv, None, None, qkv, None, 0.5, 2 * out)
+            low_rank._qv_backward_triton(x, pre, down, up, qkv, 0.5, True, True, True)
+    for reduce in (False, True):
+        sum_squared_gradients._sum_squared_triton(empty(16, 1025, 1024), empty(16, 1025, 64), reduce)
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory of a cubin; a spill shows as stack."""
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int)
+    parser.add_argument("dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--all", action="store_true", help="also the unusual grids, widths and ranks")
+    options = parser.parse_args()
+    JITFunction.run = _record
+    _run_launchers(getattr(torch, options.dtype), options.all)
+    target = GPUTarget("cuda", options.capability, 32)
+    for function, signature, constants, aligned, flags in _launches.values():
+        attributes = {(position,): [["tt.divisibility", 16]] for position in aligned}
+        source = ASTSource(function, signature, constants, attributes)
+        compiled = triton.compile(source, target=target, options=flags)
+        meta = {function.arg_names[at[0]]: value for at, value in constants.items()}
+        report = {"kernel": function.__name__, "shared": compiled.metadata.shared, "meta": str(meta), **flags}
+        print(json.dumps(report | _resources(compiled.asm["cubin"])), flush=True)
+
+
+if __name__ == "__main__":
+    main()
