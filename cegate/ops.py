@@ -1,0 +1,353 @@
+"""The fused operators: the only door to ``kernels/`` and ``csrc/``.
+
+Every operator takes ``backend``: ``"torch"`` (plain PyTorch, runs anywhere), ``"triton"`` (GPU), ``"cpp"`` (CPU, the
+compiled extension) or ``"auto"``, which takes the fastest of them that can run the given tensors and never fails for
+lack of one. A backend that is named and cannot run raises :class:`~cegate.errors.BackendError` with every reason.
+Nothing is compiled at import.
+
+``adapters`` lets one batch carry samples of several adapters: weights then have a leading axis A, and ``adapters[b]`` is
+the index of sample b's adapter, or -1 where the operator is off for it (see :mod:`cegate.dispatch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cegate import native
+from cegate.errors import BackendError
+from cegate.kernels._support import KernelUnavailableError, compute_dtype
+from cegate.kernels.frequency_adapter import frequency_adapter as _frequency_adapter
+from cegate.kernels.low_pass import low_pass as _low_pass
+from cegate.kernels.low_pass import make_filter
+from cegate.kernels.low_rank import low_rank as _low_rank
+from cegate.kernels.low_rank import low_rank_qv_ as _low_rank_qv_
+from cegate.kernels.sum_squared_gradients import sum_squared_bias_gradients as _sum_squared_bias_gradients
+from cegate.kernels.sum_squared_gradients import sum_squared_gradients as _sum_squared_gradients
+
+Backend = Literal["auto", "torch", "triton", "cpp"]
+Band = Literal["official", "symmetric"]
+Grid = tuple[int, int]
+
+BACKENDS = ("auto", "torch", "triton", "cpp")
+TAU = 0.5
+
+
+def _runs_in_cpp(op: str, backend: str, tensors: dict[str, Tensor], limits: Sequence[str] = ()) -> bool:
+    """Whether the extension takes the call; ``limits`` are the caller's own reasons against it."""
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend={backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    x = next(iter(tensors.values()))
+    if backend not in ("auto", "cpp") or (backend == "auto" and x.device.type != "cpu"):
+        return False
+    reasons = [*limits, *native.obstacles(tensors)]
+    if compute_dtype(x) != x.dtype:
+        reasons.append("autocast is on")
+    if reasons and backend == "cpp":
+        raise BackendError(f"{op}: backend='cpp' cannot run: {'; '.join(reasons)}; use backend='auto'")
+    return not reasons
+
+
+def _kernel(function: Callable, *args, **options):
+    """Call an operator of ``kernels/``, which knows nothing of cegate's errors."""
+    try:
+        return function(*args, **options)
+    except KernelUnavailableError as error:
+        raise BackendError(str(error)) from error
+
+
+def _no_cpp(op: str, backend: str) -> str:
+    if backend == "cpp":
+        raise BackendError(f"{op}: backend='cpp' cannot run: it has no C++ form; use backend='auto'")
+    return backend
+
+
+def _each_adapter(adapters: Sequence[int], like: Tensor) -> list[tuple[int, Tensor]]:
+    """(adapter, samples) pairs of the adapters that are on."""
+    wanted = sorted({adapter for adapter in adapters if adapter >= 0})
+    return [
+        (adapter, torch.tensor([b for b, other in enumerate(adapters) if other == adapter], device=like.device))
+        for adapter in wanted
+    ]
+
+
+def _check_adapters(op: str, adapters: Sequence[int], x: Tensor, stacked: int) -> None:
+    if len(adapters) != len(x):
+        raise ValueError(f"{op}: adapters has {len(adapters)} entries for {len(x)} samples")
+    for b, adapter in enumerate(adapters):
+        if not -1 <= adapter < stacked:
+            raise ValueError(f"{op}: adapters[{b}] is {adapter}, accepted are -1 (off) to {stacked - 1}")
+
+
+def _own(weights: Sequence[Tensor | None], adapter: int, stacked: bool) -> list[Tensor | None]:
+    """The weights of one adapter."""
+    return [weight[adapter] if stacked and weight is not None else weight for weight in weights]
+
+
+def low_pass(
+    x: Tensor,
+    grid: Grid,
+    cutoff: float | Tensor = 0.3,
+    band: Band = "official",
+    *,
+    tau: float = TAU,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Keep the low spatial frequencies of a token grid, channel by channel; linear and self-adjoint.
+
+    Args:
+        x: [B, H*W, C], tokens row by row; any strides.
+        grid: (H, W).
+        cutoff: share rho of the band, 0..1: frequencies -c .. c-1 of both axes stay, c = int(min(H, W) * rho // 2). A
+            scalar tensor is learnable: the edge is then sigmoid((c - |k|) / tau), c = min(H, W) * rho / 2.
+        band: "official" (-c .. c-1) or "symmetric" (-c .. c); without effect on a tensor cutoff.
+        tau: width of the learnable edge in frequency bins.
+        backend: see the module.
+
+    Returns:
+        [B, H*W, C] in the dtype of x.
+
+    Raises:
+        ValueError: grid, cutoff or band do not fit.
+        BackendError: the named backend cannot run.
+    """
+    if _runs_in_cpp("low_pass", backend, {"x": x}, _learnable(cutoff)):
+        return torch.ops.cegate.low_pass(x, *_filter(x, grid, cutoff, band))
+    return _kernel(_low_pass, x, grid, cutoff, band, tau=tau, backend=backend)
+
+
+def _filter(x: Tensor, grid: Grid, cutoff: float, band: Band) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    kept = make_filter(x, grid, cutoff, band, TAU)
+    return kept.rows, kept.columns, kept.row_weights, kept.column_weights, kept.coupled
+
+
+def _learnable(cutoff: float | Tensor) -> Sequence[str]:
+    return ("a learnable cutoff has no C++ form",) if isinstance(cutoff, Tensor) else ()
+
+
+def frequency_adapter(
+    x: Tensor,
+    grid: Grid,
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    router: Tensor,
+    router_bias: Tensor,
+    scale: Tensor,
+    cutoff: float | Tensor = 0.3,
+    band: Band = "official",
+    *,
+    tau: float = TAU,
+    adapters: Sequence[int] | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """x plus the gated sum of three bottleneck experts that see x, its low-pass and its high-pass.
+
+    Args:
+        x: [B, H*W, C] patch tokens row by row; any strides.
+        grid: (H, W).
+        down, down_bias: [3, d, C], [3, d]; experts in the order spatial, low, high.
+        up, up_bias: [3, C, d], [3, C].
+        router, router_bias: [3, C], [3]; logits of the gates.
+        scale: [] factor of the mixture.
+        cutoff, band, tau: as in :func:`low_pass`.
+        adapters: adapter of each sample, see the module; weights then are [A, 3, d, C] and so on.
+        backend: see the module.
+
+    Returns:
+        [B, H*W, C] in the dtype of x: ``x + scale * mixture``. Weights are cast to that dtype.
+
+    Raises:
+        ValueError: shapes, cutoff, band or adapters do not fit.
+        BackendError: the named backend cannot run.
+
+    Source: Earth-Adapter, arXiv:2504.06220.
+    """
+    weights = (down, down_bias, up, up_bias, router, router_bias, torch.as_tensor(scale, device=x.device))
+    if _runs_in_cpp("frequency_adapter", backend, {"x": x}, _learnable(cutoff)):
+        cast = [weight if weight.dtype == x.dtype else weight.to(x.dtype) for weight in weights]
+        return torch.ops.cegate.frequency_adapter(x, *cast, *_filter(x, grid, cutoff, band), adapters or [])[0]
+    rest = {"cutoff": cutoff, "band": band, "tau": tau, "backend": backend}
+    if not adapters:
+        return _kernel(_frequency_adapter, x, grid, *weights, **rest)
+    stacked = down.ndim == 4
+    _check_adapters("frequency_adapter", adapters, x, len(down) if stacked else 1)
+    y = x
+    for adapter, samples in _each_adapter(adapters, x):
+        part = _kernel(_frequency_adapter, x[samples], grid, *_own(weights, adapter, stacked), **rest)
+        y = y.index_copy(0, samples, part)
+    return y
+
+
+def low_rank(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    base: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: Literal["gelu", "relu"] | None = None,
+    scale: float = 1.0,
+    adapters: Sequence[int] | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """``base + scale * up(activation(down(x)))``: LoRA without activation, a bottleneck adapter with one.
+
+    Args:
+        x: [..., C]; any strides. [B, T, C] with ``adapters``.
+        down, down_bias: [r, C], [r].
+        up, up_bias: [out, r], [out]; the bias is scaled too.
+        base: [..., out] what the result is added to; any strides, for example a part of a fused qkv output; not changed.
+        activation: None, "relu" or "gelu" (exact).
+        scale: factor of the low-rank part.
+        adapters: adapter of each sample, see the module; weights then are [A, r, C] and so on.
+        backend: see the module.
+
+    Returns:
+        [..., out] in the dtype of base, or of x without one; zeros without base where the operator is off.
+
+    Raises:
+        ValueError: shapes, activation or adapters do not fit.
+        BackendError: the named backend cannot run.
+
+    Source: LoRA, arXiv:2106.09685; AdaptFormer, arXiv:2205.13535.
+    """
+    named = {"x": x} if base is None else {"x": x, "base": base}
+    if activation in native.ACTIVATIONS and _runs_in_cpp("low_rank", backend, named):
+        return _low_rank_cpp(x, down, up, base, down_bias, up_bias, native.ACTIVATIONS[activation], scale, adapters)
+    rest = {"activation": activation, "scale": scale, "backend": backend}
+    if not adapters:
+        biases = {"base": base, "down_bias": down_bias, "up_bias": up_bias}
+        return _kernel(_low_rank, x, down, up, **biases, **rest)
+    stacked = down.ndim == 3
+    _check_adapters("low_rank", adapters, x, len(down) if stacked else 1)
+    y = x.new_zeros(*x.shape[:-1], up.shape[-2]) if base is None else base
+    for adapter, samples in _each_adapter(adapters, x):
+        own_down, own_up, *biases = _own((down, up, down_bias, up_bias), adapter, stacked)
+        part = _kernel(
+            _low_rank, x[samples], own_down, own_up, base=y[samples], down_bias=biases[0], up_bias=biases[1], **rest
+        )
+        y = y.index_copy(0, samples, part)
+    return y
+
+
+def _low_rank_cpp(x, down, up, base, down_bias, up_bias, activation, scale, adapters) -> Tensor:
+    weights = [w if w is None or w.dtype == x.dtype else w.to(x.dtype) for w in (down, up, down_bias, up_bias)]
+    down, up, down_bias, up_bias = weights
+    shape = (*x.shape[:-1], up.shape[-2])
+    if base is not None and base.shape != shape:
+        raise ValueError(f"low_rank: base has shape {tuple(base.shape)}, expected {shape}")
+    if x.ndim != 3:
+        x = x.reshape(1, -1, x.shape[-1])
+        base = None if base is None else base.reshape(1, -1, base.shape[-1])
+    y, _ = torch.ops.cegate.low_rank(x, down, up, base, down_bias, up_bias, activation, float(scale), adapters or [])
+    return y if len(shape) == 3 else y.view(shape)
+
+
+def low_rank_qv_(
+    qkv: Tensor,
+    x: Tensor,
+    down_q: Tensor,
+    up_q: Tensor,
+    down_v: Tensor,
+    up_v: Tensor,
+    scale: float = 1.0,
+    *,
+    adapters: Sequence[int] | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """LoRA on the query and value parts of a fused qkv output, added in place.
+
+    Args:
+        qkv: [B, T, 3 out] contiguous, the output of the fused projection; changed and returned. No leaf that wants a
+            gradient.
+        x: [B, T, C], what the projection saw.
+        down_q, down_v: [r, C].
+        up_q, up_v: [out, r].
+        scale: factor of the low-rank part.
+        adapters: adapter of each sample, see the module; weights then are [A, r, C] and so on.
+        backend: see the module.
+
+    Returns:
+        qkv (a new tensor inside ``torch.compile``).
+
+    Raises:
+        ValueError: shapes or adapters do not fit, or qkv is not contiguous.
+        BackendError: the named backend cannot run.
+    """
+    weights = (down_q, up_q, down_v, up_v)
+    in_place = not torch.compiler.is_compiling()  # the compiler has no in-place autograd functions
+    if in_place and x.ndim == 3 and _runs_in_cpp("low_rank_qv_", backend, {"qkv": qkv, "x": x}):
+        cast = [weight if weight.dtype == x.dtype else weight.to(x.dtype) for weight in weights]
+        return native.LowRankQV.apply(qkv, x, *cast, float(scale), adapters or [])
+    chosen = "auto" if backend == "cpp" else backend
+    if not adapters:
+        return _kernel(_low_rank_qv_, qkv, x, *weights, scale, backend=chosen)
+    stacked = down_q.ndim == 3
+    _check_adapters("low_rank_qv_", adapters, x, len(down_q) if stacked else 1)
+    for adapter, samples in _each_adapter(adapters, x):
+        own = _own(weights, adapter, stacked)
+        part = _kernel(_low_rank_qv_, qkv[samples], x[samples], *own, scale, backend=chosen)
+        qkv = qkv.index_copy(0, samples, part) if not in_place else qkv.index_copy_(0, samples, part)
+    return qkv
+
+
+def sum_squared_gradients(inputs: Tensor, grads: Tensor, *, reduce: bool = False, backend: Backend = "auto") -> Tensor:
+    """Sum over samples of the elementwise square of each sample's own weight gradient of a linear map.
+
+    Args:
+        inputs: [B, T, in], what went into the map.
+        grads: [B, T, out], gradient of its output, from the *sum* of per-sample losses (a mean would be off by B^2).
+        reduce: sum over the weight's elements as well.
+        backend: see the module; there is no C++ form.
+
+    Returns:
+        ``sum_b (grads_b^T inputs_b)^2``: [out, in], or [] with ``reduce``; float32 (float64 for float64). Not
+        differentiable.
+
+    Raises:
+        ValueError: B or T differ.
+        BackendError: the named backend cannot run.
+    """
+    chosen = _no_cpp("sum_squared_gradients", backend)
+    return _kernel(_sum_squared_gradients, inputs, grads, reduce=reduce, backend=chosen)
+
+
+def sum_squared_bias_gradients(grads: Tensor, *, reduce: bool = False) -> Tensor:
+    """The same for a bias: ``sum_b (sum_t grads_bt)^2``, [out] or []; for a scalar weight pass grads [B, T, 1].
+
+    Args:
+        grads: [B, T, out], from the sum of per-sample losses.
+        reduce: sum over the bias's elements as well.
+    """
+    return _sum_squared_bias_gradients(grads, reduce=reduce)
+
+
+def backends() -> dict[str, str]:
+    """Backend -> what is loaded, or why it is not. One line each, for ``cegate inspect --backends``."""
+    return {"torch": _torch_state(), "triton": _triton_state(), "cpp": _cpp_state()}
+
+
+def _torch_state() -> str:
+    return f"loaded: torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _triton_state() -> str:
+    try:
+        import triton
+    except ImportError as error:
+        return f"not loaded: {error}"
+    if torch.cuda.is_available():
+        return f"loaded: triton {triton.__version__} on {torch.cuda.get_device_name()}"
+    return f"idle: triton {triton.__version__}, but no GPU (TRITON_INTERPRET=1 runs its kernels on the CPU, slowly)"
+
+
+def _cpp_state() -> str:
+    if native.EXTENSION is None:
+        return f"not loaded: {native.REASON}"
+    return f"loaded: cegate._C {native.EXTENSION.version}, loops for {native.EXTENSION.cpu_capability()}"
