@@ -50,7 +50,7 @@ class SetConfig:
     bands: list[int] | None = None
     """1-based bands to read, in the order the backbone takes them; default: the first three."""
     value_range: list[float] | None = None
-    """[low, high] mapped to 0..1; default: 0..255 for 8-bit files, else 1st..99th percentile of each band over the set."""
+    """[low, high] mapped to 0..1; default: 0..255 for 8-bit files, else each band's 1st..99th percentile in the set."""
     nan: Literal["error", "ignore"] = "error"
     """NaN pixels: refuse the file, or set them to the range's low end and their label to ignore."""
     ignore: int = IGNORE
@@ -86,7 +86,7 @@ class DataConfig:
     targets: dict[str, SetConfig] = field(default_factory=dict)
     """Name -> set that is only evaluated."""
     validation: SetConfig | None = None
-    """Held-out part of the source domain, evaluated as 'source'; picks the best checkpoint. Default: mean over targets is reported, last is best."""
+    """Held-out part of the source domain, evaluated as 'source'; it picks the best checkpoint (without it, the last)."""
     classes: list[str] = field(default_factory=list)
     """Class names in the order of their indices."""
     palette: list[str] = field(default_factory=list)
@@ -116,7 +116,7 @@ class ModelConfig:
     patch_size: int | None = None
     """Resample the patch embedding to this size; default: the backbone's own."""
     features: list[int] | None = None
-    """Four 0-based layers that the head sees; default one third, one half, two thirds and all of the depth (paper: 7, 11, 15, 23)."""
+    """Four 0-based layers that the head sees; default 1/3, 1/2, 2/3 and all of the depth."""
     head: Literal["linear", "mask2former"] = "linear"
     """linear (fast) or mask2former (the paper's)."""
 

@@ -41,7 +41,7 @@ class Segmenting(Protocol):
 class SquaredGradients:
     """Tap that adds up squared per-sample gradients, as one number per site or as a tensor per weight.
 
-    ``diagonal`` keeps the elementwise Fisher diagonal, else only its sum over a site is kept and nothing of weight size.
+    ``diagonal`` keeps the elementwise Fisher diagonal, else only its sum over a site, and nothing of weight size.
     """
 
     def __init__(self, diagonal: bool, scale: float) -> None:
@@ -144,20 +144,22 @@ def measure_fisher(
     loss: Literal["task", "nll"] = "task",
     loss_scale: float = 1.0,
 ) -> dict[str, float] | dict[str, Tensor]:
-    """Empirical Fisher of every site, all sites on; training finds gradients, modes, plan and random state as it left them.
+    """Empirical Fisher of every site, all sites on.
+
+    Training finds gradients, modes, plan and random state as it left them.
 
     Args:
         model: gives the loss of each sample alone, [B].
         toolbox: the sites, all of which are scored.
-        batches: the probe; its samples are counted as M. A micro-batch may have any size: the result does not depend on it.
+        batches: the probe; its samples are counted as M. The result does not depend on how they are batched.
         diagonal: return weight name -> elementwise diagonal instead of site -> sum.
         estimator: ``per_sample`` squares every sample's gradient (the Fisher), ``batch`` the mean gradient.
         loss: ``task`` takes the training loss as -log p, ``nll`` the mean pixel cross entropy.
         loss_scale: factor on the loss during backward, divided out again; for float16.
 
     Returns:
-        Site -> unnormalised score >= 0 in (kind, layer) order, mean over samples of the squared gradient of the per-sample
-        loss summed over the site's weights; with ``diagonal``, weight name (``spatial.0.down_q``) -> tensor.
+        Site -> unnormalised score >= 0 in (kind, layer) order: mean over samples of the squared gradient of the
+        per-sample loss, summed over the site's weights. With ``diagonal``, weight name (``spatial.0.down_q``) -> tensor.
 
     Raises:
         TrainingError: the probe is empty or a loss is not finite.
@@ -170,7 +172,7 @@ def measure_fisher(
         for batch in batches:
             losses = measure(batch.image, batch.label)
             if not torch.isfinite(losses).all():
-                raise TrainingError(f"the Fisher probe has losses {losses.tolist()}; look for NaN in the data or weights")
+                raise TrainingError(f"the Fisher probe has losses {losses.tolist()}; look for NaN in data or weights")
             (losses.sum() * loss_scale).backward()
             samples += len(losses)
     if not samples:
@@ -192,7 +194,7 @@ def _finite(mass: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class _as_found:
-    """Evaluation mode and no gradients of the model's weights inside; modes, flags and gradients as found afterwards."""
+    """Evaluation mode and no gradients of the model's weights inside; modes and flags as found afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -25,7 +25,7 @@ def site_key(site: str) -> tuple[int, int]:
     kind, _, layer = site.partition(".")
     if kind not in KINDS or not layer.isdecimal():
         raise ConfigError(
-            f"site {site!r} is not <kind>.<layer>; kinds are {', '.join(KINDS)}, layers count from 0{nearest(kind, KINDS)}"
+            f"site {site!r} is not <kind>.<layer>; kinds are {', '.join(KINDS)}, layers from 0 on{nearest(kind, KINDS)}"
         )
     return KINDS.index(kind), int(layer)
 
@@ -65,8 +65,8 @@ def normalize(
 
     Args:
         scores: site -> Fisher mass, >= 0.
-        how: ``kind`` divides by the sum over the layers of the site's kind (the paper, equation for S), ``layer`` by the
-            sum over the kinds of its layer (a second reading), ``mean`` by the site's number of weights, ``none`` by 1.
+        how: ``kind`` divides by the sum over the layers of the site's kind (the paper's S), ``layer`` by the sum over
+            the kinds of its layer (a second reading), ``mean`` by the site's number of weights, ``none`` by 1.
         weights: site -> number of weights; needed by ``mean``.
 
     Returns:

@@ -2,8 +2,8 @@
 
     python scripts/pretrain_tiny.py --output cegate/weights/tiny.safetensors
 
-The scenes come from the climates marked for pretraining; none of them is a source or a target of the quick start, and no
-label is read. The recipe is that of masked autoencoders (He et al., CVPR 2022): three quarters of the patches are
+The scenes come from the climates marked for pretraining; none of them is a source or a target of the quick start, and
+no label is read. The recipe is that of masked autoencoders (He et al., CVPR 2022): three quarters of the patches are
 hidden, the encoder sees the rest, and a small decoder restores the hidden patches, normalised patch by patch. Only the
 encoder is kept, in float16 (3.2 MB).
 """

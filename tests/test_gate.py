@@ -9,7 +9,9 @@ from cegate.errors import ConfigError
 from cegate.gate import GatePlan, normalize, select_top_k, site_key
 
 SITES = st.builds(lambda kind, layer: f"{kind}.{layer}", st.sampled_from(KINDS), st.integers(0, 23))
-SCORES = st.dictionaries(SITES, st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0]) | st.floats(0, 1e6), min_size=1, max_size=40)
+SCORES = st.dictionaries(
+    SITES, st.sampled_from([0.0, 0.25, 0.5, 1.0, 3.0]) | st.floats(0, 1e6), min_size=1, max_size=40
+)
 
 
 @given(SCORES, st.data())

@@ -1,4 +1,4 @@
-"""Semantic kind: bottleneck adapter parallel to the MLP (AdaptFormer, NeurIPS 2022; CrossEarth-Gate, semantic module)."""
+"""Semantic kind: bottleneck adapter parallel to the MLP (AdaptFormer, NeurIPS 2022; CrossEarth-Gate)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frequency kind: Earth-Adapter's mixture of a spatial, a low-pass and a high-pass expert (AAAI 2026, arXiv:2504.06220).
+"""Frequency kind: Earth-Adapter's mixture of a direct, a low-pass and a high-pass expert (arXiv:2504.06220).
 
 Written project-first: the low-pass acts on the token grid and a projection on channels, so they commute, and the filter
 runs on 2 d channels in place of C.

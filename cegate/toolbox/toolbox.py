@@ -105,10 +105,9 @@ class Toolbox(nn.Module):
         for name in sites:
             site = self._sites[name]
             block = vit.blocks[site.layer]
-            if site.kind == "spatial" and getattr(block.attn, "qkv_bias_separate", None) is False:
-                if getattr(block.attn, "q_bias", None) is not None:
-                    block.attn.qkv_bias_separate = True  # timm calls the qkv module, and so the hook, only this way
-                    self._unfused.append(block.attn)
+            if site.kind == "spatial" and _bypasses_qkv(block.attn):
+                block.attn.qkv_bias_separate = True
+                self._unfused.append(block.attn)
             self._handles += site.attach(block, self._tokens)
 
     def _unhook(self) -> None:
@@ -141,7 +140,7 @@ class Toolbox(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Fold the spatial sites that are on into the frozen projections, for inference; ``unmerge`` restores every bit."""
+        """Fold the spatial sites that are on into the frozen projections, for inference; ``unmerge`` undoes it."""
         if self._merged:
             return
         self._unhook()
@@ -195,6 +194,11 @@ def check_blocks(vit: nn.Module) -> nn.ModuleList:
     return blocks
 
 
+def _bypasses_qkv(attn: nn.Module) -> bool:
+    # with a bias of its own, timm's EVA attention multiplies by qkv.weight and never calls the module, nor its hooks
+    return getattr(attn, "qkv_bias_separate", None) is False and getattr(attn, "q_bias", None) is not None
+
+
 def _spatial_weights(attn: nn.Module) -> list[nn.Parameter]:
     if getattr(attn, "qkv", None) is not None:
         return [attn.qkv.weight]
@@ -208,5 +212,5 @@ def _query_width(attn: nn.Module) -> int:
 
 
 def wrap(vit: nn.Module, config: ToolboxConfig | None = None) -> Toolbox:
-    """Put a toolbox on any timm ViT, in place and frozen; all sites start off, ``toolbox.apply(plan)`` switches them."""
+    """Put a toolbox on any timm ViT, in place and frozen; all sites start off until ``toolbox.apply(plan)``."""
     return Toolbox(vit, config or ToolboxConfig())

@@ -15,7 +15,9 @@ from cegate.errors import BackboneError, ConfigError
 from cegate.gate import GatePlan
 from cegate.toolbox.toolbox import wrap
 
-SMALL = ToolboxConfig(spatial=SpatialConfig(rank=4), semantic=SemanticConfig(width=6), frequency=FrequencyConfig(width=5))
+SMALL = ToolboxConfig(
+    spatial=SpatialConfig(rank=4), semantic=SemanticConfig(width=6), frequency=FrequencyConfig(width=5)
+)
 
 # name, options: plain, registers, rotary with fused and with separate projections, bias added by hand
 BACKBONES = {
@@ -92,9 +94,9 @@ def test_one_block_follows_the_formulas(images):
     toolbox.apply(GatePlan(toolbox.sites))
     lora, adapter, earth = toolbox.spatial[0], toolbox.semantic[0], toolbox.frequency[0]
     block, prefix = vit.blocks[0], vit.num_prefix_tokens
-    x = torch.randn(2, prefix + 15, vit.embed_dim)
+    x = torch.randn(2, prefix + 80, vit.embed_dim)
     with torch.no_grad():
-        toolbox._tokens.grid = (3, 5)
+        toolbox._tokens.grid = (8, 10)
         got = block(x)
         toolbox.apply(GatePlan())
         u = block.norm1(x)
@@ -106,9 +108,10 @@ def test_one_block_follows_the_formulas(images):
         y = x_att + block.ls2(block.mlp(block.norm2(x_att)))
         y = y + 0.1 * (F.gelu(x_att @ adapter.down.T + adapter.down_bias) @ adapter.up.T + adapter.up_bias)
         patches = y[:, prefix:]
-        grid = torch.fft.fftshift(torch.fft.fft2(patches.mT.unflatten(-1, (3, 5)), norm="ortho"), dim=(-2, -1))
-        assert int(min(3, 5) * 0.3 // 2) == 0 and grid.isfinite().all()  # c = 0 on so small a grid: low is zero
-        low = torch.zeros_like(patches)
+        spectrum = torch.fft.fftshift(torch.fft.fft2(patches.mT.unflatten(-1, (8, 10)), norm="ortho"), dim=(-2, -1))
+        keep = torch.zeros(8, 10)
+        keep[3:5, 4:6] = 1  # c = int(8 * 0.3 // 2) = 1: rows and columns -1 and 0 around the centre
+        low = torch.fft.ifft2(torch.fft.ifftshift(spectrum * keep, dim=(-2, -1)), norm="ortho").real.flatten(-2).mT
         experts = [
             F.relu(t @ earth.down[j].T + earth.down_bias[j]) @ earth.up[j].T + earth.up_bias[j]
             for j, t in enumerate((patches, low, patches - low))
@@ -193,7 +196,11 @@ def test_sites_are_listed_by_kind_then_layer_and_counted():
     toolbox = wrap(make_vit("augreg"), ToolboxConfig())
     assert toolbox.sites == [f"{kind}.{layer}" for kind in ("spatial", "semantic", "frequency") for layer in (0, 1)]
     c = 192
-    counts = {"spatial": 4 * c * 64, "semantic": 2 * 64 * c + 64 + c, "frequency": 3 * (2 * c * 32 + 32 + c) + 3 * (c + 1) + 1}
+    counts = {
+        "spatial": 4 * c * 64,
+        "semantic": 2 * 64 * c + 64 + c,
+        "frequency": 3 * (2 * c * 32 + 32 + c) + 3 * (c + 1) + 1,
+    }
     assert toolbox.counts() == {site: counts[site.split(".")[0]] for site in toolbox.sites}
 
 

@@ -1,0 +1,116 @@
+"""One Fisher pass over M samples beside a plain forward and backward, and beside other ways to per-sample gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from models import make_batch, make_segmenter
+from side_by_side import note, side_by_side
+from torch.profiler import ProfilerActivity, profile
+
+from cegate.fisher import measure_fisher
+from cegate.gate import GatePlan
+
+SAMPLES = {"vit_t": 8, "vit_l": 2}
+CHUNK = 4
+
+
+@dataclass
+class Probe:
+    image: torch.Tensor
+    label: torch.Tensor
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Largest sum of CPU tensor bytes that live at once during ``work``, beyond what lived before."""
+    work()  # caches of the filter and of timm's embeddings
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+def plain_step(model, images, labels):
+    """Forward and backward of all samples, every site on and learning."""
+    model.loss(images, labels).sum().backward()
+
+
+def loop_over_samples(model, images, labels):
+    """The definition: one backward pass per sample."""
+    scores = dict.fromkeys(model.toolbox.sites, 0.0)
+    for image, label in zip(images, labels, strict=True):
+        model.toolbox.zero_grad()
+        model.loss(image[None], label[None]).sum().backward()
+        for site in scores:
+            scores[site] += sum(float(p.grad.square().sum()) for p in model.toolbox.parameters_of(site).values())
+    return {site: score / len(images) for site, score in scores.items()}
+
+
+def vmap_scores(model, images, labels):
+    """torch.func: vmap over grad of the functional model."""
+    from torch.func import functional_call, grad, vmap
+
+    weights = {name: p.detach() for name, p in model.named_parameters() if name.startswith("toolbox.")}
+
+    def sample_loss(weights, image, label):
+        return functional_call(model, weights, (image[None], label[None]), strict=False).squeeze(0)
+
+    grads = vmap(grad(sample_loss), in_dims=(None, 0, 0), randomness="same")(weights, images, labels)
+    scores: dict[str, float] = dict.fromkeys(model.toolbox.sites, 0.0)
+    for name, value in grads.items():
+        scores[".".join(name.split(".")[1:3])] += float(value.square().sum()) / len(images)
+    return scores
+
+
+class LossModule(torch.nn.Module):
+    """The loss as a module's forward, as torch.func wants it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.toolbox, self.model = model.toolbox, model
+
+    def forward(self, images, labels):
+        return self.model.loss(images, labels)
+
+
+@pytest.mark.parametrize("size", SAMPLES)
+def bench_fisher_pass(benchmark, size):
+    model = make_segmenter(size)
+    images, labels = make_batch(size, SAMPLES[size])
+    with torch.no_grad():
+        for parameter in model.toolbox.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.toolbox.apply(GatePlan(model.toolbox.sites))
+    probe = [Probe(images, labels)]
+
+    scores = side_by_side(
+        benchmark,
+        lambda: measure_fisher(model, model.toolbox, probe),
+        {
+            "plain forward + backward": lambda: plain_step(model, images, labels),
+            "loop over samples": lambda: loop_over_samples(model, images, labels),
+        },
+        rounds=7 if size == "vit_t" else 3,
+        target={"plain forward + backward": "<= 1.15", "loop over samples": "< 1"},
+    )
+    assert scores == pytest.approx(loop_over_samples(model, images, labels), rel=1e-3)
+
+    model.toolbox.zero_grad()
+    extra = peak_bytes(lambda: measure_fisher(model, model.toolbox, probe)) - peak_bytes(
+        lambda: plain_step(model, images, labels)
+    )
+    weights = sum(p.numel() * p.element_size() for p in model.toolbox.parameters())
+    note(
+        f"{benchmark.name} peak memory beyond the plain pass",
+        "module weights",
+        f"{weights / 1e6:.1f} MB",
+        f"{extra / weights:.2f}",
+        "<= 2",
+    )

@@ -1,0 +1,41 @@
+"""The `cegate` entry point: hands its verb to a command."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from cegate import __version__, cli
+from cegate.errors import ConfigError, nearest
+
+VERBS = {
+    "train": "adapt a backbone to a source domain and test it on unseen target domains",
+    "evaluate": "measure a trained run on labelled sets",
+    "predict": "write the masks of images",
+    "inspect": "show what a run or adapter holds, or which backends run here",
+}
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:<10} {text}" for verb, text in VERBS.items())
+    return f"usage: cegate VERB [options]\n\n{verbs}\n\ncegate VERB --help lists a verb's options; cegate --version."
+
+
+@cli.command
+def main(argv: Sequence[str]) -> int:
+    """Run the verb in the first argument."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help())
+        return cli.GOOD if argv else cli.USAGE
+    if argv[0] == "--version":
+        print(f"cegate {__version__}")
+        return cli.GOOD
+    verb, *rest = argv
+    if verb not in VERBS:
+        raise ConfigError(f"unknown verb {verb!r}; verbs are {', '.join(VERBS)}{nearest(verb, VERBS)}")
+    return importlib.import_module(f"cegate.{verb}").main(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

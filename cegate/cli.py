@@ -1,0 +1,209 @@
+"""What the commands share: options from the configuration's dataclasses, one-line errors, exit codes. No torch here."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+
+from cegate import configfile
+from cegate.config import Config
+from cegate.errors import CegateError, ConfigError
+
+GOOD, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+Main = Callable[[Sequence[str] | None], int]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command that is no key of the configuration; without a metavar and choices it is a flag."""
+
+    name: str
+    help: str
+    metavar: str | None = None
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How a command is called: its name, what it does, its own options, the configuration sections it takes."""
+
+    prog: str
+    description: str
+    options: tuple[Option, ...]
+    sections: tuple[str, ...] = ()
+
+
+def command(function: Callable[[Sequence[str]], int]) -> Main:
+    """Make a command's `main`: an error that a user can mend becomes one line on stderr and an exit code."""
+
+    @functools.wraps(function)
+    def main(argv: Sequence[str] | None = None) -> int:
+        try:
+            return function(sys.argv[1:] if argv is None else argv)
+        except ConfigError as error:
+            return _say(f"error: {error}", USAGE)
+        except CegateError as error:
+            return _say(f"error: {error}", FAILED)
+        except KeyboardInterrupt as interrupt:
+            return _say(str(interrupt) or "interrupted", INTERRUPTED)
+        except BrokenPipeError:  # the reader of our output has gone, as in `cegate train --help | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return GOOD
+
+    return main
+
+
+def _say(message: str, code: int) -> int:
+    print(re.sub(r"\s*\n\s*", " ", message), file=sys.stderr)
+    return code
+
+
+def parse_options(argv: Sequence[str], usage: Usage) -> dict[str, Any]:
+    """Values of a command's own options; prints the help and leaves where it is asked for.
+
+    Returns:
+        Option name -> text, list of texts (``many``), or bool (flags); ``None`` where not given.
+
+    Raises:
+        ConfigError: unknown option or missing value; the nearest valid option is named.
+        SystemExit: after ``--help``.
+    """
+    _refuse_unknown_options(argv, usage)
+    if {"-h", "--help"} & set(argv):
+        print(_parser(usage).format_help())
+        raise SystemExit(GOOD)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_options(parser, usage.options)
+    try:
+        values, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(str(error).removeprefix("argument ")) from error
+    if stray := [] if usage.sections else rest:
+        raise ConfigError(f"unexpected argument {stray[0]!r}; {usage.prog} --help lists what is accepted")
+    return vars(values)
+
+
+def parse_config(argv: Sequence[str], usage: Usage, *, base: str | Path, training: bool = False) -> Config:
+    """The configuration of a command line: defaults, then the base, then dotted overrides.
+
+    Args:
+        argv: what follows the verb; `parse_options` has seen it.
+        usage: says which sections take overrides.
+        base: configuration file or name of a shipped one.
+        training: see `cegate.configfile.read_config`.
+
+    Raises:
+        ConfigError: unknown key or bad value, in the file or among the overrides; the nearest valid one is named.
+    """
+    return configfile.read_config(base, _overrides(argv, usage), training=training)
+
+
+def _overrides(argv: Sequence[str], usage: Usage) -> list[tuple[str, str]]:
+    """(key, text) of every option that starts with a section."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    _add_options(parser, usage.options)
+    keys = dict.fromkeys(_name(token) for token in argv if _is_key(token, usage))
+    for key in keys:
+        parser.add_argument(f"--{key}", dest="overrides", action=_Keep, default=[])
+    try:
+        values, stray = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{str(error).removeprefix('argument ')}") from error
+    if stray:
+        raise ConfigError(f"unexpected argument {stray[0]!r}; {usage.prog} --help lists what is accepted")
+    return getattr(values, "overrides", [])
+
+
+class _Keep(argparse.Action):
+    """Collects (key, text) in the order given."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), (option_string.removeprefix("--"), values)])
+
+
+def _name(token: str) -> str:
+    return token.removeprefix("--").partition("=")[0]
+
+
+def _is_key(token: str, usage: Usage) -> bool:
+    name = _name(token)
+    own = name in (option.name for option in usage.options)  # cegate evaluate --run DIR is not the section run
+    return token.startswith("--") and not own and name.partition(".")[0] in usage.sections
+
+
+def _refuse_unknown_options(argv: Sequence[str], usage: Usage) -> None:
+    own = [option.name for option in usage.options]
+    for token in argv:
+        name = _name(token)
+        if not token.startswith("--") or name in (*own, "help") or _is_key(token, usage):
+            continue
+        if name.partition(".")[0] in configfile.SECTIONS:
+            taken = (
+                f"it takes keys of {', '.join(usage.sections)}" if usage.sections else "it takes no configuration keys"
+            )
+            raise ConfigError(f"{usage.prog} does not take --{name}; {taken}")
+        keys = [key for key in configfile.all_keys() if key.partition(".")[0] in usage.sections]
+        raise ConfigError(f"unknown option --{name}{_nearest_option(name, [*own, *keys])}")
+
+
+def _nearest_option(name: str, valid: Sequence[str]) -> str:
+    by_leaf, by_name = configfile.last_parts(valid), {option: option for option in valid}
+    for wanted, candidates in ((name.rpartition(".")[2], by_leaf), (name, by_name)):
+        if match := difflib.get_close_matches(wanted, candidates, n=1):
+            return f"; did you mean --{candidates[match[0]]}?"
+    return "; --help lists what is accepted"
+
+
+def _add_options(parser: argparse.ArgumentParser, options: Sequence[Option]) -> None:
+    for option in options:
+        if option.metavar is None:
+            parser.add_argument(f"--{option.name}", action="store_true", help=option.help)
+        else:
+            many: Mapping[str, Any] = {"nargs": "+"} if option.many else {}
+            parser.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, **many)
+
+
+def _parser(usage: Usage) -> jsonargparse.ArgumentParser:
+    own = " ".join(f"[--{o.name}{' ' + o.metavar if o.metavar else ''}]" for o in usage.options)
+    parser = jsonargparse.ArgumentParser(
+        prog=usage.prog,
+        usage=f"{usage.prog} {own}{' [--<section>.<key> VALUE ...]' if usage.sections else ''}",
+        description=usage.description,
+        formatter_class=_Formatter,
+        conflict_handler="resolve",  # the folder --run of a command against the section --run
+    )
+    for name in usage.sections:
+        parser.add_class_arguments(configfile.SECTIONS[name], name)
+    _add_options(parser, usage.options)
+    return parser
+
+
+class _Formatter(jsonargparse.DefaultHelpFormatter):
+    """One line per key where it fits; hides options that only repeat others."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=118)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if action.metavar != "CONFIG" and not any(option.endswith(".help") for option in action.option_strings):
+            super().add_argument(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        names = ", ".join(name for name in action.option_strings if not name.endswith("+"))
+        metavar = self._get_default_metavar_for_optional(action)
+        return names if action.nargs == 0 else f"{names} {self._format_args(action, metavar)}"
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        text = re.sub(r"\(type: (?:Union\[.*\]|[^()]*?), default: ", "(default: ", super()._expand_help(action))
+        return text.replace(" (default: null)", "").replace(" (default: False)", "")

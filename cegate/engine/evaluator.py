@@ -1,0 +1,189 @@
+"""Sliding-window evaluation of a segmenter on labelled sets."""
+
+from __future__ import annotations
+
+import csv
+import io
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from cegate.checkpoint import load_checkpoint
+from cegate.config import Config
+from cegate.configfile import SOURCE_DOMAIN
+from cegate.data.datasets import SegmentationSet, open_set
+from cegate.data.stream import EvalStream
+from cegate.engine.runtime import Precision, pick_device, precision_of
+from cegate.errors import CheckpointError, ConfigError
+from cegate.losses import pixel_cross_entropy
+from cegate.metrics import Confusion, Scores
+from cegate.models.segmenter import Segmenter
+from cegate.models.sliding import slide
+from cegate.runfolder import RunFolder, write_json, write_text, written_aside
+
+# windows of one image that run together; more only costs memory
+WINDOWS_ON_GPU, WINDOWS_ON_CPU = 8, 1
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one domain."""
+
+    domain: str
+    confusion: Confusion
+    loss: float
+    """Mean over images of the mean cross entropy of their valid pixels."""
+    images: int
+
+    @property
+    def scores(self) -> Scores:
+        """Scores of the domain."""
+        return self.confusion.scores()
+
+
+@torch.no_grad()
+def evaluate(
+    segmenter: Segmenter,
+    dataset: SegmentationSet,
+    *,
+    crop: int,
+    stride: int | None = None,
+    batch: int | None = None,
+    workers: int = 0,
+    precision: Precision = nullcontext,
+) -> Evaluation:
+    """Segment every image of a set with a sliding window and count against its labels.
+
+    Args:
+        segmenter: put into evaluation mode for the time being.
+        dataset: labelled images; its name becomes the domain.
+        crop: window side in pixels; a smaller image is filled up, and only its own pixels count.
+        stride: step in pixels; default two thirds of the window.
+        batch: windows per forward pass; it does not change the result.
+        workers: processes that read ahead.
+        precision: makes the autocast context of a forward pass.
+
+    Raises:
+        DataError: an image or mask cannot be read; the file is named.
+    """
+    confusion, loss_sum = Confusion(segmenter.classes), 0.0
+    was_training = segmenter.training
+    segmenter.eval()
+    stream = EvalStream(dataset, mean=segmenter.mean, std=segmenter.std)
+    for item in stream.loader(workers=workers):
+        logits = predict_logits(segmenter, item.image, crop=crop, stride=stride, batch=batch, precision=precision)
+        loss_sum += pixel_cross_entropy(logits, item.label.to(logits.device)).item()
+        confusion.update(logits.argmax(1).cpu(), item.label)
+    segmenter.train(was_training)
+    return Evaluation(dataset.name, confusion, loss_sum / max(len(dataset), 1), len(dataset))
+
+
+@torch.no_grad()
+def predict_logits(
+    segmenter: Segmenter,
+    image: Tensor,
+    *,
+    crop: int,
+    stride: int | None = None,
+    batch: int | None = None,
+    precision: Precision = nullcontext,
+) -> Tensor:
+    """Logits [1, K, H, W] float32 of one normalised image [1, C, H, W], by sliding window."""
+    device = segmenter.device
+    batch = batch or (WINDOWS_ON_GPU if device.type == "cuda" else WINDOWS_ON_CPU)
+    with precision():
+        return slide(segmenter, image.to(device), crop, stride, batch=batch)
+
+
+def evaluate_run(
+    run: RunFolder, config: Config, *, checkpoint: str = "best", output: Path | None = None, overwrite: bool = False
+) -> list[Evaluation]:
+    """Evaluate a checkpoint of a run on the validation and target sets of a configuration.
+
+    Args:
+        run: the run.
+        config: its configuration, perhaps with other sets, device or precision.
+        checkpoint: ``best``, ``last``, or the path of a checkpoint.
+        output: folder that gets the files of `write_evaluation`, one folder per domain.
+        overwrite: existing ones may be replaced.
+
+    Raises:
+        ConfigError: there is nothing to evaluate on.
+        CheckpointError: the checkpoint does not fit, or output is taken.
+        DataError: a set cannot be read.
+    """
+    data = config.data
+    sets = [open_set(target, name=name, classes=data.classes) for name, target in data.targets.items()]
+    if data.validation is not None:
+        sets.insert(0, open_set(data.validation, name=SOURCE_DOMAIN, classes=data.classes))
+    if not sets:
+        raise ConfigError("there is nothing to evaluate on; give --data.targets.<name>.root DIR")
+    for dataset in sets:
+        dataset.check()
+        if output is not None and (output / dataset.name).exists() and not overwrite:
+            raise CheckpointError(
+                f"{output / dataset.name} exists; give another --output, or --overwrite to replace it"
+            )
+    device = pick_device(config.run.device)
+    segmenter = load_checkpoint(run, checkpoint, config, device)
+    _, precision = precision_of(config.run.precision, device)
+    workers = data.workers if device.type == "cuda" else 0
+    evaluations = [
+        evaluate(segmenter, dataset, crop=data.crop, stride=data.stride, workers=workers, precision=precision)
+        for dataset in sets
+    ]
+    for evaluation in evaluations if output is not None else ():
+        write_evaluation(output / evaluation.domain, evaluation, run=str(run.path), checkpoint=checkpoint)
+    return evaluations
+
+
+def write_evaluation(folder: Path, evaluation: Evaluation, **more: Any) -> None:
+    """Write metrics.json, confusion.npy (int64, rows truth) and per_class.csv of one domain.
+
+    Args:
+        folder: ``eval/<domain>`` of a run.
+        evaluation: what was measured.
+        more: further entries of metrics.json.
+    """
+    scores = evaluation.scores
+    write_json(
+        folder / "metrics.json",
+        {"domain": evaluation.domain, "images": evaluation.images, "loss": evaluation.loss, **scores.to_dict(), **more},
+    )
+    with written_aside(folder / "confusion.npy") as aside, aside.open("wb") as file:
+        np.save(file, evaluation.confusion.matrix.numpy())
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["class", "IoU", "F1", "accuracy"])
+    for name, *values in scores.rows():
+        writer.writerow([name, *("" if np.isnan(value) else f"{value:.6f}" for value in values)])
+    write_text(folder / "per_class.csv", text.getvalue())
+
+
+def table_of(evaluations: list[Evaluation]) -> Table:
+    """Per-class IoU, F1 and accuracy and their means, in percent, one block per domain."""
+    table = Table(title="Evaluation (%)")
+    for column in ("domain", "class"):
+        table.add_column(column)
+    for column in ("IoU", "F1", "accuracy"):
+        table.add_column(column, justify="right")
+    for evaluation in evaluations:
+        scores = evaluation.scores
+        for row, (name, *values) in enumerate(scores.rows()):
+            table.add_row(evaluation.domain if row == 0 else "", name, *map(percent, values))
+        means = (scores.mIoU, scores.mF1, scores.mAcc)
+        note = f" (without {', '.join(scores.absent)}: absent)" if scores.absent else ""
+        table.add_row("", f"[bold]mean{note}", *(f"[bold]{percent(value)}" for value in means))
+        table.add_row("", "all pixels", "", "", percent(scores.aAcc), end_section=True)
+    return table
+
+
+def percent(share: float | None) -> str:
+    """A share as percent with one decimal; a dash where it is undefined."""
+    return "–" if share is None or np.isnan(share) else f"{100 * share:.1f}"

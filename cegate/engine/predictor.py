@@ -1,0 +1,107 @@
+"""Masks of image files."""
+
+from __future__ import annotations
+
+import glob
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import rasterio
+from rasterio.errors import NotGeoreferencedWarning, RasterioError
+
+from cegate.data.rasters import SUFFIXES, write_mask
+from cegate.errors import DataError
+from cegate.models.segmenter import Segmenter
+from cegate.runfolder import written_aside
+
+MASK_SUFFIXES = (".png", ".tif", ".tiff")
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """Image files that are named by files, folders (not below them) or globs, each once, in order.
+
+    Raises:
+        DataError: an input names no image.
+    """
+    found: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        else:
+            images = [path] if path.is_file() else sorted(Path(match) for match in glob.glob(name, recursive=True))
+        if not images:
+            raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
+        found.update(dict.fromkeys(images))
+    return list(found)
+
+
+def is_georeferenced(path: Path) -> bool:
+    """Whether a raster knows where it lies.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with rasterio.open(path) as src:
+                return src.crs is not None or not src.transform.is_identity
+    except RasterioError as error:
+        raise DataError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
+
+
+def plan_outputs(images: Sequence[Path], output: Path, *, overwrite: bool = False) -> dict[Path, Path]:
+    """Decide where each mask goes, before any work is done.
+
+    Args:
+        images: image files.
+        output: a .png or .tif file for one image, else a folder. In a folder a mask is named after its image: a .tif
+            for a georeferenced image, a .png for others.
+        overwrite: existing masks may be replaced.
+
+    Returns:
+        Image -> mask file.
+
+    Raises:
+        DataError: a mask exists, would replace an image, or two images want the same name.
+    """
+    if output.suffix.lower() in MASK_SUFFIXES and not output.is_dir():
+        if len(images) != 1:
+            raise DataError(f"--output {output} is one file for {len(images)} images; give a folder")
+        masks = {images[0]: output}
+    else:
+        masks = {image: output / f"{image.stem}{'.tif' if is_georeferenced(image) else '.png'}" for image in images}
+    taken: dict[Path, Path] = {}
+    for image, mask in masks.items():
+        if mask in taken:
+            raise DataError(f"{taken[mask]} and {image} would both be written to {mask}; predict them into two folders")
+        if mask.resolve() in {other.resolve() for other in images}:
+            raise DataError(f"the mask of {image} would replace the image {mask}; give another --output")
+        if mask.exists() and not overwrite:
+            raise DataError(f"{mask} exists; give another --output, or --overwrite to replace it")
+        taken[mask] = image
+    return masks
+
+
+def predict_files(segmenter: Segmenter, masks: dict[Path, Path]) -> Iterator[Path]:
+    """Segment images and write their masks: single-band class indices with the palette as colour table.
+
+    A georeferenced image's coordinate system and transform go into a .tif. Each mask is whole or absent.
+
+    Args:
+        segmenter: the model.
+        masks: image -> mask file, see `plan_outputs`.
+
+    Yields:
+        Mask files as they are written.
+
+    Raises:
+        DataError: an image cannot be read or does not fit the model; the masks before it stay.
+    """
+    for image, mask in masks.items():
+        like = image if mask.suffix.lower() != ".png" and is_georeferenced(image) else None
+        with written_aside(mask) as aside:
+            write_mask(aside, segmenter.predict(image), like=like, palette=segmenter.palette)
+        yield mask

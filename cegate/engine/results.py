@@ -1,0 +1,101 @@
+"""The numbers of a run, read back from its journal: which evaluation counts, and the table of before and after."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from cegate.configfile import SOURCE_DOMAIN
+from cegate.engine.evaluator import percent
+
+Record = dict[str, Any]
+
+
+def best_iteration(records: Sequence[Record], stage: str, *, validated: bool) -> int | None:
+    """The iteration of a stage whose model counts.
+
+    Args:
+        records: lines of metrics.jsonl.
+        stage: ``before`` or ``after``.
+        validated: choose by mIoU on the validation set (domain ``source``; ties go to the earlier one). Without a
+            validation set the last evaluation counts: choosing by target labels would be cheating.
+    """
+    evaluated = [record for record in records if record["split"] == stage]
+    if validated:
+        scored = [record for record in evaluated if record["domain"] == SOURCE_DOMAIN and record["mIoU"] is not None]
+        return max(scored, key=lambda record: (record["mIoU"], -record["iteration"]))["iteration"] if scored else None
+    return max((record["iteration"] for record in evaluated), default=None)
+
+
+def records_of(records: Sequence[Record], stage: str, iteration: int | None) -> dict[str, Record]:
+    """Domain -> the evaluation of a stage at an iteration."""
+    chosen = [record for record in records if record["split"] == stage and record["iteration"] == iteration]
+    return {record["domain"]: record for record in chosen}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    path: Path
+    """Run folder."""
+    before: dict[str, Record]
+    """Domain -> evaluation of frozen backbone + head; empty without train.baseline."""
+    after: dict[str, Record]
+    """Domain -> evaluation of the adapted model."""
+    notes: tuple[str, ...] = ()
+    """What the reader of the table must know."""
+
+    def table(self) -> str:
+        """Per-class IoU in percent of every domain, before and after, as text."""
+        console = Console(file=io.StringIO(), width=100)
+        console.print(self.rich_table())
+        for line in (*self.notes, f"Run folder: {self.path}"):
+            console.print(line, highlight=False, soft_wrap=True)
+        return console.file.getvalue().rstrip()
+
+    def rich_table(self) -> Table:
+        """The table with styles, for a console."""
+        table = Table(title="IoU (%)", title_justify="left")
+        table.add_column("domain", style="bold")
+        table.add_column("class")
+        for name in ("before", "after", "change") if self.before else ("IoU",):
+            table.add_column(name, justify="right")
+        for domain, record in self.after.items():
+            old = self.before.get(domain)
+            rows = [(name, _iou(old, name), scores["IoU"]) for name, scores in record["per_class"].items()]
+            rows.append(("mean", old and old["mIoU"], record["mIoU"]))
+            for number, (name, was, now) in enumerate(rows):
+                last = number == len(rows) - 1
+                label = f"{name} (without absent classes)" if last and record["absent"] else name
+                cells = [percent(was), percent(now), _change(was, now)] if self.before else [percent(now)]
+                style = "bold" if last else None
+                table.add_row(domain if number == 0 else "", label, *cells, style=style, end_section=last)
+        return table
+
+    def print(self, console: Console | None = None) -> None:
+        """Show the table."""
+        console = console or Console()
+        if not self.after:
+            console.print("Nothing was evaluated: the configuration has neither targets nor a validation set.")
+        else:
+            console.print(self.rich_table())
+        for line in (*self.notes, f"Run folder: {self.path}"):
+            console.print(line, highlight=False, soft_wrap=True)
+
+
+def _iou(record: Record | None, name: str) -> float | None:
+    return record["per_class"][name]["IoU"] if record else None
+
+
+def _change(was: float | None, now: float | None) -> str:
+    if was is None or now is None:
+        return "–"
+    points = 100 * (now - was)
+    return f"[{'green' if points > 0 else 'red'}]{points:+.1f}[/]"

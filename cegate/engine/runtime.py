@@ -1,0 +1,93 @@
+"""Where and how a run computes: device, precision, determinism, seeds, Ctrl-C."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from cegate.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+Precision = Callable[[], AbstractContextManager[Any]]
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU, or the CPU without one.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"run.device={name} is not there; this machine has {torch.cuda.device_count()} GPUs, use cpu or auto"
+        )
+    return torch.device(name)
+
+
+def precision_of(name: str, device: torch.device) -> tuple[str, Precision]:
+    """The precision that is used, and a maker of its autocast context."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if name == "fp32":
+        return name, nullcontext
+    return name, partial(torch.autocast, device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[name])
+
+
+@contextmanager
+def deterministic(on: bool) -> Iterator[None]:
+    """Only deterministic torch algorithms inside, where asked for."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def seed_everything(seed: int, iteration: int) -> None:
+    """Make every global draw of an iteration a function of (seed, iteration)."""
+    words = np.random.SeedSequence([seed, iteration]).generate_state(3, np.uint32).tolist()
+    torch.manual_seed(words[0])
+    np.random.seed(words[1])
+    random.seed(words[2])
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a wish that a loop grants at its next safe point; the second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interrupt:
+        self.process = os.getpid()
+        self.in_main_thread = threading.current_thread() is threading.main_thread()
+        if self.in_main_thread:  # signals can be handled nowhere else
+            self.before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self.process:  # a forked data worker: it goes on until its parent has saved
+            return
+        self.asked = True
+        signal.signal(signal.SIGINT, self.before)
+        log.info("finishing this iteration, then saving; Ctrl-C again stops at once")
+
+    def __exit__(self, *exc: object) -> None:
+        if self.in_main_thread:
+            signal.signal(signal.SIGINT, self.before)

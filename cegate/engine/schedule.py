@@ -1,0 +1,42 @@
+"""Learning rate as a function of the iteration, and which weights decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from torch import nn
+
+from cegate.config import TrainConfig
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm)
+
+
+def learning_rate(config: TrainConfig, iteration: int) -> float:
+    """Learning rate of one iteration.
+
+    Args:
+        config: lr is the peak; ``warmup`` iterations rise linearly to it, the rest falls to (almost) zero.
+        iteration: 0..config.iterations - 1.
+    """
+    if iteration < config.warmup:
+        return config.lr * (iteration + 1) / config.warmup
+    done = (iteration - config.warmup) / (config.iterations - config.warmup)
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * done)) / 2
+    return config.lr * (1 - done) ** config.power
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, object]]:
+    """AdamW groups: weights of projections decay; norms, biases, embeddings and scalars do not."""
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for module in modules:
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                exempt = isinstance(part, (*NORMS, nn.Embedding)) or name.endswith("bias") or "embed" in name
+                (plain if exempt or parameter.ndim < 2 else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,493 @@
+"""Training: score the sites, switch them, step, evaluate, save."""
+
+from __future__ import annotations
+
+import logging
+import math
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import timm
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from cegate import __version__, ops, report
+from cegate.checkpoint import (
+    STAGES,
+    State,
+    copy_checkpoint,
+    keep_newest,
+    load_state,
+    load_trained,
+    restore,
+    save_adapter,
+    save_state,
+    trained_weights,
+)
+from cegate.config import Config
+from cegate.configfile import SOURCE_DOMAIN
+from cegate.data.datasets import Item, SegmentationSet, open_set
+from cegate.data.stream import Batch, TrainStream
+from cegate.data.transforms import normalise
+from cegate.engine import evaluator, results
+from cegate.engine.evaluator import Evaluation, evaluate, percent
+from cegate.engine.progress import Reporter, logging_to
+from cegate.engine.results import Result
+from cegate.engine.runtime import Interrupt, deterministic, pick_device, precision_of, seed_everything
+from cegate.engine.schedule import learning_rate, parameter_groups
+from cegate.errors import CheckpointError, TrainingError
+from cegate.fisher import measure_fisher
+from cegate.gate import GatePlan, normalize, select_top_k
+from cegate.models.segmenter import Segmenter, build, starting_plan
+from cegate.models.vit import weight_hash
+from cegate.runfolder import RunFolder, folder_of, open_run, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+# float16 gradients of single samples underflow without it
+FISHER_LOSS_SCALE = 1024.0
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Result:
+    """Train as configured and leave a complete run folder.
+
+    Args:
+        config: a configuration read for training.
+        resume: go on from the run's last checkpoint; on the CPU the numbers are those of an uninterrupted run.
+        overwrite: move an existing run aside and start again.
+        console: where progress is shown; default: standard error.
+
+    Returns:
+        The numbers of the run; ``table()`` formats them.
+
+    Raises:
+        CegateError: bad data, a run folder that is taken, or training that cannot go on.
+        KeyboardInterrupt: after Ctrl-C and a checkpoint; the message says how to go on.
+    """
+    console = console or Console(stderr=True)
+    device = pick_device(config.run.device)
+    config, sets = open_sets(config)
+    segmenter = build(config)
+    run = open_run(config, resume=resume, overwrite=overwrite)
+    with logging_to(run.path / "train.log", console), deterministic(config.run.deterministic):
+        log.info("run folder %s, device %s", run.path, device)
+        return Trainer(config, run, sets, segmenter.to(device), console).run()
+
+
+def describe(config: Config) -> str:
+    """Open the data, build the model, and say what a run would do, without writing anything.
+
+    Raises:
+        CegateError: whatever would stop the run before its first iteration.
+    """
+    config, sets = open_sets(config)
+    segmenter = build(config)
+    counts = segmenter.toolbox.counts()
+    gate, path = config.gate, folder_of(config)
+    trained = {"fisher": f"the {gate.k} best of {len(counts)} sites, chosen anew every {gate.interval} iterations"}
+    domains = [f"  {data.name}: {len(data)} images" for data in sets.evaluated]
+    return "\n".join(
+        [
+            f"run folder: {path}{' (exists)' if path.exists() else ''}",
+            f"source: {len(sets.source)} images, classes {', '.join(segmenter.classes)}",
+            "evaluated on:",
+            *(domains or ["  nothing"]),
+            f"backbone: {config.model.backbone}, patch {segmenter.patch}, features of layers {segmenter.layers}",
+            f"toolbox: {len(counts)} sites with {sum(counts.values()):,} weights; "
+            f"training {trained.get(gate.method, f'{len(starting_plan(config, segmenter.toolbox).active)} sites')}",
+            f"head: {config.model.head} with {sum(p.numel() for p in segmenter.head.parameters()):,} weights",
+            f"schedule: {config.train.iterations} iterations of {config.data.batch_size} crops, {config.data.crop} px",
+        ]
+    )
+
+
+# --- what a run is made of ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The data of a run."""
+
+    source: SegmentationSet
+    validation: SegmentationSet | None
+    targets: list[SegmentationSet]
+
+    @property
+    def evaluated(self) -> list[SegmentationSet]:
+        """Validation set (domain ``source``), then targets."""
+        return [*([self.validation] if self.validation is not None else []), *self.targets]
+
+
+def open_sets(config: Config) -> tuple[Config, Sets]:
+    """Open every set and look at all its files; classes that only the source set knows enter the configuration.
+
+    Raises:
+        ConfigError: the sets have other classes.
+        DataError: a set is empty, or a file in it is unfit.
+    """
+    data = config.data
+    source = open_set(data.source, name=SOURCE_DOMAIN, classes=data.classes)
+    classes = list(source.classes)
+    validation = data.validation and open_set(data.validation, name=SOURCE_DOMAIN, classes=classes)
+    targets = [open_set(target, name=name, classes=classes) for name, target in data.targets.items()]
+    sets = Sets(source, validation, targets)
+    for opened in (source, *sets.evaluated):
+        opened.check()
+    return replace(config, data=replace(data, classes=classes)), sets
+
+
+def value_range_of(source: SegmentationSet) -> list[list[float]] | None:
+    """(low, high) per band; ``None`` where it is that of 8-bit images, so that others are refused at prediction."""
+    ranges = [list(pair) for pair in source.value_range]
+    return None if all(pair == [0, 255] for pair in ranges) else ranges
+
+
+# --- the run --------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """One run: its stages ``before`` (frozen backbone + head, if asked for) and ``after`` (with the gate)."""
+
+    def __init__(self, config: Config, run: RunFolder, sets: Sets, segmenter: Segmenter, console: Console) -> None:
+        self.config, self.folder, self.sets, self.console = config, run, sets, console
+        self.segmenter = segmenter
+        self.device = segmenter.device
+        self.precision_name, self.precision = precision_of(config.run.precision, self.device)
+        self.backbone_sha256 = weight_hash(segmenter.vit)
+        self.initial = {name: value.clone() for name, value in trained_weights(segmenter).items()}
+        segmenter.value_range = value_range_of(sets.source)
+        stream = partial(
+            TrainStream,
+            sets.source,
+            crop=config.data.crop,
+            augment=config.data.augment,
+            seed=config.run.seed,
+            mean=segmenter.mean,
+            std=segmenter.std,
+        )
+        self.stream = stream(batch_size=config.data.batch_size, purpose="train")
+        self.probe = stream(batch_size=config.gate.samples, purpose="fisher")
+        self.interrupt = Interrupt()
+
+    def run(self) -> Result:
+        """Run every stage that is not done, then write adapter and figures."""
+        state = self._resume()
+        stages = STAGES if self.config.train.baseline else STAGES[1:]
+        started = time.monotonic()
+        with self.interrupt:
+            for stage in stages:
+                if state is None or STAGES.index(state.stage) <= STAGES.index(stage):
+                    self._run_stage(stage, state if state and state.stage == stage else None)
+        result = self._finish()
+        log.info("finished in %.0f s", time.monotonic() - started)
+        return result
+
+    # stages ---------------------------------------------------------------------------------------------------------
+
+    def _run_stage(self, stage: str, state: State | None) -> None:
+        train = self.config.train
+        self.stage = stage
+        self._start(state)
+        title = "baseline" if stage == "before" else "training"
+        with Reporter(self.console, title, train.iterations, self.iteration) as reporter:
+            batches = self.stream.loader(self.iteration, train.iterations, self.config.data.workers)
+            for batch in batches:
+                if self._scoring_is_due():
+                    self._score()
+                loss = self._step(batch)
+                self.iteration += 1
+                reporter.step(loss)
+                self._log_loss(loss)
+                if self.iteration % train.eval_every == 0 or self.iteration == train.iterations:
+                    reporter.evaluated(self._evaluate())
+                if self.iteration % train.checkpoint_every == 0 or self.iteration == train.iterations:
+                    self._save("last", f"iter_{self.iteration}")
+                if self.interrupt.asked:
+                    self._stop()
+
+    def _start(self, state: State | None) -> None:
+        """Put model, optimiser and counters where the stage begins or goes on."""
+        config, segmenter = self.config, self.segmenter
+        load_trained(segmenter, self.initial, None, "the initial weights")
+        plan = GatePlan() if self.stage == "before" else starting_plan(config, segmenter.toolbox)
+        segmenter.toolbox.apply(plan)
+        segmenter.train()
+        modules = (segmenter.toolbox, segmenter.head)
+        self.optimizer = torch.optim.AdamW(parameter_groups(modules, config.train.weight_decay), lr=config.train.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision_name == "fp16")
+        self.iteration, self.ever_active = 0, set(plan.active)
+        self.loss_sum, self.loss_count = 0.0, 0
+        if state is not None:
+            restore(segmenter, state, self.folder.last, backbone_sha256=self.backbone_sha256)
+            self.optimizer.load_state_dict(state.optimizer)
+            self.scaler.load_state_dict(state.scaler)
+            self.iteration, self.ever_active = state.iteration, set(state.ever_active)
+            self.loss_sum, self.loss_count = state.loss_sum, state.loss_count
+        elif self.stage == "after" and config.gate.method != "fisher":
+            self.folder.gates.append({"iteration": 0, "scores": {}, "active": list(plan.active)})
+
+    def _step(self, batch: Batch) -> float:
+        config, segmenter = self.config, self.segmenter
+        seed_everything(config.run.seed, self.iteration)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(config.train, self.iteration)
+        batch = batch.to(self.device)
+        with self.precision():
+            losses = segmenter.loss(batch.image, batch.label)
+        loss = losses.float().mean()
+        if not math.isfinite(value := loss.item()):
+            self._refuse_nan(losses, batch)
+        self.scaler.scale(loss).backward()
+        if config.train.clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            learning = (p for group in self.optimizer.param_groups for p in group["params"])
+            torch.nn.utils.clip_grad_norm_(learning, config.train.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return value
+
+    def _refuse_nan(self, losses: Tensor, batch: Batch) -> None:
+        path = self.folder.path / "nan_batch.json"
+        values = losses.float().tolist()
+        bad = [name for name, value in zip(batch.names, values, strict=True) if not math.isfinite(value)]
+        write_json(path, {"iteration": self.iteration, "names": batch.names, "not_finite": bad, "loss": values})
+        raise TrainingError(
+            f"the loss of iteration {self.iteration} is not finite for {', '.join(bad)} (batch saved in {path}); look "
+            "at these files, lower train.lr, set train.clip, or use run.precision=fp32"
+        )
+
+    # gate -----------------------------------------------------------------------------------------------------------
+
+    def _scoring_is_due(self) -> bool:
+        gate = self.config.gate
+        return self.stage == "after" and gate.method == "fisher" and self.iteration % gate.interval == 0
+
+    def _score(self) -> None:
+        gate, toolbox = self.config.gate, self.segmenter.toolbox
+        with self.precision():
+            mass = measure_fisher(
+                self.segmenter,
+                toolbox,
+                self._probe_batches(),
+                estimator=gate.estimator,
+                loss=gate.loss,
+                loss_scale=FISHER_LOSS_SCALE if self.precision_name == "fp16" else 1.0,
+            )
+        scores = normalize(mass, gate.normalize, toolbox.counts())
+        plan = select_top_k(scores, gate.k)
+        self.ever_active |= set(plan.active)
+        if gate.inactive == "frozen":
+            plan = GatePlan(plan.active, self.ever_active)
+        changed = len(set(plan.active) - set(toolbox.plan.active))
+        toolbox.apply(plan)
+        self.folder.gates.append({"iteration": self.iteration, "scores": scores, "active": list(plan.active)})
+        kinds = [site.partition(".")[0] for site in plan.active]
+        counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+        log.debug("iteration %d: gate chose %s (%d new)", self.iteration, counts, changed)
+
+    def _probe_batches(self) -> Iterator[Batch]:
+        """The Fisher probe of this iteration in pieces of the training batch size."""
+        probe, size = self.probe.batch(self.iteration), self.config.data.batch_size
+        for first in range(0, len(probe.names), size):
+            piece = slice(first, first + size)
+            yield Batch(probe.image[piece], probe.label[piece], probe.names[piece]).to(self.device)
+
+    # journal --------------------------------------------------------------------------------------------------------
+
+    def _log_loss(self, loss: float) -> None:
+        self.loss_sum += loss
+        self.loss_count += 1
+        if self.iteration % self.config.train.log_every and self.iteration != self.config.train.iterations:
+            return
+        mean = self.loss_sum / self.loss_count
+        self.loss_sum, self.loss_count = 0.0, 0
+        lr = learning_rate(self.config.train, self.iteration - 1)
+        record = {"iteration": self.iteration, "split": "train", "stage": self.stage, "domain": SOURCE_DOMAIN}
+        self.folder.metrics.append({**record, "loss": mean, "lr": lr})
+        log.debug("%s iteration %d: loss %.4f, lr %.2e", self.stage, self.iteration, mean, lr)
+
+    def _evaluate(self) -> str:
+        """Measure every domain; keep the model if it is the best so far; return its mIoU as text."""
+        data = self.config.data
+        evaluations = [
+            evaluate(
+                self.segmenter,
+                dataset,
+                crop=data.crop,
+                stride=data.stride,
+                workers=data.workers if self.device.type == "cuda" else 0,
+                precision=self.precision,
+            )
+            for dataset in self.sets.evaluated
+        ]
+        for evaluation in evaluations:
+            record = {"iteration": self.iteration, "split": self.stage, "domain": evaluation.domain}
+            self.folder.metrics.append({**record, "loss": evaluation.loss, **evaluation.scores.to_dict()})
+        text = ", ".join(f"{item.domain} {percent(item.scores.mIoU)}" for item in evaluations)
+        log.info("%s iteration %d: mIoU %s", self.stage, self.iteration, text or "not measured")
+        if self._best_iteration() in (None, self.iteration):
+            self._keep_best(evaluations)
+        return text or "–"
+
+    def _best_iteration(self, stage: str | None = None) -> int | None:
+        validated = self.sets.validation is not None
+        return results.best_iteration(self.folder.metrics.records, stage or self.stage, validated=validated)
+
+    def _keep_best(self, evaluations: list[Evaluation]) -> None:
+        if self.stage == "before":
+            self._save("before")
+            return
+        self._save("best")
+        for item in evaluations:
+            evaluator.write_evaluation(self.folder.eval / item.domain, item, iteration=self.iteration)
+
+    # saving and resuming --------------------------------------------------------------------------------------------
+
+    def _save(self, first: str, *copies: str) -> None:
+        """Save the state under a name, and copy it under others."""
+        plan = self.segmenter.toolbox.plan
+        state = State(
+            stage=self.stage,
+            iteration=self.iteration,
+            trained=trained_weights(self.segmenter),
+            active=list(plan.active),
+            frozen=list(plan.frozen),
+            ever_active=sorted(self.ever_active),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            loss_sum=self.loss_sum,
+            loss_count=self.loss_count,
+            value_range=self.segmenter.value_range,
+            backbone_sha256=self.backbone_sha256,
+            classes=list(self.segmenter.classes),
+        )
+        folder = self.folder.checkpoints
+        save_state(folder / f"{first}.pt", state)
+        keep = self.config.train.keep_checkpoints if self.stage == "after" else 0
+        for name in copies if keep else ():
+            copy_checkpoint(folder / f"{first}.pt", folder / f"{name}.pt")
+        keep_newest(folder, keep)
+
+    def _resume(self) -> State | None:
+        """The state to go on from; the journals lose what comes after it, which is going to be written again."""
+        path = self.folder.path / "env.json"
+        environment = self._environment()
+        state = load_state(self.folder.last) if self.folder.last.is_file() else None
+        if state is None:
+            write_json(path, environment)
+        else:
+            self._refuse_other_data(environment["data"])
+            log.info("going on from iteration %d of stage %s", state.iteration, state.stage)
+        position = (-1, -1) if state is None else state.position
+
+        def is_past(record: dict[str, Any]) -> bool:
+            stage = record.get("stage", record["split"])
+            return (STAGES.index(stage), record["iteration"]) <= position
+
+        self.folder.metrics.keep(is_past)
+        self.folder.gates.keep(lambda record: (STAGES.index("after"), record["iteration"]) < position)
+        return state
+
+    def _environment(self) -> dict[str, Any]:
+        sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        return {
+            "versions": {
+                "cegate": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "numpy": np.__version__,
+                "rasterio": rasterio.__version__,
+            },
+            "platform": platform.platform(),
+            "device": str(self.device),
+            "gpu": gpu,
+            "threads": torch.get_num_threads(),
+            "precision": self.precision_name,
+            "seed": self.config.run.seed,
+            "backends": ops.backends(),
+            "backbone_sha256": self.backbone_sha256,
+            "data": {name: {"images": len(data), "fingerprint": data.fingerprint()} for name, data in sets.items()},
+        }
+
+    def _refuse_other_data(self, found: dict[str, Any]) -> None:
+        recorded = read_json(self.folder.path / "env.json").get("data", {})
+        changed = [name for name in found if name in recorded and recorded[name] != found[name]]
+        if changed:
+            raise CheckpointError(
+                f"the data of {', '.join(changed)} is not what {self.folder.path} was started with; put the files back "
+                "or start a run of another name"
+            )
+
+    def _stop(self) -> None:
+        if not self.folder.last.is_file() or load_state(self.folder.last).position != (
+            STAGES.index(self.stage),
+            self.iteration,
+        ):
+            self._save("last")
+        raise KeyboardInterrupt(
+            f"interrupted after iteration {self.iteration} and saved; go on with: "
+            f"cegate train --config {self.folder.config_file} --resume"
+        )
+
+    # the end --------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> Result:
+        """Load the model that counts, write adapter and figures, and collect the numbers."""
+        folder, records = self.folder, self.folder.metrics.records
+        best = folder.checkpoints / "best.pt"
+        state = load_state(best)
+        restore(self.segmenter, state, best, backbone_sha256=self.backbone_sha256)
+        self.segmenter.eval()
+        after = results.records_of(records, "after", state.iteration)
+        before = results.records_of(records, "before", self._best_iteration("before"))
+        save_adapter(
+            folder.adapter,
+            self.segmenter,
+            self.backbone_sha256,
+            {domain: record["mIoU"] for domain, record in after.items()},
+        )
+        self._draw()
+        why = "chosen on the validation set" if self.sets.validation else "the last one: there is no validation set"
+        return Result(folder.path, before, after, (f"The model of iteration {state.iteration} counts, {why}.",))
+
+    def _draw(self) -> None:
+        figures, records, rounds = self.folder.figures, self.folder.metrics.records, self.folder.gates.records
+        report.draw_curves(records, figures / "curves.png")
+        if rounds:
+            report.draw_gate(rounds, self.segmenter.toolbox.sites, figures / "gate.png")
+        shown = {
+            data.name: [data.read(index) for index in range(min(len(data), report.PANEL_ROWS))]
+            for data in self.sets.evaluated
+        }
+        columns = {"before": self.folder.checkpoints / "before.pt", "after": self.folder.checkpoints / "best.pt"}
+        if not self.config.train.baseline:
+            columns = {"prediction": columns["after"]}
+        masks = {title: self._predict(shown, checkpoint) for title, checkpoint in columns.items()}
+        for domain, items in shown.items():
+            drawn = {title: by_domain[domain] for title, by_domain in masks.items()}
+            classes, palette = self.segmenter.classes, self.segmenter.palette
+            report.draw_panels(items, drawn, classes, palette, figures / f"panels_{domain}.png")
+
+    def _predict(self, shown: dict[str, list[Item]], checkpoint: Path) -> dict[str, list[np.ndarray]]:
+        """Masks by domain, of the model in a checkpoint."""
+        restore(self.segmenter, load_state(checkpoint), checkpoint, backbone_sha256=self.backbone_sha256)
+        return {domain: [self._mask(item) for item in items] for domain, items in shown.items()}
+
+    def _mask(self, item: Item) -> np.ndarray:
+        data, segmenter = self.config.data, self.segmenter
+        image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
+        logits = evaluator.predict_logits(
+            segmenter, image, crop=data.crop, stride=data.stride, precision=self.precision
+        )
+        return logits[0].argmax(0).to(torch.uint8).cpu().numpy()

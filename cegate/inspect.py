@@ -1,0 +1,56 @@
+"""`cegate inspect`: what a run or an adapter holds, or which backends run here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cegate import cli
+from cegate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+USAGE = cli.Usage(
+    prog="cegate inspect",
+    description="Show what the gate of a run chose and what came of it, what an adapter holds, or which backends run "
+    "here.",
+    options=(
+        cli.Option("run", "Run folder.", "DIR"),
+        cli.Option("adapter", "Adapter folder.", "DIR"),
+        cli.Option("backends", "Show which operator backends are loaded, and why the others are not."),
+    ),
+)
+
+
+@cli.command
+def main(argv: Sequence[str]) -> int:
+    """Parse, print."""
+    options = cli.parse_options(argv, USAGE)
+    given = [name for name in ("run", "adapter", "backends") if options[name]]
+    if len(given) != 1:
+        raise ConfigError("give one of --run, --adapter and --backends")
+    from rich.console import Console
+
+    from cegate.engine import summary
+
+    console = Console()
+    if options["backends"]:
+        console.print(summary.backends_table())
+    elif options["run"]:
+        _print(console, summary.describe_run(Path(options["run"])))
+    else:
+        _print(console, summary.describe_adapter(Path(options["adapter"])))
+    return cli.GOOD
+
+
+def _print(console: Console, parts: Sequence[Table | str]) -> None:
+    for part in parts:
+        console.print(part)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""`cegate predict`: write the masks of images."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from cegate import cli
+from cegate.errors import ConfigError
+
+USAGE = cli.Usage(
+    prog="cegate predict",
+    description="Segment images with a trained run or a shared adapter. A georeferenced image gives a GeoTIFF with its "
+    "coordinate system, any other a PNG; both hold class indices and the palette.",
+    options=(
+        cli.Option("run", "Run folder (its adapter is used).", "DIR"),
+        cli.Option("adapter", "Adapter folder.", "DIR"),
+        cli.Option("input", "Images: files, folders or globs.", "PATH", many=True),
+        cli.Option("output", "Folder of the masks, or a .png or .tif file for one image.", "PATH"),
+        cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
+        cli.Option("device", "auto, cpu or cuda:<index>; default auto.", "NAME"),
+        cli.Option("overwrite", "Replace existing masks."),
+    ),
+)
+
+
+@cli.command
+def main(argv: Sequence[str]) -> int:
+    """Parse, load, write a mask per image."""
+    options = cli.parse_options(argv, USAGE)
+    if bool(options["run"]) == bool(options["adapter"]):
+        raise ConfigError("give one of --run and --adapter")
+    for name in ("input", "output"):
+        if not options[name]:
+            raise ConfigError(f"--{name} is missing; cegate predict --help tells what it takes")
+    from rich.progress import track
+
+    from cegate.checkpoint import load_adapter
+    from cegate.engine import predictor
+    from cegate.engine.runtime import pick_device
+
+    images = predictor.find_images(options["input"])
+    masks = predictor.plan_outputs(images, Path(options["output"]), overwrite=options["overwrite"])
+    device = pick_device(options["device"] or "auto")
+    segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
+    written = predictor.predict_files(segmenter, masks)
+    for mask in track(written, "predicting", total=len(masks), transient=True):
+        print(mask)
+    return cli.GOOD
+
+
+if __name__ == "__main__":
+    sys.exit(main())

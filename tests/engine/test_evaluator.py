@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import cegate
+from cegate.data.datasets import open_set
+from cegate.engine.evaluator import evaluate, evaluate_run, percent, table_of, write_evaluation
+from cegate.engine.trainer import Trainer, train
+from cegate.errors import CheckpointError, ConfigError
+from cegate.runfolder import RunFolder
+
+
+@pytest.fixture
+def segmenter(small):
+    model = cegate.build(small())
+    with torch.no_grad():
+        model.head.load_state_dict({k: 5 * torch.randn_like(v) for k, v in model.head.state_dict().items()})
+    return model
+
+
+@pytest.fixture
+def arid(small):
+    config = small().data
+    return open_set(config.targets["arid"], name="arid", classes=config.classes)
+
+
+def test_result_is_the_same_for_any_number_of_windows_at_once(segmenter, arid):
+    matrices = [evaluate(segmenter, arid, crop=32, stride=8, batch=batch).confusion.matrix for batch in (1, 2, 3, 64)]
+    assert all(torch.equal(matrices[0], matrix) for matrix in matrices[1:])
+    assert matrices[0].sum() == 40 * 40
+
+
+def test_evaluation_leaves_mode_and_random_state(segmenter, arid):
+    segmenter.train()
+    state = torch.get_rng_state()
+    evaluate(segmenter, arid, crop=32)
+    assert segmenter.training and torch.equal(state, torch.get_rng_state())
+
+
+def test_confusion_counts_what_predict_predicts(segmenter, arid):
+    item = arid.read(0)
+    mask = segmenter.predict((item.image * 255).round().astype(np.uint8))
+    found = evaluate(segmenter, arid, crop=32).confusion.matrix.numpy()
+    expected = np.zeros_like(found)
+    np.add.at(expected, (item.label.ravel(), mask.ravel()), 1)
+    assert np.array_equal(found, expected)
+
+
+def test_written_files_agree(segmenter, arid, tmp_path):
+    evaluation = evaluate(segmenter, arid, crop=32)
+    write_evaluation(tmp_path / "arid", evaluation, iteration=3)
+    saved = json.loads((tmp_path / "arid/metrics.json").read_text())
+    rows = list(csv.DictReader((tmp_path / "arid/per_class.csv").open()))
+    assert saved["iteration"] == 3 and saved["images"] == 1
+    assert [row["class"] for row in rows] == list(segmenter.classes)
+    for row in rows:
+        value = saved["per_class"][row["class"]]["IoU"]
+        assert row["IoU"] == ("" if value is None else f"{value:.6f}")
+    assert np.load(tmp_path / "arid/confusion.npy").dtype == np.int64
+
+
+def test_table_names_absent_classes(segmenter, arid):
+    evaluation = evaluate(segmenter, arid, crop=32)
+    evaluation.confusion.matrix[4] = 0
+    evaluation.confusion.matrix[:, 4] = 0
+    table = table_of([evaluation])
+    assert any("without water" in cell for cell in table.columns[1]._cells)
+    assert percent(float("nan")) == percent(None) == "–" and percent(0.1234) == "12.3"
+
+
+def test_a_run_is_evaluated_as_it_was_in_training(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
+    config = small()
+    result = train(config)
+    run = RunFolder(result.path)
+    by_domain = {e.domain: e for e in evaluate_run(run, run.config(), output=tmp_path / "out")}
+    for domain, record in result.after.items():
+        assert by_domain[domain].scores.mIoU == record["mIoU"]
+    assert (tmp_path / "out/arid/confusion.npy").is_file()
+    with pytest.raises(CheckpointError, match="exists; give another --output"):
+        evaluate_run(run, run.config(), output=tmp_path / "out")
+    nothing = small(data__targets="{}", data__validation="null")
+    with pytest.raises(ConfigError, match=r"nothing to evaluate on; give --data\.targets"):
+        evaluate_run(run, nothing)
+    other = small(data__classes="[background, building, forest, road, lake]")
+    with pytest.raises((CheckpointError, ConfigError), match="lake"):
+        evaluate_run(run, other)
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*missing\.pt"):
+        evaluate_run(run, run.config(), checkpoint="missing.pt")

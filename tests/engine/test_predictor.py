@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.transform import from_origin
+
+import cegate
+from cegate.engine.predictor import find_images, plan_outputs, predict_files
+from cegate.errors import DataError
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 30, 44), dtype=np.uint8)
+    place = {"crs": "EPSG:32633", "transform": from_origin(500000, 5000000, 0.5, 0.5)}
+    for name, driver, extra in (("a.png", "PNG", {}), ("b.tif", "GTiff", place), ("c.tif", "GTiff", {})):
+        with rasterio.open(
+            folder / name, "w", driver=driver, count=3, height=30, width=44, dtype="uint8", **extra
+        ) as out:
+            out.write(pixels)
+    return folder
+
+
+def test_georeferenced_input_gives_a_geotiff_and_the_rest_png(images, small, tmp_path):
+    segmenter = cegate.build(small())
+    masks = plan_outputs(find_images([str(images)]), tmp_path / "out")
+    assert [mask.name for mask in predict_files(segmenter, masks)] == ["a.png", "b.tif", "c.png"]
+    with rasterio.open(images / "b.tif") as src, rasterio.open(tmp_path / "out/b.tif") as mask:
+        assert (mask.crs, mask.transform, mask.shape) == (src.crs, src.transform, src.shape)
+        assert np.array_equal(mask.read(1), segmenter.predict(images / "b.tif"))
+        assert "#{:02X}{:02X}{:02X}".format(*mask.colormap(1)[1][:3]) == segmenter.palette[1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.tif", "c.png"]
+
+
+def test_one_image_goes_into_the_file_that_is_named(images, small, tmp_path):
+    masks = plan_outputs([images / "b.tif"], tmp_path / "mask.png")
+    assert list(predict_files(cegate.build(small()), masks)) == [tmp_path / "mask.png"]
+    with pytest.raises(DataError, match="one file for 2 images"):
+        plan_outputs([images / "a.png", images / "b.tif"], tmp_path / "mask.png")
+
+
+def test_inputs_are_files_folders_and_globs_each_once(images):
+    assert [path.name for path in find_images([str(images / "*.tif"), str(images)])] == ["b.tif", "c.tif", "a.png"]
+    with pytest.raises(DataError, match=r"nowhere\*\.png names no image"):
+        find_images([str(images / "nowhere*.png")])
+
+
+def test_nothing_is_overwritten_unasked(images, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"a\.png exists; .*--overwrite"):
+        plan_outputs(find_images([str(images)]), tmp_path / "out")
+    assert plan_outputs([images / "a.png"], tmp_path / "out", overwrite=True)
+    with pytest.raises(DataError, match="would replace the image"):
+        plan_outputs(find_images([str(images)]), images, overwrite=True)
+
+
+def test_images_of_one_name_are_told_apart(images, tmp_path):
+    (images / "deep").mkdir()
+    twin = images / "deep" / "a.png"
+    twin.write_bytes((images / "a.png").read_bytes())
+    with pytest.raises(DataError, match="would both be written to"):
+        plan_outputs([images / "a.png", twin], tmp_path / "out")
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    broken = tmp_path / "broken.tif"
+    broken.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"broken\.tif"):
+        plan_outputs([broken], tmp_path / "out")

@@ -1,0 +1,230 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import cegate
+from cegate.checkpoint import load_state
+from cegate.engine import trainer
+from cegate.engine.trainer import Trainer, describe, train
+from cegate.errors import CheckpointError, ConfigError, DataError, TrainingError
+from cegate.models.segmenter import Segmenter
+
+
+PROMISED = (
+    *("config.yaml", "env.json", "train.log", "metrics.jsonl", "gates.jsonl"),
+    *("checkpoints/last.pt", "checkpoints/best.pt", "checkpoints/before.pt"),
+    *("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/README.md"),
+    *("figures/gate.png", "figures/curves.png", "figures/panels_source.png", "figures/panels_arid.png"),
+    *("eval/arid/metrics.json", "eval/arid/confusion.npy", "eval/arid/per_class.csv"),
+)
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_everything_the_interface_promises(small):
+    config = small(train__baseline=True)
+    result = train(config)
+    run = result.path
+    for name in PROMISED:
+        assert (run / name).stat().st_size > 0, name
+    assert [path.name for path in (run / "checkpoints").glob("iter_*.pt")] == ["iter_7.pt"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["iterations"] == 7
+    environment = json.loads((run / "env.json").read_text())
+    assert environment["seed"] == 0 and environment["data"]["arid"]["images"] == 1
+    assert [line["iteration"] for line in lines(run / "gates.jsonl")] == [0, 3, 6]
+    assert all(len(line["active"]) == 5 and len(line["scores"]) == 24 for line in lines(run / "gates.jsonl"))
+    evaluated = [
+        (r["split"], r["iteration"], r["domain"]) for r in lines(run / "metrics.jsonl") if r["split"] != "train"
+    ]
+    steps = [(4, "source"), (4, "arid"), (7, "source"), (7, "arid")]
+    assert evaluated == [(split, *step) for split in ("before", "after") for step in steps]
+    table = result.table()
+    assert all(word in table for word in ("before", "after", "change", "arid", "water", "mean", "validation set"))
+
+
+def test_the_table_shows_the_numbers_of_the_saved_evaluation(small, no_figures):
+    result = train(small())
+    saved = json.loads((result.path / "eval/arid/metrics.json").read_text())
+    confusion = np.load(result.path / "eval/arid/confusion.npy")
+    assert saved["mIoU"] == result.after["arid"]["mIoU"]
+    assert confusion.dtype == np.int64 and confusion.sum() == 40 * 40
+    assert f"{100 * saved['mIoU']:.1f}" in result.table()
+
+
+def test_training_lowers_the_loss_and_moves_only_trained_weights(small, no_figures):
+    config = small(train__iterations=30, train__log_every=5, train__eval_every=30, data__validation="null")
+    result = train(config)
+    losses = [r["loss"] for r in lines(result.path / "metrics.jsonl") if r["split"] == "train"]
+    assert losses[-1] < losses[0]
+    state = load_state(result.path / "checkpoints/last.pt")
+    fresh = cegate.build(config)
+    own = {f"toolbox.{name}": value for name, value in fresh.toolbox.state_dict().items()}
+    never = [key for key in own if ".".join(key.split(".")[1:3]) not in state.ever_active]
+    assert never and all(torch.equal(own[key], state.trained[key]) for key in never)
+    assert any(not torch.equal(own[key], state.trained[key]) for key in own.keys() - set(never))
+
+
+@pytest.mark.parametrize(
+    ("stage", "iteration", "every"),
+    [("before", 2, 1), ("before", 5, 3), ("after", 0, 3), ("after", 3, 1), ("after", 4, 3), ("after", 6, 5)],
+)
+def test_a_stopped_run_resumes_bit_by_bit(small, no_figures, monkeypatch, stage, iteration, every):
+    changes = {
+        "train__baseline": True,
+        "train__checkpoint_every": every,
+        "gate__inactive": "frozen",
+        "train__clip": 1.0,
+    }
+    whole = train(small("whole", **changes)).path
+    step = Trainer._step
+
+    def step_until(self, batch):
+        if (self.stage, self.iteration) == (stage, iteration):
+            raise RuntimeError("power cut")
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", step_until)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(small("cut", **changes))
+    monkeypatch.setattr(Trainer, "_step", step)
+    cut = train(small("cut", **changes), resume=True).path
+    for name in ("metrics.jsonl", "gates.jsonl"):
+        assert (cut / name).read_text() == (whole / name).read_text()
+    for name in ("last", "best", "before"):
+        a, b = (load_state(folder / f"checkpoints/{name}.pt") for folder in (whole, cut))
+        assert a.active == b.active and a.frozen == b.frozen and a.iteration == b.iteration
+        assert a.trained.keys() == b.trained.keys()
+        assert all(torch.equal(a.trained[key], b.trained[key]) for key in a.trained)
+    adapters = [(folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (whole, cut)]
+    assert adapters[0] == adapters[1]
+
+
+def test_workers_and_scoring_do_not_change_the_stream(small, no_figures):
+    often, seldom = (train(small(name, gate__interval=n, gate__method="fisher")) for name, n in (("a", 1), ("b", 100)))
+    workers = train(small("c", gate__interval=1, data__workers=2))
+    assert (often.path / "metrics.jsonl").read_text() == (workers.path / "metrics.jsonl").read_text()
+    first = [lines(result.path / "gates.jsonl")[0] for result in (often, seldom)]
+    assert first[0] == first[1]
+
+
+def test_interrupt_saves_and_says_how_to_go_on(small, no_figures, monkeypatch):
+    step = Trainer._step
+
+    def step_and_interrupt(self, batch):
+        if self.iteration == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", step_and_interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"after iteration 5 and saved.*--config \S+config.yaml --resume"):
+        train(small())
+    monkeypatch.setattr(Trainer, "_step", step)
+    assert load_state(small().run.work_dir / Path("checkpoints/last.pt")).iteration == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(small(), resume=True).after["arid"]["iteration"] in (4, 7)
+
+
+def test_nan_loss_stops_with_the_file_names_saved(small, no_figures, monkeypatch):
+    loss = Segmenter.loss
+
+    def sometimes_nan(self, images, labels):
+        value = loss(self, images, labels)
+        return value * torch.tensor([1.0, float("nan")]) if torch.is_grad_enabled() and self.training else value
+
+    monkeypatch.setattr(Segmenter, "loss", sometimes_nan)
+    config = small()
+    with pytest.raises(TrainingError, match=r"iteration 0 is not finite for temperate/\d+ .*nan_batch.json"):
+        train(config)
+    saved = json.loads((Path(config.run.work_dir) / "nan_batch.json").read_text())
+    assert len(saved["names"]) == 2 and saved["not_finite"] == saved["names"][1:] and saved["loss"][1] is None
+
+
+def test_a_taken_folder_is_refused_moved_aside_or_resumed(small, no_figures, tmp_path):
+    train(small())
+    with pytest.raises(CheckpointError, match=r"--resume goes on with it, --overwrite moves it aside"):
+        train(small())
+    (tmp_path / "run" / "mine.txt").write_text("keep me")
+    train(small(), overwrite=True)
+    assert (tmp_path / "run.old-1" / "mine.txt").read_text() == "keep me"
+    assert not (tmp_path / "run" / "mine.txt").exists()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    train(small(), resume=True)  # a finished run only writes its figures again
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_folder_that_is_no_run_is_never_touched(small, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.doc").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError, match=r"no cegate run; give another run\.work_dir"):
+            train(small(), overwrite=overwrite)
+    assert (tmp_path / "run" / "thesis.doc").read_text() == "mine"
+    with pytest.raises(CheckpointError, match=r"no run in .* to resume"):
+        train(small("absent"), resume=True)
+
+
+def test_resume_refuses_another_configuration_and_other_data(small, no_figures, monkeypatch):
+    train(small())
+    with pytest.raises(CheckpointError, match=r"other values of train\.lr; resume it with --config"):
+        train(small(train__lr=0.5), resume=True)
+    monkeypatch.setattr(trainer.SegmentationSet, "fingerprint", lambda self: "other", raising=False)
+    for kind in trainer.SegmentationSet.__subclasses__():
+        monkeypatch.setattr(kind, "fingerprint", lambda self: "other")
+    with pytest.raises(CheckpointError, match="data of train, source, arid is not what"):
+        train(small(), resume=True)
+
+
+def test_problems_show_before_the_run_folder_is_made(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"gate\.k=25 .* 24 sites"):
+        train(small(gate__k=25))
+    with pytest.raises(DataError):
+        train(small(data__targets=f"{{far: {{kind: folder, root: {tmp_path / 'nowhere'}}}}}"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", ["all", "none", "fixed"])
+def test_other_gates_train_what_they_say(small, no_figures, method):
+    config = small(gate__method=method, gate__sites="[spatial.7, frequency.0]")
+    path = train(config).path
+    (gate,) = lines(path / "gates.jsonl")
+    expected = {"all": 24, "none": 0, "fixed": 2}[method]
+    assert gate["iteration"] == 0 and len(gate["active"]) == expected
+    assert len(json.loads((path / "adapter/adapter_config.json").read_text())["active_sites"]) == expected
+
+
+def test_without_validation_the_last_model_counts(small, no_figures):
+    result = train(small(data__validation="null"))
+    assert result.after["arid"]["iteration"] == 7
+    assert "there is no validation set" in result.table()
+
+
+def test_mask2former_trains_and_resumes(small, no_figures, monkeypatch):
+    config = small(model__head="mask2former", train__iterations=2, data__crop=32)
+    whole = train(config).path
+    assert load_state(whole / "checkpoints/last.pt").iteration == 2
+
+
+def test_bf16_trains(small, no_figures):
+    result = train(small(run__precision="bf16"))
+    assert json.loads((result.path / "env.json").read_text())["precision"] == "bf16"
+
+
+def test_describe_says_what_a_run_would_do_and_writes_nothing(small, tmp_path):
+    text = describe(small())
+    assert all(word in text for word in ("4 images", "arid", "24 sites", "5 best", "7 iterations", str(tmp_path)))
+    assert not (tmp_path / "run").exists()

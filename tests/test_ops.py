@@ -1,0 +1,466 @@
+"""The operators' one door: choice of a backend, and the C++ operators against PyTorch in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cegate import native, ops
+from cegate.errors import BackendError
+
+needs_cpp = pytest.mark.skipif(native.EXTENSION is None, reason=native.REASON)
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def frequency_weights(channels: int, width: int, stack: tuple[int, ...] = ()) -> list[torch.Tensor]:
+    shapes = [(3, width, channels), (3, width), (3, channels, width), (3, channels), (3, channels), (3,), ()]
+    return [torch.randn(*stack, *shape) * 0.3 if stack or shape else torch.tensor(0.7) for shape in shapes]
+
+
+def results(function, tensors, dtype, **options) -> list[torch.Tensor]:
+    """Output and every gradient, computed in dtype."""
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+    y = function(*leaves, **options)
+    weight = torch.linspace(0, 9, y.numel(), dtype=torch.float64).cos().view(y.shape).to(dtype)
+    return [y.detach(), *torch.autograd.grad((y * weight).sum(), leaves)]
+
+
+def assert_as_accurate(function, tensors, dtype) -> None:
+    """The C++ operator makes at most twice the error of PyTorch in the same dtype, judged in float64."""
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    truth = results(function, tensors, torch.float64, backend="torch")
+    for number, (exact, plain, ours) in enumerate(
+        zip(
+            truth,
+            results(function, tensors, dtype, backend="torch"),
+            results(function, tensors, dtype, backend="cpp"),
+            strict=True,
+        )
+    ):
+        assert ours.dtype == dtype
+        assert ours.shape == exact.shape
+        unit = torch.finfo(dtype).eps * exact.norm()
+        allowed = 2 * (plain.double() - exact).norm() + unit
+        assert (ours.double() - exact).norm() <= allowed, f"result {number}"
+
+
+GRIDS = [((4, 4), 0.3, "official"), ((7, 5), 0.9, "symmetric"), ((3, 11), 1.0, "official"), ((14, 14), 0.3, "official")]
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("grid", "cutoff", "band"), GRIDS, ids=str)
+def test_cpp_low_pass_is_as_accurate_as_torch(grid, cutoff, band, dtype):
+    x = torch.randn(2, grid[0] * grid[1], 70)
+    assert_as_accurate(lambda x, backend: ops.low_pass(x, grid, cutoff, band, backend=backend), [x], dtype)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("grid", "cutoff", "band"), GRIDS, ids=str)
+@pytest.mark.parametrize(("channels", "width"), [(19, 5), (48, 32)])
+def test_cpp_frequency_adapter_is_as_accurate_as_torch(grid, cutoff, band, channels, width, dtype):
+    tensors = [torch.randn(2, grid[0] * grid[1], channels), *frequency_weights(channels, width)]
+
+    def function(x, *weights, backend):
+        return ops.frequency_adapter(x, grid, *weights, cutoff, band, backend=backend)
+
+    assert_as_accurate(function, tensors, dtype)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("parts", ["", "base", "biases", "base biases"])
+def test_cpp_low_rank_is_as_accurate_as_torch(activation, parts, dtype):
+    names = [name for name in ("base", "down_bias", "up_bias") if name.split("_")[-1] in parts]
+    shapes = {"base": (2, 33, 21), "down_bias": (9,), "up_bias": (21,)}
+    tensors = [torch.randn(2, 33, 40), torch.randn(9, 40) * 0.2, torch.randn(21, 9)]
+    tensors += [torch.randn(shapes[name]) for name in names]
+
+    def function(x, down, up, *more, backend):
+        rest = dict(zip(names, more, strict=True))
+        return ops.low_rank(x, down, up, **rest, activation=activation, scale=0.3, backend=backend)
+
+    assert_as_accurate(function, tensors, dtype)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cpp_low_rank_qv_is_as_accurate_as_torch(dtype):
+    weights = [torch.randn(shape) * 0.3 for shape in ((7, 40), (24, 7)) * 2]
+
+    def function(qkv, x, *weights, backend):
+        return ops.low_rank_qv_(qkv * 1, x, *weights, 0.4, backend=backend)
+
+    assert_as_accurate(function, [torch.randn(2, 17, 72), torch.randn(2, 17, 40), *weights], dtype)
+
+
+@needs_cpp
+def test_low_rank_qv_changes_qkv_in_place():
+    qkv, x = torch.randn(1, 5, 24), torch.randn(1, 5, 6)
+    key = qkv[..., 8:16].clone()
+    changed = ops.low_rank_qv_(qkv, x, torch.randn(2, 6), torch.randn(8, 2), torch.randn(2, 6), torch.randn(8, 2))
+    assert changed.data_ptr() == qkv.data_ptr()
+    assert torch.equal(qkv[..., 8:16], key)
+
+
+@needs_cpp
+def test_only_wanted_gradients_are_computed():
+    x, (down, up) = torch.randn(2, 9, 12), (torch.randn(3, 12), torch.randn(12, 3, requires_grad=True))
+    ops.low_rank(x, down, up, activation="gelu", backend="cpp").sum().backward()
+    assert up.grad is not None
+    assert x.grad is None
+    assert down.grad is None
+
+
+def strided(tensor: torch.Tensor) -> torch.Tensor:
+    """Equal values at every other address."""
+    wide = torch.full((*tensor.shape, 2), float("nan"), dtype=tensor.dtype)
+    wide[..., 0] = tensor
+    return wide[..., 0]
+
+
+@needs_cpp
+def test_strides_do_not_matter():
+    grid, x, weights = (4, 5), torch.randn(3, 20, 16), frequency_weights(16, 6)
+    plain = ops.frequency_adapter(x, grid, *weights, backend="cpp")
+    assert torch.equal(ops.frequency_adapter(strided(x), grid, *map(strided, weights), backend="cpp"), plain)
+    down, up, qkv = torch.randn(4, 16), torch.randn(16, 4), torch.randn(3, 20, 48)
+    value = qkv[..., 32:]
+    expected = value + ops.low_rank(x, down, up, backend="torch")
+    found = ops.low_rank(x.mT.contiguous().mT, strided(down), up, base=value, backend="cpp")
+    torch.testing.assert_close(found, expected)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(0, 6, 8), (2, 0, 8), (2, 6, 0)], ids=str)
+def test_empty_tensors_pass(shape):
+    grid = (2, 3) if shape[1] else (0, 3)
+    x = torch.randn(shape, requires_grad=True)
+    down, up = torch.randn(4, shape[2], requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    y = ops.low_rank(x, down, up, activation="relu", backend="cpp")
+    assert y.shape == (*shape[:2], 5)
+    y.sum().backward()
+    assert torch.equal(down.grad, torch.zeros_like(down))
+    if shape[1]:
+        assert ops.frequency_adapter(x, grid, *frequency_weights(shape[2], 3), backend="cpp").shape == shape
+
+
+THREADS = """
+    import sys, torch
+    from cegate import ops
+    torch.set_num_threads(int(sys.argv[1]))
+    torch.manual_seed(0)
+    x = torch.randn(3, 77, 40)
+    y = ops.low_pass(x, (7, 11), 0.6, backend="cpp")
+    kept = ops._filter(x, (7, 11), 0.6, "official")
+    # a width of one channel leaves the BLAS nothing to split: what differs would be our loops
+    shapes = [(3, 32, 1), (3, 32), (3, 1, 32), (3, 1), (3, 1), (3,)]
+    weights = [torch.randn(shape) for shape in shapes] + [torch.tensor(0.5)]
+    parts = [tensor.requires_grad_() for tensor in (torch.randn(3, 77, 1), *weights)]
+    z = ops.frequency_adapter(parts[0], (7, 11), *parts[1:], 0.6, backend="cpp")
+    bias = torch.randn(5000, 1).requires_grad_()
+    w = ops.low_rank(torch.randn(1, 5000, 1), torch.randn(9, 1), torch.randn(1, 9), down_bias=torch.randn(9), activation="gelu", backend="cpp")
+    gradients = torch.autograd.grad(z.square().sum(), parts)
+    sys.stdout.buffer.write(b"".join(t.detach().numpy().tobytes() for t in (y, z, w, *gradients)))
+"""
+
+
+@needs_cpp
+def test_own_loops_are_bitwise_equal_with_1_2_and_4_threads():
+    command = [sys.executable, "-c", textwrap.dedent(THREADS)]
+    outputs = {
+        threads: subprocess.run([*command, str(threads)], capture_output=True, check=True).stdout
+        for threads in (1, 2, 4)
+    }
+    assert len(outputs[1]) > 1000
+    assert outputs[1] == outputs[2] == outputs[4]
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", ["portable", "avx2"])
+def test_every_instruction_set_computes_the_same(isa):
+    code = """
+        import sys, torch
+        from cegate import native, ops
+        torch.manual_seed(0)
+        tensors = [torch.randn(shape) for shape in ((2, 35, 19), (3, 5, 19), (3, 5), (3, 19, 5), (3, 19), (3, 19), (3,))]
+        tensors.append(torch.tensor(0.3))
+        down, up = torch.randn(4, 19), torch.randn(19, 4)
+        ours, plain = [], []
+        for found, backend in ((ours, "cpp"), (plain, "torch")):
+            found.append(ops.frequency_adapter(tensors[0], (5, 7), *tensors[1:], 0.9, backend=backend))
+            found.append(ops.low_rank(tensors[0], down, up, activation="gelu", backend=backend))
+        torch.testing.assert_close(ours, plain)
+        print(native.EXTENSION.cpu_capability())
+    """
+    env = {**os.environ, "CEGATE_CPU": isa}
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.strip() in (isa, "portable")  # a CPU without AVX2 has the portable loops only
+
+
+def grad_tensors(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+@needs_cpp
+def test_opcheck_passes():
+    grid = (3, 4)
+    x, *weights = grad_tensors(torch.randn(2, 12, 8), *frequency_weights(8, 5))
+    kept = ops._filter(x, grid, 0.9, "official")
+    cegate = torch.ops.cegate
+    torch.library.opcheck(cegate.low_pass.default, (x, *kept))
+    torch.library.opcheck(cegate.frequency_adapter.default, (x, *weights, *kept, []))
+    low = grad_tensors(torch.randn(4, 8), torch.randn(6, 4))
+    base, down_bias, up_bias = grad_tensors(torch.randn(2, 12, 6), torch.randn(4), torch.randn(6))
+    torch.library.opcheck(cegate.low_rank.default, (x, *low, base, down_bias, up_bias, 2, 0.5, []))
+    torch.library.opcheck(cegate.low_rank.default, (x, *low, None, None, None, 0, 1.0, []))
+    plain = [tensor.detach() for tensor in (x, *low)]
+    pre, dy = torch.randn(2, 12, 4), torch.randn(2, 12, 6)
+    torch.library.opcheck(
+        cegate.low_rank_backward.default, (dy, plain[0], pre, *plain[1:], True, True, 1, 0.5, [], True, True)
+    )
+    qkv, halves = torch.randn(2, 12, 18), (*plain[1:], *plain[1:])
+    torch.library.opcheck(cegate.low_rank_qv_.default, (qkv, plain[0], *halves, 0.5, []))
+    hidden = torch.randn(2, 12, 8)
+    torch.library.opcheck(
+        cegate.low_rank_qv_backward.default, (qkv, plain[0], hidden, *halves, 0.5, [0, 0], True, True)
+    )
+    down, _, up, up_bias, router, _, scale = (weight.detach() for weight in weights)
+    torch.library.opcheck(
+        cegate.frequency_adapter_backward.default,
+        (plain[0], plain[0], torch.rand(2, 12, 18), down, up, up_bias, router, scale, *kept, [], True, True),
+    )
+
+
+@needs_cpp
+def test_compile_has_no_graph_break():
+    grid, x, weights = (3, 4), torch.randn(2, 12, 8), frequency_weights(8, 5)
+    low = torch.randn(4, 8), torch.randn(24, 4)
+
+    def block(x):
+        qkv = ops.low_rank(ops.frequency_adapter(x, grid, *weights, 0.9, backend="cpp"), *low, backend="cpp")
+        return ops.low_rank_qv_(qkv, x, low[0], low[1][:8], low[0], low[1][8:16])
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+# which samples use which adapter: sorted, mixed, with some off, all off
+ASSIGNMENTS = [[0, 0, 1, 2], [2, 0, 2, 1], [-1, 1, -1, 1], [-1, -1, -1, -1]]
+BOTH = ["torch", pytest.param("cpp", marks=needs_cpp)]
+
+
+def alone(function, x, stacked, adapters) -> torch.Tensor:
+    """Each sample by itself with its own adapter's weights."""
+    rows = [function(x[b : b + 1], [w[a] for w in stacked], b) if a >= 0 else None for b, a in enumerate(adapters)]
+    return rows
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("adapters", ASSIGNMENTS, ids=str)
+def test_frequency_samples_with_own_adapters_equal_each_sample_alone(adapters, backend):
+    grid = (3, 4)
+    x, *stacked = grad_tensors(torch.randn(4, 12, 8), *frequency_weights(8, 5, (3,)))
+    together = ops.frequency_adapter(x, grid, *stacked, 0.9, adapters=adapters, backend=backend)
+    apart = [
+        x[b : b + 1]
+        if a < 0
+        else ops.frequency_adapter(x[b : b + 1], grid, *(w[a] for w in stacked), 0.9, backend="torch")
+        for b, a in enumerate(adapters)
+    ]
+    check_together(together, torch.cat(apart), [x, *stacked])
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("adapters", ASSIGNMENTS, ids=str)
+def test_low_rank_samples_with_own_adapters_equal_each_sample_alone(adapters, backend):
+    x, base, down, up, down_bias, up_bias = tensors = grad_tensors(
+        torch.randn(4, 9, 8),
+        torch.randn(4, 9, 6),
+        torch.randn(3, 5, 8),
+        torch.randn(3, 6, 5),
+        torch.randn(3, 5),
+        torch.randn(3, 6),
+    )
+    rest = {"activation": "gelu", "scale": 0.5}
+    biases = {"down_bias": down_bias, "up_bias": up_bias}
+    together = ops.low_rank(x, down, up, base=base, **biases, **rest, adapters=adapters, backend=backend)
+    apart = [
+        base[b]
+        if a < 0
+        else ops.low_rank(
+            x[b], down[a], up[a], base=base[b], down_bias=down_bias[a], up_bias=up_bias[a], **rest, backend="torch"
+        )
+        for b, a in enumerate(adapters)
+    ]
+    check_together(together, torch.stack(apart), tensors)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("adapters", ASSIGNMENTS, ids=str)
+def test_qv_samples_with_own_adapters_equal_each_sample_alone(adapters, backend):
+    qkv, x, *stacked = tensors = grad_tensors(
+        torch.randn(4, 9, 18), torch.randn(4, 9, 8), *(torch.randn(3, *shape) for shape in ((5, 8), (6, 5)) * 2)
+    )
+    together = ops.low_rank_qv_(qkv * 1, x, *stacked, 0.5, adapters=adapters, backend=backend)
+    apart = [
+        qkv[b : b + 1]
+        if a < 0
+        else ops.low_rank_qv_(qkv[b : b + 1] * 1, x[b : b + 1], *(w[a] for w in stacked), 0.5, backend="torch")
+        for b, a in enumerate(adapters)
+    ]
+    check_together(together, torch.cat(apart), tensors)
+
+
+def check_together(together: torch.Tensor, apart: torch.Tensor, tensors: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    weight = torch.linspace(0, 7, apart.numel()).cos().view(apart.shape)
+    found, expected = (
+        torch.autograd.grad((y * weight).sum(), tensors, allow_unused=True, materialize_grads=True)
+        for y in (together, apart)
+    )
+    for ours, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_a_wrong_adapter_index_is_named(backend):
+    x, down, up = torch.randn(2, 3, 4), torch.randn(2, 5, 4), torch.randn(2, 4, 5)
+    with pytest.raises((ValueError, RuntimeError), match=r"adapters\[1\] is 2, accepted are -1 \(off\) to 1"):
+        ops.low_rank(x, down, up, adapters=[0, 2], backend=backend)
+    with pytest.raises((ValueError, RuntimeError), match="adapters has 1 entries for 2 samples"):
+        ops.low_rank(x, down, up, adapters=[0], backend=backend)
+
+
+SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4)
+ANY_DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.float16])
+
+
+@st.composite
+def any_tensor(draw, likely: tuple[int, ...]):
+    shape = draw(st.one_of(st.just(list(likely)), SHAPES))
+    tensor = torch.ones(shape, dtype=draw(st.one_of(st.just(torch.float32), ANY_DTYPE)))
+    if draw(st.booleans()) and tensor.ndim > 1:
+        tensor = tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    return tensor.to_sparse() if draw(st.integers(0, 20)) == 0 else tensor
+
+
+LISTS = st.lists(st.integers(-3, 3), max_size=4)
+
+
+@needs_cpp
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_random_arguments_raise_or_compute_but_never_crash(data):
+    d, c, tokens = 3, 4, 6
+    take = lambda *shape: data.draw(any_tensor(shape))  # noqa: E731
+    x = take(2, tokens, c)
+    filters = take(3, 2), take(3, 3), take(3), take(3), data.draw(st.booleans())
+    weights = take(3, d, c), take(3, d), take(3, c, d), take(3, c), take(3, c), take(3), take()
+    adapters, number = data.draw(LISTS), data.draw(st.integers(-2, 4))
+    halves = take(d, c), take(c, d), take(d, c), take(c, d)
+    flags = [data.draw(st.booleans()) for _ in range(2)]
+    qkv, hidden = take(2, tokens, 3 * c), take(2, tokens, 2 * d)
+    cegate = torch.ops.cegate
+    down, _, up, up_bias, router, _, scale = weights
+    calls = {
+        "low_pass": lambda: cegate.low_pass(x, *filters),
+        "frequency_adapter": lambda: cegate.frequency_adapter(x, *weights, *filters, adapters),
+        "frequency_adapter_backward": lambda: cegate.frequency_adapter_backward(
+            take(2, tokens, c),
+            x,
+            take(2, tokens, 3 * d + 3),
+            down,
+            up,
+            up_bias,
+            router,
+            scale,
+            *filters,
+            adapters,
+            *flags,
+        ),
+        "low_rank": lambda: cegate.low_rank(
+            x, *halves[:2], take(2, tokens, c), take(d), take(c), number, 0.5, adapters
+        ),
+        "low_rank_backward": lambda: cegate.low_rank_backward(
+            take(2, tokens, c), x, take(2, tokens, d), *halves[:2], *flags, number, 0.5, adapters, *flags
+        ),
+        "low_rank_qv_": lambda: cegate.low_rank_qv_(qkv, x, *halves, 0.5, adapters),
+        "low_rank_qv_backward": lambda: cegate.low_rank_qv_backward(qkv, x, hidden, *halves, 0.5, adapters, *flags),
+    }
+    name = data.draw(st.sampled_from(sorted(calls)))
+    try:
+        calls[name]()
+    except (RuntimeError, NotImplementedError) as error:
+        assert str(error)
+
+
+@needs_cpp
+def test_a_wrong_shape_is_named_with_its_values():
+    weights = frequency_weights(8, 5)
+    weights[4] = torch.randn(3, 9)
+    with pytest.raises(RuntimeError, match=r"frequency_adapter: router has shape \[3, 9\], expected \[3, 8\]"):
+        ops.frequency_adapter(torch.randn(1, 12, 8), (3, 4), *weights, backend="cpp")
+
+
+def test_cpp_that_cannot_run_raises_with_every_reason():
+    with pytest.raises(BackendError) as caught:
+        ops.low_pass(torch.randn(1, 4, 2, dtype=torch.float64), (2, 2), torch.tensor(0.3), backend="cpp")
+    message = str(caught.value)
+    assert message.startswith("low_pass: backend='cpp' cannot run: a learnable cutoff has no C++ form; ")
+    assert "x is float64" in message or native.REASON in message
+    assert message.endswith("use backend='auto'")
+
+
+def test_triton_that_cannot_run_raises_a_backend_error():
+    with pytest.raises(BackendError, match="x is float64"):
+        ops.low_pass(torch.randn(1, 4, 2, dtype=torch.float64), (2, 2), backend="triton")
+
+
+def test_no_cpp_form_is_said():
+    with pytest.raises(BackendError, match="no C\\+\\+ form"):
+        ops.sum_squared_gradients(torch.randn(1, 2, 3), torch.randn(1, 2, 3), backend="cpp")
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="backend='cuda' is unknown; use one of auto, torch, triton, cpp"):
+        ops.low_pass(torch.randn(1, 4, 2), (2, 2), backend="cuda")
+
+
+def test_auto_falls_back_quietly():
+    x = torch.randn(1, 12, 8, dtype=torch.float64)
+    plain = ops.low_pass(x, (3, 4), 0.9, backend="torch")
+    assert torch.equal(ops.low_pass(x, (3, 4), 0.9), plain)
+    squared = torch.func.vmap(lambda x: ops.low_pass(x[None], (3, 4), 0.9)[0])(x.float())
+    torch.testing.assert_close(squared, plain.float())
+
+
+@needs_cpp
+def test_auto_takes_cpp_on_the_cpu(monkeypatch):
+    x, calls = torch.randn(1, 12, 8), []
+    monkeypatch.setattr(ops, "_low_pass", lambda *args, **options: calls.append(args))
+    ops.low_pass(x, (3, 4), 0.9)
+    assert not calls
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.low_pass(x, (3, 4), 0.9)
+    assert len(calls) == 1
+
+
+def test_backends_says_for_each_what_is_loaded_or_why_not():
+    report = ops.backends()
+    assert list(report) == ["torch", "triton", "cpp"]
+    assert torch.__version__ in report["torch"]
+    assert all(state.split(":")[0] in ("loaded", "idle", "not loaded") for state in report.values())
+    if native.EXTENSION is not None:
+        assert "loops for" in report["cpp"]
