@@ -9,8 +9,8 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = ["build", "fisher", "gate", "load", "ops", "wrap"]
 
-# In a checkout (`python -m cegate.train` there imports this folder, whatever is installed) kernels/ lies beside this folder,
-# not in it: setup.py maps it to cegate.kernels. Searching the parent as well finds it.
+# In a checkout (`python -m cegate.train` there imports this folder, whatever is installed) kernels/ lies beside this
+# folder, not in it: setup.py maps it to cegate.kernels. Searching the parent as well finds it.
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parent.parent))
 

@@ -1,6 +1,6 @@
 """Triton kernels of the frequency adapter: three launches forward, seven backward, plus the fixed-order sums.
 
-A tile is a few whole rows of the grid, so that the first DFT product of a row (`by_row`, [B, H, L, 2D]) and the last one
+A tile is a few whole rows of the grid, so that the first DFT product of a row (``by_row``, [B, H, L, 2D]) and the last
 run on values the program holds in registers; only the product across rows is a launch of its own. The second pass over
 the wide tensor visits the tiles in reverse, to find in L2 what the first pass read last.
 """
@@ -32,14 +32,14 @@ if HAS_TRITON:
 
     @triton.jit
     def _row_basis(columns_ptr, m, row, width, l, kept):
-        """Column basis [LP, BM] of the tokens in one grid row of the tile, zero elsewhere."""
+        """Column basis [16, BM] of the tokens in one grid row of the tile, zero elsewhere."""
         j = m - row * width
         ok = (l < kept)[:, None] & ((j >= 0) & (j < width))[None, :]
         return tl.load(columns_ptr + l[:, None] * width + j[None, :], mask=ok, other=0.0)
 
     @triton.jit
     def _stack_ok(row, height, kept, l):
-        """Which coefficients [LP, 1] of a grid row exist."""
+        """Which coefficients [16, 1] of a grid row exist."""
         return ((l < kept) & (row * kept + l < height * kept))[:, None]
 
     @triton.jit
@@ -55,65 +55,75 @@ if HAS_TRITON:
 
     @triton.jit
     def _expand_rows(columns_ptr, filtered_ptr, image, first_row, height, width, kept, m,
-                     BM: tl.constexpr, D: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr, rows):  # fmt: skip
+                     BM: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, rows):  # fmt: skip
         """Low-pass [BM, D] of experts two and three at the tokens of a tile."""
-        l, e = tl.arange(0, LP), tl.arange(0, D)
+        e = tl.arange(0, D)
         low = tl.zeros([BM, D], tl.float32)
         high = tl.zeros([BM, D], tl.float32)
         for row in range(rows):
-            basis = tl.trans(_row_basis(columns_ptr, m, row, width, l, kept))
-            stack = filtered_ptr + (((image * height + first_row + row) * kept + l)[:, None] * (2 * D) + e[None, :])
-            ok = _stack_ok(first_row + row, height, kept, l)
-            low = tl.dot(basis, tl.load(stack, mask=ok, other=0.0), low, input_precision=PRECISION)
-            high = tl.dot(basis, tl.load(stack + D, mask=ok, other=0.0), high, input_precision=PRECISION)
+            for first in range(0, kept, 16):
+                l = first + tl.arange(0, 16)
+                basis = tl.trans(_row_basis(columns_ptr, m, row, width, l, kept))
+                stack = filtered_ptr + (((image * height + first_row + row) * kept + l)[:, None] * (2 * D) + e[None, :])
+                ok = _stack_ok(first_row + row, height, kept, l)
+                low = tl.dot(basis, tl.load(stack, mask=ok, other=0.0), low, input_precision=PRECISION)
+                high = tl.dot(basis, tl.load(stack + D, mask=ok, other=0.0), high, input_precision=PRECISION)
         return low, high
 
     @triton.jit
     def _project_kernel(
         x_ptr, enter_ptr, bias_ptr, hidden_ptr, by_row_ptr, columns_ptr,
         tokens, height, width, rows, tiles, kept, channels, d, x_batch_stride, x_token_stride, hidden_stride,
-        BM: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
+        BM: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """hidden = x enter^T (+ bias where no filter follows) and the row products of experts two and three."""
         image, first_row, first = _tile(tl.program_id(0), tokens, width, rows, tiles)
-        m, e, banded, router, l = (tl.arange(0, BM), tl.arange(0, D), tl.arange(0, 2 * D), tl.arange(0, 16), tl.arange(0, LP))
+        m, e, banded = tl.arange(0, BM), tl.arange(0, D), tl.arange(0, 2 * D)
+        router = tl.arange(0, 16)
         n = first + m
         ok = (m < rows * width) & (n < tokens)
         unit = banded % D
-        banded_row, banded_ok = (1 + banded // D) * d + unit, unit < d
+        banded_row, banded_ok = (1 + banded // D) * d + unit, (unit < d)[None, :]
         dtype = enter_ptr.dtype.element_ty
         spatial = tl.zeros([BM, D], tl.float32)
         bands = tl.zeros([BM, 2 * D], tl.float32)
         logits = tl.zeros([BM, 16], tl.float32)
-        x_ptr += image * x_batch_stride + n[:, None] * x_token_stride
+        # loop-invariant int32 offsets from a scalar pointer: pointer blocks would fill the registers
+        k = tl.arange(0, BK)
+        x_at = n[:, None] * x_token_stride + k[None, :]
+        spatial_at = e[None, :] * channels + k[:, None]
+        banded_at = banded_row[None, :] * channels + k[:, None]
+        router_at = (3 * d + router)[None, :] * channels + k[:, None]
+        x_ptr += image * x_batch_stride
         for start in range(0, channels, BK):
-            c = start + tl.arange(0, BK)
-            c_ok = (c < channels)[:, None]
-            x = tl.load(x_ptr + c[None, :], mask=ok[:, None] & (c < channels)[None, :], other=0.0).to(dtype)
-            w = enter_ptr + c[:, None]
-            spatial = dot(x, tl.load(w + e[None, :] * channels, mask=c_ok & (e < d)[None, :], other=0.0), spatial)
-            bands = dot(x, tl.load(w + banded_row[None, :] * channels, mask=c_ok & banded_ok[None, :], other=0.0), bands)
-            at = (3 * d + router)[None, :] * channels
-            logits = dot(x, tl.load(w + at, mask=c_ok & (router < 3)[None, :], other=0.0), logits)
+            k_ok = k < channels - start
+            w_ok = k_ok[:, None]
+            x = tl.load(x_ptr + start + x_at, mask=ok[:, None] & k_ok[None, :], other=0.0).to(dtype)
+            w = enter_ptr + start
+            spatial = dot(x, tl.load(w + spatial_at, mask=w_ok & (e < d)[None, :], other=0.0), spatial)
+            bands = dot(x, tl.load(w + banded_at, mask=w_ok & banded_ok, other=0.0), bands)
+            logits = dot(x, tl.load(w + router_at, mask=w_ok & (router < 3)[None, :], other=0.0), logits)
         spatial += tl.load(bias_ptr + e, mask=e < d, other=0.0).to(tl.float32)[None, :]
         logits += tl.load(bias_ptr + 3 * d + router, mask=router < 3, other=0.0).to(tl.float32)[None, :]
         hidden = hidden_ptr + (image * tokens + n)[:, None] * hidden_stride
         tl.store(hidden + e[None, :], spatial.to(dtype), mask=ok[:, None] & (e < d)[None, :])
-        tl.store(hidden + banded_row[None, :], bands.to(dtype), mask=ok[:, None] & banded_ok[None, :])
+        tl.store(hidden + banded_row[None, :], bands.to(dtype), mask=ok[:, None] & banded_ok)
         tl.store(hidden + 3 * d + router[None, :], logits.to(dtype), mask=ok[:, None] & (router < 3)[None, :])
         for row in range(rows):
-            product = tl.dot(_row_basis(columns_ptr, m, row, width, l, kept), bands, input_precision=PRECISION)
-            stack = ((image * height + first_row + row) * kept + l)[:, None] * (2 * D) + banded[None, :]
-            tl.store(by_row_ptr + stack, product, mask=_stack_ok(first_row + row, height, kept, l))
+            for start in range(0, kept, 16):
+                l = start + tl.arange(0, 16)
+                product = tl.dot(_row_basis(columns_ptr, m, row, width, l, kept), bands, input_precision=PRECISION)
+                stack = ((image * height + first_row + row) * kept + l)[:, None] * (2 * D) + banded[None, :]
+                tl.store(by_row_ptr + stack, product, mask=_stack_ok(first_row + row, height, kept, l))
 
     @triton.jit
     def _columns_kernel(
         by_row_ptr, filtered_ptr, even_ptr, odd_ptr, weights_ptr, height, kept,
         COUPLED: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """The product across grid rows, for one column frequency of one image and one expert."""
+        """The product across grid rows, for one column frequency of one image and 16 channels."""
         start = tl.program_id(0).to(tl.int64) * height * kept * (2 * D)
-        channel = tl.program_id(2) * D + tl.arange(0, D)
+        channel = tl.program_id(2) * 16 + tl.arange(0, 16)
         filter_column(
             by_row_ptr, filtered_ptr, even_ptr, odd_ptr, weights_ptr, start, tl.program_id(1), channel, channel < 2 * D,
             height, kept, 2 * D, COUPLED, HP, PRECISION,
@@ -123,7 +133,7 @@ if HAS_TRITON:
     def _mix_kernel(
         x_ptr, y_ptr, hidden_ptr, filtered_ptr, columns_ptr, bias_ptr, leave_ptr, scale_ptr,
         tokens, height, width, rows, tiles, kept, channels, d, x_batch_stride, x_token_stride, hidden_stride,
-        BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
+        BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """Completes hidden with the filtered experts, gates them, and y = x + scale * (mixed leave)."""
         pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -134,7 +144,7 @@ if HAS_TRITON:
         narrow_ok = ok[:, None] & (e < d)[None, :]
         dtype = leave_ptr.dtype.element_ty
         low, high = _expand_rows(
-            columns_ptr, filtered_ptr, image, first_row, height, width, kept, m, BM, D, LP, PRECISION, rows
+            columns_ptr, filtered_ptr, image, first_row, height, width, kept, m, BM, D, PRECISION, rows
         )
         row_start = hidden_ptr + (image * tokens + n) * hidden_stride
         hidden = row_start[:, None] + e[None, :]
@@ -184,7 +194,7 @@ if HAS_TRITON:
     def _mix_backward_kernel(
         dy_ptr, leave_ptr, scale_ptr, hidden_ptr, dhidden_ptr, mixed_ptr, by_row_ptr, columns_ptr, sums_ptr,
         tokens, height, width, rows, tiles, kept, channels, d, dy_batch_stride, dy_token_stride, hidden_stride,
-        BM: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
+        BM: tl.constexpr, BK: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """dy leave^T, then back through gates and activations; row products of what the filter takes next.
 
@@ -192,7 +202,7 @@ if HAS_TRITON:
         """
         pid = tl.program_id(0)
         image, first_row, first = _tile(pid, tokens, width, rows, tiles)
-        m, e, router, l = tl.arange(0, BM), tl.arange(0, D), tl.arange(0, 16), tl.arange(0, LP)
+        m, e, router = tl.arange(0, BM), tl.arange(0, D), tl.arange(0, 16)
         n = first + m
         ok = (m < rows * width) & (n < tokens)
         dtype = leave_ptr.dtype.element_ty
@@ -200,18 +210,21 @@ if HAS_TRITON:
         d1 = tl.zeros([BM, D], tl.float32)
         d2 = tl.zeros([BM, D], tl.float32)
         dgates = tl.zeros([BM, 16], tl.float32)
-        dy_ptr += image * dy_batch_stride + n[:, None] * dy_token_stride
+        k = tl.arange(0, BK)
+        dy_at = n[:, None] * dy_token_stride + k[None, :]
+        w_at = e[None, :] * channels + k[:, None]
+        router_at = (3 * d + router)[None, :] * channels + k[:, None]
+        dy_ptr += image * dy_batch_stride
         for start in range(0, channels, BK):
-            c = start + tl.arange(0, BK)
-            c_ok = (c < channels)[:, None]
-            dy = tl.load(dy_ptr + c[None, :], mask=ok[:, None] & (c < channels)[None, :], other=0.0).to(dtype)
-            w = leave_ptr + c[:, None] + e[None, :] * channels
-            w_ok = c_ok & (e < d)[None, :]
-            d0 = dot(dy, tl.load(w, mask=w_ok, other=0.0), d0)
-            d1 = dot(dy, tl.load(w + d * channels, mask=w_ok, other=0.0), d1)
-            d2 = dot(dy, tl.load(w + 2 * d * channels, mask=w_ok, other=0.0), d2)
-            w = leave_ptr + c[:, None] + (3 * d + router)[None, :] * channels
-            dgates = dot(dy, tl.load(w, mask=c_ok & (router < 3)[None, :], other=0.0), dgates)
+            k_ok = k < channels - start
+            dy = tl.load(dy_ptr + start + dy_at, mask=ok[:, None] & k_ok[None, :], other=0.0).to(dtype)
+            w = leave_ptr + start
+            w_ok = k_ok[:, None] & (e < d)[None, :]
+            d0 = dot(dy, tl.load(w + w_at, mask=w_ok, other=0.0), d0)
+            d1 = dot(dy, tl.load(w + d * channels + w_at, mask=w_ok, other=0.0), d1)
+            d2 = dot(dy, tl.load(w + 2 * d * channels + w_at, mask=w_ok, other=0.0), d2)
+            w_ok = k_ok[:, None] & (router < 3)[None, :]
+            dgates = dot(dy, tl.load(w + router_at, mask=w_ok, other=0.0), dgates)
         at = image * tokens + n
         gate0, gate1, gate2 = _softmax3(hidden_ptr + at * hidden_stride, ok, d)
         at = at[:, None] * hidden_stride + e[None, :]
@@ -248,17 +261,19 @@ if HAS_TRITON:
         tl.store(sums_ptr + 3 * d + 2, tl.sum(tl.where(ok, dlogit2, 0.0), axis=0))
         tl.store(sums_ptr + 3 * d + 3, tl.sum(tl.where(ok, inner, 0.0), axis=0))
         for row in range(rows):
-            basis = _row_basis(columns_ptr, m, row, width, l, kept)
-            stack = by_row_ptr + (((image * height + first_row + row) * kept + l)[:, None] * (2 * D) + e[None, :])
-            stack_ok = _stack_ok(first_row + row, height, kept, l)
-            tl.store(stack, tl.dot(basis, d1, input_precision=PRECISION), mask=stack_ok)
-            tl.store(stack + D, tl.dot(basis, d2, input_precision=PRECISION), mask=stack_ok)
+            for start in range(0, kept, 16):
+                l = start + tl.arange(0, 16)
+                basis = _row_basis(columns_ptr, m, row, width, l, kept)
+                stack = by_row_ptr + (((image * height + first_row + row) * kept + l)[:, None] * (2 * D) + e[None, :])
+                stack_ok = _stack_ok(first_row + row, height, kept, l)
+                tl.store(stack, tl.dot(basis, d1, input_precision=PRECISION), mask=stack_ok)
+                tl.store(stack + D, tl.dot(basis, d2, input_precision=PRECISION), mask=stack_ok)
 
     @triton.jit
     def _input_gradient_kernel(
         dy_ptr, dx_ptr, dhidden_ptr, filtered_ptr, columns_ptr, enter_ptr,
         tokens, height, width, rows, tiles, kept, channels, d, dy_batch_stride, dy_token_stride, hidden_stride,
-        BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, LP: tl.constexpr, PRECISION: tl.constexpr,
+        BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
         WANTS_X: tl.constexpr,
     ):  # fmt: skip
         """Completes dhidden with the filtered experts, and dx = dy + dhidden enter."""
@@ -270,7 +285,7 @@ if HAS_TRITON:
         narrow_ok = ok[:, None] & (e < d)[None, :]
         dtype = enter_ptr.dtype.element_ty
         low, high = _expand_rows(
-            columns_ptr, filtered_ptr, image, first_row, height, width, kept, m, BM, D, LP, PRECISION, rows
+            columns_ptr, filtered_ptr, image, first_row, height, width, kept, m, BM, D, PRECISION, rows
         )
         row_start = dhidden_ptr + (image * tokens + n)[:, None] * hidden_stride
         dhidden = row_start + e[None, :]
@@ -302,11 +317,12 @@ class Plan(NamedTuple):
 
     sizes: tuple[int, ...]  # tokens, height, width, rows, tiles, kept, channels, d
     programs: int
+    depth: int  # channels per step of the projections
     meta: dict[str, int | str]
 
 
 def plan(x: Tensor, grid: tuple[int, int], kept: GridFilter, enter: Tensor) -> Plan:
-    """Whole grid rows per tile: small tiles fill the GPU at small batches, larger ones re-read the weights less often."""
+    """Whole grid rows per tile: small tiles fill the GPU at small batches, larger ones re-read the weights less."""
     batch, tokens, channels = x.shape
     height, width = grid
     d = enter.shape[0] // 3 - 1
@@ -314,18 +330,25 @@ def plan(x: Tensor, grid: tuple[int, int], kept: GridFilter, enter: Tensor) -> P
     rows = min(block // width, height)
     tiles = triton.cdiv(height, rows)
     count = len(kept.columns)
-    precision = filter_precision(enter.dtype)
-    meta = {"BM": block, "D": pad(d), "LP": pad(count), "PRECISION": precision, "num_warps": 4 if block <= 64 else 8}
-    return Plan((tokens, height, width, rows, tiles, count, channels, d), batch * tiles, meta)
+    meta = {"BM": block, "D": pad(d), "PRECISION": filter_precision(enter.dtype)}
+    # the backward kernel holds nine [BM, D] blocks of float32
+    meta["num_warps"] = max(4, block * pad(d) // 512)
+    return Plan(
+        (tokens, height, width, rows, tiles, count, channels, d),
+        batch * tiles,
+        32 if d > 32 else dot_block(enter.dtype),
+        meta,
+    )
 
 
 def _filter_rows(by_row: Tensor, kept: GridFilter, at: Plan) -> Tensor:
     filtered = torch.empty_like(by_row)
     batch, height, count, channels = by_row.shape
     if by_row.numel():
-        _columns_kernel[(batch, count, 2)](
+        _columns_kernel[(batch, count, channels // 16)](
             by_row, filtered, kept.even, kept.odd, kept.column_weights, height, count,
-            COUPLED=kept.coupled, HP=pad(height), D=channels // 2, PRECISION=at.meta["PRECISION"], num_warps=4,
+            COUPLED=kept.coupled, HP=pad(height), D=channels // 2, PRECISION=at.meta["PRECISION"],
+            num_warps=4 if height <= 64 else 8,
         )  # fmt: skip
     return filtered
 
@@ -335,7 +358,9 @@ def _hidden_like(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(*x.shape[:2], -(-rank // 16) * 16, dtype=dtype, device=x.device)[..., :rank]
 
 
-def forward(x: Tensor, enter: Tensor, bias: Tensor, leave: Tensor, scale: Tensor, kept: GridFilter, grid: tuple[int, int]):
+def forward(
+    x: Tensor, enter: Tensor, bias: Tensor, leave: Tensor, scale: Tensor, kept: GridFilter, grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
     """y [B, N, C] in the dtype of x and hidden [B, N, 3d+3] as the reference keeps it."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     at = plan(x, grid, kept, enter)
@@ -344,7 +369,7 @@ def forward(x: Tensor, enter: Tensor, bias: Tensor, leave: Tensor, scale: Tensor
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     strides = (x.stride(0), x.stride(1), hidden.stride(1))
     _project_kernel[(at.programs,)](
-        x, enter, bias, hidden, by_row, kept.columns, *at.sizes, *strides, BK=dot_block(enter.dtype), **at.meta
+        x, enter, bias, hidden, by_row, kept.columns, *at.sizes, *strides, BK=at.depth, **at.meta
     )
     filtered = _filter_rows(by_row, kept, at)
     _mix_kernel[(at.programs,)](
@@ -355,8 +380,8 @@ def forward(x: Tensor, enter: Tensor, bias: Tensor, leave: Tensor, scale: Tensor
 
 def backward(
     x: Tensor, hidden: Tensor, enter: Tensor, leave: Tensor, scale: Tensor, kept: GridFilter, grid: tuple[int, int],
-    dy: Tensor, wants_x: bool, wants_enter: bool, wants_leave: bool,
-):  # fmt: skip
+    dy: Tensor, wants_x: bool, wants_enter: bool, wants_leave: bool, wants_cutoff: bool,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, denter, dbias, dleave, dscale, and the gradient of hidden before the filter (for a learnable cutoff)."""
     x, dy = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dy))
     at = plan(x, grid, kept, enter)
@@ -366,10 +391,10 @@ def backward(
     strides = (dy.stride(0), dy.stride(1), hidden.stride(1))
     _mix_backward_kernel[(at.programs,)](
         dy, leave, scale, hidden, dhidden, mixed, by_row, kept.columns, sums, *at.sizes, *strides,
-        BK=dot_block(leave.dtype), **at.meta,
+        BK=at.depth, **at.meta,
     )  # fmt: skip
     sums = sums.sum(0)
-    unfiltered = dhidden.clone() if kept.row_weights.requires_grad else None
+    unfiltered = dhidden.clone() if wants_cutoff else None
     dx = denter = None
     if wants_x or wants_enter:
         dx = torch.empty(x.shape if wants_x else 0, dtype=dy.dtype, device=x.device)

@@ -60,7 +60,11 @@ if HAS_TRITON:
 
 
 def pick_backend(
-    op: str, backend: str, dtypes: Sequence[torch.dtype] = HALF_AND_SINGLE, limits: Sequence[str] = (), **tensors: Tensor
+    op: str,
+    backend: str,
+    dtypes: Sequence[torch.dtype] = HALF_AND_SINGLE,
+    limits: Sequence[str] = (),
+    **tensors: Tensor,
 ) -> str:
     """Return ``"torch"`` or ``"triton"``.
 

@@ -29,7 +29,8 @@ if HAS_TRITON:
             ok = (m < tokens_per_part) & (first + m < images * tokens)
             m += first
             a = narrow_ptr + m[None, :] * narrow_stride + r[:, None]
-            b = wide_ptr + (m // tokens * wide_batch_stride + m % tokens * wide_token_stride)[:, None] + channel[None, :]
+            at = m // tokens * wide_batch_stride + m % tokens * wide_token_stride
+            b = wide_ptr + at[:, None] + channel[None, :]
             a = tl.load(a, mask=rank_ok[:, None] & ok[None, :], other=0.0)
             b = tl.load(b, mask=ok[:, None] & channel_ok[None, :], other=0.0)
             total = dot(a, b.to(narrow_ptr.dtype.element_ty), total)
@@ -53,6 +54,7 @@ def weight_gradient(narrow: Tensor, wide: Tensor) -> Tensor:
     _weight_gradient_kernel[(triton.cdiv(channels, block), parts)](
         narrow, wide, partial, images, tokens, triton.cdiv(images * tokens, parts), rank, channels,
         narrow.stride(1), wide.stride(0), wide.stride(1),
-        RP=pad(rank), BM=dot_block(narrow.dtype), BC=block, num_warps=4 if rank <= 64 else 8, num_stages=3,
+        RP=pad(rank), BM=32 if rank > 128 else dot_block(narrow.dtype), BC=block,
+        num_warps=4 if rank <= 64 else 8, num_stages=3,
     )  # fmt: skip
     return partial.sum(0).to(narrow.dtype)

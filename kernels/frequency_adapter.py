@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import _frequency_kernels
 from ._support import accumulation_dtype, compute_dtype, pick_backend
-from .low_pass import GridFilter, apply_filter, grid_limits, low_pass_fft, make_filter, weight_gradients
+from .low_pass import MAX_SIDE, GridFilter, apply_filter, grid_limits, low_pass_fft, make_filter, weight_gradients
 
 MAX_WIDTH = 64
 
@@ -56,7 +56,7 @@ def _mix(hidden: Tensor) -> Tensor:
 
 
 def _mix_backward(hidden: Tensor, dmixed: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of hidden [B, N, 3d+3] from that of ``scale * mixed``, with mixed itself and the inner product per token."""
+    """d hidden [B, N, 3d+3] from d (scale * mixed); also scale * mixed, and <d mixed, mixed> of each token."""
     experts, logits = _parts(hidden)
     gates = torch.softmax(logits, dim=-1)
     active = experts.relu()
@@ -94,14 +94,14 @@ def _forward(x, enter, bias, leave, scale, kept, grid):
     return _add_product(x, _mix(hidden).mul_(scale), leave), hidden
 
 
-def _backward(x, hidden, enter, leave, scale, kept, grid, dy, wants_x, wants_enter, wants_leave):
+def _backward(x, hidden, enter, leave, scale, kept, grid, dy, wants_x, wants_enter, wants_leave, wants_cutoff):
     """As :func:`._frequency_kernels.backward`."""
     dy_narrow = dy.to(leave.dtype)
     dhidden, mixed, inner = _mix_backward(hidden, dy_narrow @ leave.mT, scale)
     dleave = _weight_gradient(mixed, dy_narrow) if wants_leave else None
     dbias = dhidden.sum((0, 1))
     dscale = inner.sum(dtype=accumulation_dtype(inner.dtype)).to(scale.dtype)
-    unfiltered = dhidden.clone() if kept.row_weights.requires_grad else None
+    unfiltered = dhidden.clone() if wants_cutoff else None
     dx = denter = None
     if wants_x or wants_enter:
         dhidden = _split_bands(dhidden, grid, kept)
@@ -130,10 +130,10 @@ class _FrequencyAdapter(torch.autograd.Function):
         if dy is None:
             return (None,) * 10
         x, hidden, enter, leave, scale = ctx.saved_tensors
-        wants_x, wants_enter, _, wants_leave, *_ = ctx.needs_input_grad
+        wants_x, wants_enter, _, wants_leave, _, wants_cutoff, *_ = ctx.needs_input_grad
         run = _frequency_kernels.backward if ctx.backend == "triton" else _backward
         *gradients, unfiltered = run(
-            x, hidden, enter, leave, scale, ctx.kept, ctx.grid, dy, wants_x, wants_enter, wants_leave
+            x, hidden, enter, leave, scale, ctx.kept, ctx.grid, dy, wants_x, wants_enter, wants_leave, wants_cutoff
         )
         cutoff = (None, None) if unfiltered is None else _cutoff_gradients(x, unfiltered, enter, ctx.grid, ctx.kept)
         return *gradients, *cutoff, None, None, None
@@ -200,11 +200,14 @@ def frequency_adapter(
 
 def _limits(grid: tuple[int, int], down: Tensor) -> list[str]:
     """Reasons why the sizes do not fit the Triton kernels."""
-    too_wide = [f"experts are {down.shape[1]} wide, at most {MAX_WIDTH}"] if down.shape[1] > MAX_WIDTH else []
-    return grid_limits(grid) + too_wide
+    most = MAX_WIDTH if grid[1] <= MAX_SIDE // 2 else MAX_WIDTH // 2  # a tile holds whole rows in registers
+    d = down.shape[1]
+    return grid_limits(grid) + ([f"experts are {d} wide, at most {most} on {grid[1]} columns"] if d > most else [])
 
 
-def _check(x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, router: Tensor, router_bias: Tensor):
+def _check(
+    x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, router: Tensor, router_bias: Tensor
+) -> None:
     channels, d = x.shape[-1], down.shape[1] if down.ndim == 3 else 0
     expected = {
         "down": (3, d, channels),

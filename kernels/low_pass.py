@@ -1,8 +1,9 @@
 """The box low-pass of Earth-Adapter on a token grid, as a few narrow projections in place of an FFT.
 
-The band holds a few frequencies of each axis. In the orthonormal real basis ``1, cos, sin, cos, sin, ...`` of an axis the
-filter is diagonal (``weights``), but for one 2 x 2 block where the outermost frequencies of both axes meet: the official
-band ``-c .. c-1`` keeps only one of the pair ``-c, c``, so its signal is complex there, and the real part couples the four.
+The band holds a few frequencies of each axis. In the orthonormal real basis ``1, cos, sin, cos, sin, ...`` of an axis
+the filter is diagonal (``weights``), but for one 2 x 2 block where the outermost frequencies of both axes meet: the
+official band ``-c .. c-1`` keeps only one of the pair ``-c, c``, so its signal is complex there, and the real part
+couples the four.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def box_half_width(grid: tuple[int, int], cutoff: float) -> int:
 
 
 def low_pass_fft(x: Tensor, grid: tuple[int, int], cutoff: float = 0.3, band: str = "official") -> Tensor:
-    """The published definition, literally: FFT, shift, box, shift back, inverse FFT, real part. For tests and benchmarks.
+    """The published definition, literally: FFT, shift, box, shift back, inverse FFT, real part. For comparison.
 
     Args:
         x: [B, H*W, C] float32 or float64.
@@ -69,7 +70,9 @@ def _axis_basis(n: int, highest: int) -> tuple[list[list[float]], list[int]]:
 
 
 @functools.lru_cache(maxsize=256)
-def _axis(n: int, highest: int, halved: int | None, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def _axis(
+    n: int, highest: int, halved: int | None, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     """Basis [K, n], weights [K] (one half at frequency ``halved``, else 1) and frequencies [K] of one axis."""
     with torch.inference_mode(False):  # the cache outlives the mode that filled it
         rows, frequencies = _axis_basis(n, highest)
@@ -78,8 +81,14 @@ def _axis(n: int, highest: int, halved: int | None, dtype: torch.dtype, device: 
         return as_tensor(rows).reshape(-1, n), as_tensor(weights), as_tensor(frequencies)
 
 
+@torch.compiler.assume_constant_result
+def box_filter(*key: object) -> tuple:
+    """:func:`_box_filter`; the compiler takes the cached matrices as constants."""
+    return tuple(_box_filter(*key))
+
+
 @functools.lru_cache(maxsize=256)
-def box_filter(grid: tuple[int, int], c: int, band: str, dtype: torch.dtype, device: torch.device) -> GridFilter:
+def _box_filter(grid: tuple[int, int], c: int, band: str, dtype: torch.dtype, device: torch.device) -> GridFilter:
     """The filter with the sharp edge, c frequency bins from the centre; cached."""
     official = band == "official"
     highest, halved = (c if c or not official else -1), (c if official else None)
@@ -93,8 +102,10 @@ def box_filter(grid: tuple[int, int], c: int, band: str, dtype: torch.dtype, dev
     return GridFilter(rows, columns, row_weights, column_weights, even, odd, coupled)
 
 
-def smooth_filter(grid: tuple[int, int], cutoff: Tensor, tau: float, dtype: torch.dtype, device: torch.device) -> GridFilter:
-    """The filter with the edge ``sigmoid((c - |k|) / tau)`` on each axis, c = min(H, W) * cutoff / 2; differentiable."""
+def smooth_filter(
+    grid: tuple[int, int], cutoff: Tensor, tau: float, dtype: torch.dtype, device: torch.device
+) -> GridFilter:
+    """The filter with the edge ``sigmoid((c - |k|) / tau)`` on each axis, c = min(H, W) * cutoff / 2."""
     c = min(grid) * cutoff.to(device, dtype) / 2
     rows, _, row_frequencies = _axis(grid[0], grid[0] // 2, None, dtype, device)
     columns, _, column_frequencies = _axis(grid[1], grid[1] // 2, None, dtype, device)
@@ -110,7 +121,7 @@ def make_filter(x: Tensor, grid: tuple[int, int], cutoff: float | Tensor, band: 
     key = (accumulation_dtype(x.dtype), x.device)
     if isinstance(cutoff, Tensor):
         return smooth_filter((height, width), cutoff, tau, *key)
-    return box_filter((height, width), box_half_width(grid, cutoff), band, *key)
+    return GridFilter(*box_filter((height, width), box_half_width(grid, cutoff), band, *key))
 
 
 def grid_spectrum(x: Tensor, grid: tuple[int, int], kept: GridFilter) -> Tensor:
@@ -123,7 +134,7 @@ def grid_spectrum(x: Tensor, grid: tuple[int, int], kept: GridFilter) -> Tensor:
 
 def apply_filter(x: Tensor, grid: tuple[int, int], kept: GridFilter) -> Tensor:
     """Low-pass of x [B, H*W, C], in the accumulation dtype of x."""
-    height, width = grid
+    width = grid[1]
     batch, _, channels = x.shape
     if not len(kept.rows):
         return torch.zeros(x.shape, dtype=kept.rows.dtype, device=x.device)
@@ -153,7 +164,7 @@ if HAS_TRITON:
         by_row_ptr, filtered_ptr, even_ptr, odd_ptr, weights_ptr, start, column, channel, channel_ok,
         height, kept, channels, COUPLED: tl.constexpr, HP: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
-        """filtered[:, column] = weight * even @ by_row[:, column] (+ the complex corner); both [H, kept, channels] from start."""
+        """filtered[:, column] = weight * even @ by_row[:, column], plus the corner; both [H, kept, channels]."""
         i = tl.arange(0, HP)
         square = i[:, None] * height + i[None, :]
         square_ok = (i < height)[:, None] & (i < height)[None, :]
@@ -162,7 +173,7 @@ if HAS_TRITON:
         even = tl.load(even_ptr + square, mask=square_ok, other=0.0)
         signal = tl.load(by_row_ptr + stack, mask=stack_ok, other=0.0)
         result = tl.dot(even, signal, input_precision=PRECISION) * tl.load(weights_ptr + column)
-        if COUPLED:
+        if COUPLED:  # noqa: SIM102 - the outer choice is made at compile time
             if column >= kept - 2:
                 partner = start + (i * kept + 2 * kept - 3 - column)[:, None] * channels + channel[None, :]
                 odd = tl.load(odd_ptr + square, mask=square_ok, other=0.0)
@@ -174,7 +185,8 @@ if HAS_TRITON:
     def _low_pass_kernel(
         x_ptr, y_ptr, by_row_ptr, filtered_ptr, columns_ptr, weights_ptr, even_ptr, odd_ptr,
         height, width, kept, channels, x_batch_stride, x_token_stride,
-        COUPLED: tl.constexpr, HP: tl.constexpr, WP: tl.constexpr, LP: tl.constexpr, BC: tl.constexpr, PRECISION: tl.constexpr,
+        COUPLED: tl.constexpr, HP: tl.constexpr, WP: tl.constexpr, LP: tl.constexpr, BC: tl.constexpr,
+        PRECISION: tl.constexpr,
     ):  # fmt: skip
         image = tl.program_id(0).to(tl.int64)
         channel = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -217,12 +229,12 @@ def _low_pass_triton(x: Tensor, grid: tuple[int, int], kept: GridFilter) -> Tens
     count = len(kept.columns)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     by_row, filtered = x.new_empty(2, batch, grid[0], count, channels, dtype=torch.float32)
-    block = 16 if channels <= 16 or max(grid) > 64 else 32
-    _low_pass_kernel[(batch, triton.cdiv(channels, block))](
+    largest = max(pad(grid[0]), pad(grid[1]), pad(count))
+    _low_pass_kernel[(batch, triton.cdiv(channels, 16))](
         x, y, by_row, filtered, kept.columns, kept.column_weights, kept.even, kept.odd,
         *grid, count, channels, x.stride(0), x.stride(1),
-        COUPLED=kept.coupled, HP=pad(grid[0]), WP=pad(grid[1]), LP=pad(count), BC=block,
-        PRECISION=filter_precision(x.dtype), num_warps=4,
+        COUPLED=kept.coupled, HP=pad(grid[0]), WP=pad(grid[1]), LP=pad(count), BC=16,
+        PRECISION=filter_precision(x.dtype), num_warps=4 if largest <= 32 else 8, num_stages=2 if largest <= 64 else 1,
     )  # fmt: skip
     return y
 
@@ -266,9 +278,9 @@ def low_pass(
     Args:
         x: [B, H*W, C], tokens row by row; float32, bfloat16, float16 (float64 in PyTorch only); any strides.
         grid: (H, W).
-        cutoff: share of the band, 0..1; the box keeps the frequencies -c..c-1 of both axes, c = int(min(H, W) * cutoff // 2).
+        cutoff: share of the band, 0..1; the box keeps -c..c-1 of both axes, c = int(min(H, W) * cutoff // 2).
             A scalar tensor is learnable: the edge is then sigmoid((c - |k|) / tau) with c = min(H, W) * cutoff / 2.
-        band: "official" (-c..c-1; real part of a complex signal) or "symmetric" (-c..c); without effect on a tensor cutoff.
+        band: "official" (-c..c-1; real part of a complex signal) or "symmetric" (-c..c); a tensor cutoff ignores it.
         tau: width of the learnable edge in frequency bins, > 0.
         backend: "auto", "torch" or "triton".
 

@@ -55,7 +55,7 @@ if HAS_TRITON:
         HAS_BASE: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
         BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
     ):  # fmt: skip
-        """One part (program axis 1: one map, or q and v) for one block of tokens; x comes from memory once, then from L2."""
+        """One part (axis 1: one map, or q and v) of one block of tokens; the parts share x through L2."""
         part = tl.program_id(1)
         m, r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, RP)
         ok, rank_ok = m < tokens, r < rank
@@ -271,7 +271,7 @@ def low_rank(
         x: [..., C] float32, bfloat16, float16 (float64 in PyTorch only); any strides.
         down, down_bias: [r, C], [r].
         up, up_bias: [out, r], [out]; the bias is scaled too.
-        base: [..., out] what the result is added to; any strides, for example a part of a fused qkv output. It is not changed.
+        base: [..., out] what the result is added to, unchanged; any strides, for example a part of a qkv output.
         activation: None, "relu" or "gelu" (exact).
         scale: factor of the low-rank part.
         backend: "auto", "torch" or "triton".
@@ -380,7 +380,7 @@ def low_rank_qv_(
     """LoRA on the query and value parts of a fused qkv output, added in place.
 
     Args:
-        qkv: [B, T, 3D] contiguous, the output of the fused projection; changed and returned. No leaf that wants a gradient.
+        qkv: [B, T, 3D] contiguous output of the fused projection; changed and returned. No leaf that wants a gradient.
         x: [B, T, C], what the projection saw.
         down_q, down_v: [r, C].
         up_q, up_v: [D, r].

@@ -92,14 +92,15 @@ def sum_squared_gradients(inputs: Tensor, grads: Tensor, *, reduce: bool = False
         backend: "auto", "torch" or "triton".
 
     Returns:
-        ``sum_b (grads_b^T inputs_b)^2``: [out, in], or [] with ``reduce``; float32 (float64 for float64). Not differentiable.
+        ``sum_b (grads_b^T inputs_b)^2``: [out, in], or [] with ``reduce``; float32 (float64 for float64); no gradient.
 
     Raises:
         ValueError: B or T differ.
     """
     if inputs.ndim != 3 or grads.ndim != 3 or inputs.shape[:2] != grads.shape[:2]:
         raise ValueError(
-            f"sum_squared_gradients: inputs {tuple(inputs.shape)} and grads {tuple(grads.shape)} must be [B, T, in] and [B, T, out]"
+            f"sum_squared_gradients: inputs {tuple(inputs.shape)} and grads {tuple(grads.shape)} "
+            "must be [B, T, in] and [B, T, out]"
         )
     chosen = pick_backend("sum_squared_gradients", backend, inputs=inputs, grads=grads)
     if chosen == "triton" and inputs.numel() and grads.numel():

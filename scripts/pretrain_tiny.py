@@ -89,9 +89,9 @@ def main() -> None:
     """Pretrain and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="where the .safetensors file goes")
-    parser.add_argument("--iterations", type=int, default=6000)
-    parser.add_argument("--batch-size", type=int, default=48)
-    parser.add_argument("--scenes", type=int, default=200, help="scenes of each climate")
+    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--scenes", type=int, default=150, help="scenes of each climate")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -23,12 +23,12 @@ def _seeded():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def shared() -> Path:
     """Real imagery, weights and reference vectors that are not ours to redistribute; CEGATE_SHARED points elsewhere."""
     folder = Path(os.environ.get("CEGATE_SHARED", SHARED))

@@ -142,6 +142,17 @@ def test_a_loss_scale_is_divided_out():
     assert scaled == pytest.approx(plain, rel=1e-9)
 
 
+def test_bfloat16_autocast_gives_nearly_the_scores_of_float32():
+    model, probe = make_model().float(), make_probe()
+    probe.image = probe.image.float()
+    exact = measure_fisher(model, model.toolbox, [probe])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = measure_fisher(model, model.toolbox, [probe])
+    for site, score in exact.items():
+        assert rounded[site] == pytest.approx(score, rel=0.25, abs=1e-3 * max(exact.values())), site
+    assert rounded != exact
+
+
 @pytest.mark.parametrize("head", ["linear", "mask2former"])
 def test_scoring_leaves_gradients_modes_plan_flags_and_random_state_as_found(head):
     model, probe = make_model(head), make_probe(2)

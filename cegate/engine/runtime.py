@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -60,9 +61,11 @@ def deterministic(on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def seed_everything(seed: int, iteration: int) -> None:
-    """Make every global draw of an iteration a function of (seed, iteration)."""
-    words = np.random.SeedSequence([seed, iteration]).generate_state(3, np.uint32).tolist()
+def seed_everything(seed: int, purpose: str, iteration: int) -> None:
+    """Make every global draw that follows a function of (seed, purpose, iteration)."""
+    words = (
+        np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), iteration]).generate_state(3, np.uint32).tolist()
+    )
     torch.manual_seed(words[0])
     np.random.seed(words[1])
     random.seed(words[2])

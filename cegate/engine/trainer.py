@@ -236,7 +236,7 @@ class Trainer:
 
     def _step(self, batch: Batch) -> float:
         config, segmenter = self.config, self.segmenter
-        seed_everything(config.run.seed, self.iteration)
+        seed_everything(config.run.seed, "train", self.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.train, self.iteration)
         batch = batch.to(self.device)
@@ -273,6 +273,7 @@ class Trainer:
 
     def _score(self) -> None:
         gate, toolbox = self.config.gate, self.segmenter.toolbox
+        seed_everything(self.config.run.seed, "fisher", self.iteration)
         with self.precision():
             mass = measure_fisher(
                 self.segmenter,

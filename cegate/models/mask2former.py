@@ -28,7 +28,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from cegate.config import IGNORE
 from cegate.errors import ConfigError
 from cegate.losses import at_least_float32
-from cegate.models.heads import FEATURES, Head
+from cegate.models.head import FEATURES, Head
 
 GROUPS = 32
 """Channel groups of the pixel decoder's normalisation; the width is a multiple of it."""

@@ -8,6 +8,7 @@ import pytest
 
 from cegate.config import Config
 from cegate.configfile import read_config
+from cegate.engine.trainer import Trainer
 
 SMALL: dict[str, Any] = {
     "run": {"name": "small", "device": "cpu"},
@@ -37,3 +38,9 @@ def small(tmp_path: Path) -> Callable[..., Config]:
         return read_config(SMALL, overrides, training=True)
 
     return make
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the seconds that drawing takes."""
+    monkeypatch.setattr(Trainer, "_draw", lambda self: None)

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +10,9 @@ import yaml
 
 import cegate
 from cegate.checkpoint import load_state
-from cegate.engine import trainer
-from cegate.engine.trainer import Trainer, describe, train
+from cegate.engine.trainer import describe, train
 from cegate.errors import CheckpointError, ConfigError, DataError, TrainingError
 from cegate.models.segmenter import Segmenter
-
 
 PROMISED = (
     *("config.yaml", "env.json", "train.log", "metrics.jsonl", "gates.jsonl"),
@@ -25,11 +21,6 @@ PROMISED = (
     *("figures/gate.png", "figures/curves.png", "figures/panels_source.png", "figures/panels_arid.png"),
     *("eval/arid/metrics.json", "eval/arid/confusion.npy", "eval/arid/per_class.csv"),
 )
-
-
-@pytest.fixture
-def no_figures(monkeypatch):
-    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
 
 
 def lines(path: Path) -> list[dict]:
@@ -79,64 +70,12 @@ def test_training_lowers_the_loss_and_moves_only_trained_weights(small, no_figur
     assert any(not torch.equal(own[key], state.trained[key]) for key in own.keys() - set(never))
 
 
-@pytest.mark.parametrize(
-    ("stage", "iteration", "every"),
-    [("before", 2, 1), ("before", 5, 3), ("after", 0, 3), ("after", 3, 1), ("after", 4, 3), ("after", 6, 5)],
-)
-def test_a_stopped_run_resumes_bit_by_bit(small, no_figures, monkeypatch, stage, iteration, every):
-    changes = {
-        "train__baseline": True,
-        "train__checkpoint_every": every,
-        "gate__inactive": "frozen",
-        "train__clip": 1.0,
-    }
-    whole = train(small("whole", **changes)).path
-    step = Trainer._step
-
-    def step_until(self, batch):
-        if (self.stage, self.iteration) == (stage, iteration):
-            raise RuntimeError("power cut")
-        return step(self, batch)
-
-    monkeypatch.setattr(Trainer, "_step", step_until)
-    with pytest.raises(RuntimeError, match="power cut"):
-        train(small("cut", **changes))
-    monkeypatch.setattr(Trainer, "_step", step)
-    cut = train(small("cut", **changes), resume=True).path
-    for name in ("metrics.jsonl", "gates.jsonl"):
-        assert (cut / name).read_text() == (whole / name).read_text()
-    for name in ("last", "best", "before"):
-        a, b = (load_state(folder / f"checkpoints/{name}.pt") for folder in (whole, cut))
-        assert a.active == b.active and a.frozen == b.frozen and a.iteration == b.iteration
-        assert a.trained.keys() == b.trained.keys()
-        assert all(torch.equal(a.trained[key], b.trained[key]) for key in a.trained)
-    adapters = [(folder / "adapter/adapter_model.safetensors").read_bytes() for folder in (whole, cut)]
-    assert adapters[0] == adapters[1]
-
-
 def test_workers_and_scoring_do_not_change_the_stream(small, no_figures):
     often, seldom = (train(small(name, gate__interval=n, gate__method="fisher")) for name, n in (("a", 1), ("b", 100)))
     workers = train(small("c", gate__interval=1, data__workers=2))
     assert (often.path / "metrics.jsonl").read_text() == (workers.path / "metrics.jsonl").read_text()
     first = [lines(result.path / "gates.jsonl")[0] for result in (often, seldom)]
     assert first[0] == first[1]
-
-
-def test_interrupt_saves_and_says_how_to_go_on(small, no_figures, monkeypatch):
-    step = Trainer._step
-
-    def step_and_interrupt(self, batch):
-        if self.iteration == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return step(self, batch)
-
-    monkeypatch.setattr(Trainer, "_step", step_and_interrupt)
-    with pytest.raises(KeyboardInterrupt, match=r"after iteration 5 and saved.*--config \S+config.yaml --resume"):
-        train(small())
-    monkeypatch.setattr(Trainer, "_step", step)
-    assert load_state(small().run.work_dir / Path("checkpoints/last.pt")).iteration == 5
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert train(small(), resume=True).after["arid"]["iteration"] in (4, 7)
 
 
 def test_nan_loss_stops_with_the_file_names_saved(small, no_figures, monkeypatch):
@@ -178,17 +117,6 @@ def test_a_folder_that_is_no_run_is_never_touched(small, tmp_path):
         train(small("absent"), resume=True)
 
 
-def test_resume_refuses_another_configuration_and_other_data(small, no_figures, monkeypatch):
-    train(small())
-    with pytest.raises(CheckpointError, match=r"other values of train\.lr; resume it with --config"):
-        train(small(train__lr=0.5), resume=True)
-    monkeypatch.setattr(trainer.SegmentationSet, "fingerprint", lambda self: "other", raising=False)
-    for kind in trainer.SegmentationSet.__subclasses__():
-        monkeypatch.setattr(kind, "fingerprint", lambda self: "other")
-    with pytest.raises(CheckpointError, match="data of train, source, arid is not what"):
-        train(small(), resume=True)
-
-
 def test_problems_show_before_the_run_folder_is_made(small, tmp_path):
     with pytest.raises(ConfigError, match=r"gate\.k=25 .* 24 sites"):
         train(small(gate__k=25))
@@ -211,12 +139,6 @@ def test_without_validation_the_last_model_counts(small, no_figures):
     result = train(small(data__validation="null"))
     assert result.after["arid"]["iteration"] == 7
     assert "there is no validation set" in result.table()
-
-
-def test_mask2former_trains_and_resumes(small, no_figures, monkeypatch):
-    config = small(model__head="mask2former", train__iterations=2, data__crop=32)
-    whole = train(config).path
-    assert load_state(whole / "checkpoints/last.pt").iteration == 2
 
 
 def test_bf16_trains(small, no_figures):

@@ -14,16 +14,16 @@ import os
 import re
 import subprocess
 import tempfile
+from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from cegate.kernels import _frequency_kernels, low_pass, low_rank, sum_squared_gradients
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-
-from cegate.kernels import _frequency_kernels, low_pass, low_rank, sum_squared_gradients
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _launches: dict[tuple, tuple] = {}
@@ -55,17 +55,16 @@ def _run_launchers(dtype: torch.dtype, every: bool) -> None:
 
     shapes = [(4, (32, 32), 1024, 32)]
     if every:
-        shapes += [(16, (64, 64), 1024, 32), (2, (37, 19), 768, 16), (1, (128, 128), 384, 64), (1, (5, 7), 48, 3)]
+        shapes += [(16, (64, 64), 1024, 32), (2, (37, 19), 768, 16), (1, (128, 128), 384, 32), (1, (5, 64), 48, 64)]
     for batch, grid, channels, d in shapes:
         x, rank = empty(batch, grid[0] * grid[1], channels), 3 * d + 3
         smooth = torch.empty((), device="meta")
         for cutoff in (0.3, smooth) if every else (0.3,):
             kept = low_pass.make_filter(x, grid, cutoff, "official", 0.5)
             low_pass._low_pass_triton(x, grid, kept)
-            weights = empty(rank, channels), empty(rank), empty(rank, channels), torch.empty((), dtype=dtype, device="meta")
-            _, hidden = _frequency_kernels.forward(x, *weights, kept, grid)
-            enter, _, leave, scale = weights
-            _frequency_kernels.backward(x, hidden, enter, leave, scale, kept, grid, x, True, True, True)
+            enter, bias, leave, scale = empty(rank, channels), empty(rank), empty(rank, channels), empty()
+            _, hidden = _frequency_kernels.forward(x, enter, bias, leave, scale, kept, grid)
+            _frequency_kernels.backward(x, hidden, enter, leave, scale, kept, grid, x, True, True, True, True)
     maps = [(64, None, 1024), (64, "gelu", 1024)]
     if every:
         maps += [(8, "relu", 192), (130, None, 768), (256, "gelu", 1024)]
@@ -83,14 +82,18 @@ def _run_launchers(dtype: torch.dtype, every: bool) -> None:
         sum_squared_gradients._sum_squared_triton(empty(16, 1025, 1024), empty(16, 1025, 64), reduce)
 
 
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory of a cubin; a spill shows as stack."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def _resources(ptx: str, capability: int) -> dict[str, int]:
+    """Registers per thread and bytes spilled, as the bundled assembler reports them."""
+    assembler = "ptxas-blackwell" if capability >= 100 else "ptxas"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / assembler
+    (architecture,) = re.findall(r"\.target (sm_\w+)", ptx)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name.lower(): int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        command = [tool, "-v", f"--gpu-name={architecture}", file.name, "-o", "/dev/null"]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (registers,), (spilled,) = re.findall(r"Used (\d+) registers", text), re.findall(r"(\d+) bytes spill stores", text)
+    return {"registers": int(registers), "spilled": int(spilled)}
 
 
 def main() -> None:
@@ -98,17 +101,20 @@ def main() -> None:
     parser.add_argument("capability", type=int)
     parser.add_argument("dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--all", action="store_true", help="also the unusual grids, widths and ranks")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
     options = parser.parse_args()
     JITFunction.run = _record
     _run_launchers(getattr(torch, options.dtype), options.all)
     target = GPUTarget("cuda", options.capability, 32)
     for function, signature, constants, aligned, flags in _launches.values():
+        if options.only not in function.__name__:
+            continue
         attributes = {(position,): [["tt.divisibility", 16]] for position in aligned}
         source = ASTSource(function, signature, constants, attributes)
         compiled = triton.compile(source, target=target, options=flags)
         meta = {function.arg_names[at[0]]: value for at, value in constants.items()}
         report = {"kernel": function.__name__, "shared": compiled.metadata.shared, "meta": str(meta), **flags}
-        print(json.dumps(report | _resources(compiled.asm["cubin"])), flush=True)
+        print(json.dumps(report | _resources(compiled.asm["ptx"], options.capability)), flush=True)
 
 
 if __name__ == "__main__":

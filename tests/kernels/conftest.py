@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
+from cegate.kernels._support import HAS_TRITON, is_interpreted
 from torch import Tensor
 
-from cegate.kernels._support import HAS_TRITON, is_interpreted
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
@@ -45,7 +45,9 @@ def _round_bfloat16_to_nearest():
     interpreter._convert_float = convert
 
 
-def _outputs_and_gradients(op: Callable[..., Tensor], tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+def _outputs_and_gradients(
+    op: Callable[..., Tensor], tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """The output of ``op(*tensors)`` and the gradient of each tensor under a fixed random probe."""
     leaves = [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
     y = op(*leaves)
@@ -58,21 +60,22 @@ def _outputs_and_gradients(op: Callable[..., Tensor], tensors: Sequence[Tensor],
 def _assert_as_accurate(op, reference, tensors: Sequence[Tensor], *, exact=None, factor: float = 2.0) -> None:
     """``op`` errs at most ``factor`` times as much as ``reference`` in the same dtype, output and every gradient.
 
-    Both are judged against ``exact`` (default: the reference) in float64. One unit in the last place of the largest value
-    is always allowed: a single rounding may fall either way. The gradient of a scalar is an inner product of the probe
-    with the derivative of y and may cancel; its unit is that of the two norms.
+    Both are judged against ``exact`` (default: the reference) in float64. One unit in the last place of the largest
+    value is always allowed: a single rounding may fall either way. The gradient of a scalar is an inner product of the
+    probe with the derivative of y and may cancel; its unit is that of the two norms.
     """
     exact = exact or reference
     ours = _outputs_and_gradients(op, tensors)
     theirs = _outputs_and_gradients(reference, tensors)
     truth = _outputs_and_gradients(exact, tensors, torch.float64)
     for place, (mine, other, true) in enumerate(zip(ours, theirs, truth, strict=True)):
-        assert mine.dtype == other.dtype and mine.shape == other.shape
+        assert (mine.dtype, mine.shape) == (other.dtype, other.shape)
         assert mine.isfinite().all(), f"tensor {place} (0 is the output) is not finite"
         if not true.numel():
             continue
         error, allowed = (mine.double() - true).abs().max(), (other.double() - true).abs().max()
-        scale = true.abs().max() if place == 0 or tensors[place - 1].ndim else _inner_product_scale(exact, tensors, place - 1)
+        is_scalar = place and not tensors[place - 1].ndim
+        scale = _inner_product_scale(exact, tensors, place - 1) if is_scalar else true.abs().max()
         allowed = factor * allowed + torch.finfo(mine.dtype).eps * scale
         assert error <= allowed, f"tensor {place} (0 is the output) is off by {error:.3g}, allowed {allowed:.3g}"
 

@@ -1,11 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from cegate.kernels._support import HAS_TRITON, is_interpreted
 from cegate.kernels.frequency_adapter import frequency_adapter, frequency_adapter_fft
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 NAMES = ("down", "down_bias", "up", "up_bias", "router", "router_bias", "scale")
 
@@ -157,5 +156,5 @@ def test_wrong_shapes_are_all_named():
 
 def test_experts_that_are_too_wide_say_so(device):
     tensors = random_layer((2, 2), 4, 65, dtype=torch.float32, device=device)
-    with pytest.raises(RuntimeError, match="experts are 65 wide, at most 64"):
+    with pytest.raises(RuntimeError, match="experts are 65 wide, at most 64 on 2 columns"):
         layer((2, 2), backend="triton")(*tensors)

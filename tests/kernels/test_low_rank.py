@@ -1,8 +1,7 @@
 import pytest
 import torch
-from torch.nn.functional import gelu, linear, relu
-
 from cegate.kernels.low_rank import low_rank, low_rank_qv_
+from torch.nn.functional import gelu, linear, relu
 
 ACTIVATIONS = {None: lambda pre: pre, "relu": relu, "gelu": gelu}
 

@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from cegate.kernels import _support
 from cegate.kernels._support import KernelUnavailableError, accumulation_dtype, compute_dtype, pad, pick_backend
 

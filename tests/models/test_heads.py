@@ -9,7 +9,8 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from cegate.errors import ConfigError
 from cegate.losses import pixel_cross_entropy
-from cegate.models.heads import HEADS, Head, build_head
+from cegate.models.head import Head
+from cegate.models.heads import HEADS, build_head
 
 CHANNELS, CLASSES = 16, 3
 SMALL = {

@@ -95,6 +95,8 @@ def test_a_missing_or_unreadable_weight_file_is_named(tmp_path):
 def test_an_unknown_backbone_gets_the_nearest_name():
     with pytest.raises(BackboneError, match="did you mean 'vit_tiny_patch16_224'"):
         build_vit("vit_tiny_patch16_22", weights="none", image_size=32)
+    with pytest.raises(BackboneError, match="did you mean 'tiny'"):
+        build_vit("tinny", weights="none", image_size=32)
 
 
 def test_an_unsuitable_size_is_an_error_of_one_line():

@@ -1,0 +1,73 @@
+"""What a head is, and the linear one: features of four layers -> semantic logits and the loss of each sample alone.
+
+Every head takes four maps [B, C, h, w] on the token grid, from a shallow to a deep layer. Any h and w will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cegate.losses import pixel_cross_entropy
+
+FEATURES = 4
+"""Maps that a head takes."""
+
+
+class Head(nn.Module):
+    """What a segmenter asks of its head.
+
+    No head mixes samples: a sample's logits and loss are the same in every batch, which per-sample Fisher scores need.
+    """
+
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Logits whose softmax over classes is the class distribution of a pixel.
+
+        Args:
+            features: four maps [B, C, h, w], shallow to deep.
+            size: (H, W) of the result in pixels.
+
+        Returns:
+            [B, K, H, W].
+        """
+        raise NotImplementedError
+
+    def loss(self, features: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Task loss of each sample alone: ``loss(f, y)[b]`` is ``loss(f[b:b+1], y[b:b+1])[0]`` from equal random state.
+
+        Args:
+            features: four maps [B, C, h, w], shallow to deep.
+            labels: [B, H, W] int64, 0..K-1, or 255 where a pixel does not count.
+
+        Returns:
+            [B], float32 or float64; 0 with gradient 0 for a sample without a valid pixel. Here: pixel cross entropy.
+        """
+        return pixel_cross_entropy(self(features, tuple(labels.shape[-2:])), labels)
+
+
+class LinearHead(Head):
+    """A linear probe: each token's four features, every one normalised over its channels, mapped to classes.
+
+    The logits are made on the token grid and upsampled bilinearly (``align_corners=False``); there is no detail finer
+    than a token.
+
+    Args:
+        channels: C of each of the four maps.
+        classes: K.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        # no weights of its own: they would only repeat those of the classifier
+        self.norm = nn.LayerNorm(channels, elementwise_affine=False)
+        self.classifier = nn.Linear(FEATURES * channels, classes)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        tokens = torch.cat([self.norm(f.permute(0, 2, 3, 1)) for f in features], dim=-1)  # [B, h, w, 4C]
+        logits = self.classifier(tokens).permute(0, 3, 1, 2)
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from cegate.checkpoint import load_state
+from cegate.data import datasets
+from cegate.engine.trainer import Trainer, train
+from cegate.errors import CheckpointError
+
+CHANGES = {"train__baseline": True, "gate__inactive": "frozen", "train__clip": 1.0}
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+
+def run_until(monkeypatch, config, stage, iteration):
+    """Train until the power fails in the middle of an iteration."""
+    step = Trainer._step
+
+    def step_until(self, batch):
+        if (self.stage, self.iteration) == (stage, iteration):
+            raise RuntimeError("power cut")
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step_until)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config)
+
+
+def assert_equal_runs(whole: Path, cut: Path, checkpoints):
+    for name in ("metrics.jsonl", "gates.jsonl", "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
+    for name in checkpoints:
+        a, b = (load_state(folder / f"checkpoints/{name}.pt") for folder in (whole, cut))
+        assert (a.active, a.frozen, a.position) == (b.active, b.frozen, b.position)
+        assert a.trained.keys() == b.trained.keys()
+        assert all(torch.equal(a.trained[key], b.trained[key]) for key in a.trained)
+        for number, values in a.optimizer["state"].items():
+            assert all(torch.equal(value, b.optimizer["state"][number][key]) for key, value in values.items())
+
+
+@pytest.fixture
+def whole(small, request):
+    """One uninterrupted run for all tests of this file."""
+    cache = request.config.stash.setdefault(WHOLE, {})
+    if "path" not in cache:
+        cache["path"] = train(small("whole", **CHANGES)).path
+    return cache["path"]
+
+
+WHOLE = pytest.StashKey[dict]()
+
+
+@pytest.mark.parametrize(
+    ("stage", "iteration", "every"),
+    [("before", 0, 1), ("before", 2, 1), ("before", 5, 3), ("after", 0, 3), ("after", 3, 1), ("after", 6, 5)],
+)
+def test_a_stopped_run_resumes_bit_by_bit(whole, small, monkeypatch, stage, iteration, every):
+    config = small("cut", **CHANGES, train__checkpoint_every=every)
+    run_until(monkeypatch, config, stage, iteration)
+    assert_equal_runs(whole, train(config, resume=True).path, ("last", "best", "before"))
+
+
+def test_mask2former_with_its_random_points_resumes_bit_by_bit(small, monkeypatch):
+    changes = {"model__head": "mask2former", "train__iterations": 2, "train__checkpoint_every": 1}
+    changes |= {"data__validation": "null", "gate__samples": 1, "data__batch_size": 1, "train__log_every": 1}
+    run_until(monkeypatch, small("cut", **changes), "after", 1)
+    cut = train(small("cut", **changes), resume=True).path
+    assert_equal_runs(train(small("whole", **changes)).path, cut, ("last",))
+
+
+def test_interrupt_saves_and_says_how_to_go_on(small, monkeypatch):
+    step = Trainer._step
+
+    def step_and_interrupt(self, batch):
+        if self.iteration == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", step_and_interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"after iteration 5 and saved.*--config \S+config.yaml --resume"):
+        train(small())
+    monkeypatch.setattr(Trainer, "_step", step)
+    assert load_state(small().run.work_dir / Path("checkpoints/last.pt")).iteration == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train(small(), resume=True).after["arid"]["iteration"] in (4, 7)
+
+
+def test_resume_refuses_another_configuration_and_other_data(small, monkeypatch):
+    train(small())
+    with pytest.raises(CheckpointError, match=r"other values of train\.lr; resume it with --config"):
+        train(small(train__lr=0.5), resume=True)
+    monkeypatch.setattr(datasets.GeneratedSet, "fingerprint", lambda self: "other")
+    with pytest.raises(CheckpointError, match="data of train, source, arid is not what"):
+        train(small(), resume=True)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cegate.models.sliding import default_stride, slide, window_starts
+
+
+@given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 64))
+def test_windows_cover_an_axis_without_gaps_and_end_at_its_edge(length, crop, stride):
+    stride = min(stride, crop)
+    starts = window_starts(length, crop, stride)
+    covered = {pixel for start in starts for pixel in range(start, min(start + crop, length))}
+    assert covered == set(range(length))
+    assert starts == sorted(set(starts)) and starts[-1] == max(length - crop, 0)
+
+
+def pixelwise(images):
+    return torch.stack([images.sum(1), images[:, 0] - images[:, 1]], 1)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 57), (7, 90), (5, 6)], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_pixelwise_model_gives_what_it_gives_on_the_whole_image(size, batch):
+    image = torch.randn(1, 3, *size)
+    torch.testing.assert_close(slide(pixelwise, image, 32, 12, batch=batch), pixelwise(image))
+
+
+def test_one_window_is_exactly_the_model():
+    conv = torch.nn.Conv2d(3, 4, 5, padding=2)
+    image = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(slide(conv, image, 32), conv(image))
+
+
+def test_a_small_image_is_filled_up_with_the_mean_colour_and_cut_back():
+    seen = []
+
+    def forward(images):
+        seen.append(images)
+        return pixelwise(images)
+
+    image = torch.ones(1, 3, 10, 20)
+    assert slide(forward, image, 16, 8).shape == (1, 2, 10, 20)
+    assert all(window.shape[-2:] == (16, 16) and not window[..., 10:, :].any() for window in seen)
+
+
+def test_overlapping_windows_are_averaged():
+    calls = iter(range(10))
+
+    def forward(images):
+        return torch.full((1, 1, 4, 4), float(next(calls)))
+
+    logits = slide(forward, torch.zeros(1, 1, 4, 6), 4, 2)[0, 0, 0]
+    assert logits.tolist() == [0, 0, 0.5, 0.5, 1, 1]
+
+
+def test_half_precision_logits_are_added_in_float32():
+    assert slide(lambda images: images.half(), torch.zeros(1, 2, 8, 8), 4).dtype == torch.float32
+
+
+def test_default_stride_is_that_of_the_paper():
+    assert default_stride(512) == 341
