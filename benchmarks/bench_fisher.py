@@ -1,4 +1,4 @@
-"""One Fisher pass over M samples beside a plain forward and backward, and beside other ways to per-sample gradients."""
+"""One Fisher pass over M samples beside a plain forward and backward, and beside the loop over samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan
 
 SAMPLES = {"vit_t": 8, "vit_l": 2}
-CHUNK = 4
 
 
 @dataclass
@@ -51,33 +50,6 @@ def loop_over_samples(model, images, labels):
         for site in scores:
             scores[site] += sum(float(p.grad.square().sum()) for p in model.toolbox.parameters_of(site).values())
     return {site: score / len(images) for site, score in scores.items()}
-
-
-def vmap_scores(model, images, labels):
-    """torch.func: vmap over grad of the functional model."""
-    from torch.func import functional_call, grad, vmap
-
-    weights = {name: p.detach() for name, p in model.named_parameters() if name.startswith("toolbox.")}
-
-    def sample_loss(weights, image, label):
-        return functional_call(model, weights, (image[None], label[None]), strict=False).squeeze(0)
-
-    grads = vmap(grad(sample_loss), in_dims=(None, 0, 0), randomness="same")(weights, images, labels)
-    scores: dict[str, float] = dict.fromkeys(model.toolbox.sites, 0.0)
-    for name, value in grads.items():
-        scores[".".join(name.split(".")[1:3])] += float(value.square().sum()) / len(images)
-    return scores
-
-
-class LossModule(torch.nn.Module):
-    """The loss as a module's forward, as torch.func wants it."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.toolbox, self.model = model.toolbox, model
-
-    def forward(self, images, labels):
-        return self.model.loss(images, labels)
 
 
 @pytest.mark.parametrize("size", SAMPLES)

@@ -92,6 +92,20 @@ void for_each(int64_t count, const Body& body) {
   });
 }
 
+// target [M, 3d+3] = source [M, C] times experts [3d, C] and three more rows [3, C]. A product 3d + 3 wide costs a BLAS a
+// quarter more than one 3d wide, so the last three columns are our own.
+void project(const Matrix& target, const Matrix& source, const Matrix& experts, const char* last) {
+  const int64_t wide = target.columns - 3, size = bytes_of(target.dtype), rows_per_task = 64;
+  multiply(target.column_range(0, wide), source, experts);
+  const TypedLoops& typed = loops_of(target.dtype);
+  for_each((target.rows + rows_per_task - 1) / rows_per_task, [&](int64_t task) {
+    const int64_t first = task * rows_per_task, rows = std::min(rows_per_task, target.rows - first);
+    typed.dot3(
+        source.data + first * source.row_stride * size, last, rows, source.columns,
+        target.data + (first * target.row_stride + wide) * size, target.row_stride);
+  });
+}
+
 struct Shape {
   int64_t samples, tokens, channels, width, hidden, stacked;  // width d, hidden 3d+3
   ScalarType dtype;
@@ -128,37 +142,48 @@ Shape check_shapes(
   return shape;
 }
 
-// Packed weights of one adapter: enter [3d+3, C] = D1 D2 D3 W_r, leave [C, 3d+3] = U1 U2 U3 c.
-class Packed {
+// The weights of one adapter as the products take them. Experts and router lie one behind the other for two of the four
+// products only; these get a packed copy: enter [3d+3, C] = D1 D2 D3 W_r, leave [C, 3d+3] = U1 U2 U3 c.
+class Weights {
  public:
-  Packed(const Shape& shape, const Tensor& down, const Tensor& up, const Tensor& up_bias, const Tensor& router, const Tensor& scale, int64_t a)
-      : shape_(shape), enter_memory_(shape.hidden * shape.channels * bytes_of(shape.dtype)),
-        leave_memory_(enter_memory_.size()) {
-    const int64_t size = bytes_of(shape.dtype), c = shape.channels, d = shape.width;
-    copy(enter_memory_.data(), down, a, 3 * d * c * size);
-    copy(enter_memory_.data() + 3 * d * c * size, router, a, 3 * c * size);
-    const char *ups = data_of(up) + a * 3 * c * d * size, *biases = data_of(up_bias) + a * 3 * c * size;
+  Weights(
+      const Shape& shape, const Tensor& down, const Tensor& up, const Tensor& up_bias, const Tensor& router,
+      const Tensor& scale, int64_t adapter)
+      : shape_(shape), size_(bytes_of(shape.dtype)) {
+    const int64_t c = shape.channels, d = shape.width;
+    down_ = data_of(down) + adapter * 3 * d * c * size_;
+    up_ = data_of(up) + adapter * 3 * c * d * size_;
+    up_bias_ = data_of(up_bias) + adapter * 3 * c * size_;
+    router_ = data_of(router) + adapter * 3 * c * size_;
+    loops_of(shape.dtype).load(data_of(scale) + adapter * size_, 1, 1, 1, &this->scale, 1);
+    leave_.resize(c * shape.hidden * size_);
     for (int64_t j = 0; j < 3; ++j) {
       for (int64_t channel = 0; channel < c; ++channel) {
-        char* row = leave_memory_.data() + channel * shape.hidden * size;
-        std::memcpy(row + j * d * size, ups + (j * c + channel) * d * size, d * size);
-        std::memcpy(row + (3 * d + j) * size, biases + (j * c + channel) * size, size);
+        char* row = leave_.data() + channel * shape.hidden * size_;
+        if (d) std::memcpy(row + j * d * size_, up_ + (j * c + channel) * d * size_, d * size_);
+        std::memcpy(row + (3 * d + j) * size_, up_bias_ + (j * c + channel) * size_, size_);
       }
     }
-    loops_of(shape.dtype).load(data_of(scale) + a * size, 1, 1, 1, &this->scale, 1);
   }
 
   float scale;
-  Matrix enter() { return Matrix(enter_memory_.data(), shape_.hidden, shape_.channels, shape_.channels, shape_.dtype); }
-  Matrix leave() { return Matrix(leave_memory_.data(), shape_.channels, shape_.hidden, shape_.hidden, shape_.dtype); }
-
- private:
-  static void copy(char* target, const Tensor& source, int64_t a, int64_t bytes) {
-    if (bytes) std::memcpy(target, data_of(source) + a * bytes, bytes);
+  const char* router() const { return router_; }
+  const char* up_bias() const { return up_bias_; }
+  Matrix down() const { return Matrix(down_, 3 * shape_.width, shape_.channels, shape_.channels, shape_.dtype); }
+  Matrix leave() { return Matrix(leave_.data(), shape_.channels, shape_.hidden, shape_.hidden, shape_.dtype); }
+  Matrix enter() {
+    const int64_t experts = 3 * shape_.width * shape_.channels * size_, routing = 3 * shape_.channels * size_;
+    enter_.resize(experts + routing);
+    if (experts) std::memcpy(enter_.data(), down_, experts);
+    if (routing) std::memcpy(enter_.data() + experts, router_, routing);
+    return Matrix(enter_.data(), shape_.hidden, shape_.channels, shape_.channels, shape_.dtype);
   }
 
+ private:
   Shape shape_;
-  std::vector<char> enter_memory_, leave_memory_;
+  int64_t size_;
+  char *down_, *up_, *up_bias_, *router_;
+  std::vector<char> enter_, leave_;
 };
 
 // Column frequencies of the two filtered experts, [B, H, L, 2 padded], and the loops over grid rows around them.
@@ -295,14 +320,14 @@ std::tuple<Tensor, Tensor> frequency_adapter(
       std::memset(hidden.data, 0, count * shape.hidden * size);
       continue;
     }
-    Packed packed(shape, down, up, up_bias, router, scale, run.adapter);
+    Weights weights(shape, down, up, up_bias, router, scale, run.adapter);
     std::vector<char> bias(shape.hidden * size);
     const int64_t experts = 3 * shape.width * size;
     if (experts) std::memcpy(bias.data(), data_of(down_bias) + run.adapter * experts, experts);
     std::memcpy(bias.data() + experts, data_of(router_bias) + run.adapter * 3 * size, 3 * size);
-    multiply(hidden, part_x, packed.enter().transposed());
+    project(hidden, part_x, weights.down().transposed(), weights.router());
     Bands(filter, shape, run.count).mix(hidden.data, code.data, bias.data());
-    multiply_add(part_y, part_x, code, packed.leave().transposed(), packed.scale);
+    multiply_add(part_y, part_x, code, weights.leave().transposed(), weights.scale);
   }
   return {y, active};
 }
@@ -341,13 +366,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
       if (wants_x) std::memcpy(part_dx.data, part_dy.data, count * c * size);
       continue;
     }
-    Packed packed(shape, down, up, up_bias, router, scale, run.adapter);
+    Weights weights(shape, down, up, up_bias, router, scale, run.adapter);
     const Matrix gradient = matrix_of(dmixed, rows_all, shape.hidden).row_range(first, count);
     const Matrix code = matrix_of(mixed, rows_all, shape.hidden).row_range(first, count);
     const char* kept = matrix_of(active, rows_all, shape.hidden).row_range(first, count).data;
-    multiply(gradient, part_dy, packed.leave());
-    const auto sums = Bands(filter, shape, run.count).unmix(gradient.data, kept, wants_weights ? code.data : nullptr, packed.scale);
-    if (wants_x) multiply_add(part_dx, part_dy, gradient, packed.enter(), 1.0);
+    project(gradient, part_dy, weights.leave().column_range(0, 3 * d), weights.up_bias());
+    const auto sums = Bands(filter, shape, run.count).unmix(gradient.data, kept, wants_weights ? code.data : nullptr, weights.scale);
+    if (wants_x) multiply_add(part_dx, part_dy, gradient, weights.enter(), 1.0);
     if (!wants_weights) continue;
     auto accumulate = [&](const Matrix& left, const Matrix& right, double alpha, std::vector<float>& total) {
       const Matrix result = matrix_of(product, shape.hidden, c);
@@ -359,7 +384,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
       }
     };
     accumulate(gradient, matrix_of(x, rows_all, c).row_range(first, count), 1.0, denter);
-    accumulate(code, part_dy, packed.scale, dleave);
+    accumulate(code, part_dy, weights.scale, dleave);
     for (int64_t i = 0; i <= shape.hidden; ++i) dbias[run.adapter * (shape.hidden + 1) + i] += sums[i];
   }
   if (!wants_weights) return {dx, nothing, nothing, nothing, nothing, nothing, nothing, nothing};

@@ -162,6 +162,33 @@ void store(void* target, int64_t stride, int64_t columns, int64_t count, const f
   }
 }
 
+template <typename T>
+void dot3(
+    const void* source_memory, const void* weight_memory, int64_t rows, int64_t width, void* target_memory,
+    int64_t target_stride) {
+  const T* weights = static_cast<const T*>(weight_memory);
+  constexpr int64_t kBlock = 4;  // rows that share a load of the weights
+  for (int64_t row = 0; row < rows; row += kBlock) {
+    const int64_t taken = rows - row < kBlock ? rows - row : kBlock;
+    const T* source = static_cast<const T*>(source_memory) + row * width;
+    Vector totals[kBlock][3];
+    for (int64_t r = 0; r < kBlock; ++r)
+      for (int64_t j = 0; j < 3; ++j) totals[r][j] = splat(0.0f);
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const int64_t count = lanes_left(c, width);
+      Vector weight[3];
+      for (int64_t j = 0; j < 3; ++j) weight[j] = load_lanes(weights + j * width + c, count);
+      for (int64_t r = 0; r < kBlock; ++r) {
+        const Vector value = load_lanes(source + (r < taken ? r : 0) * width + c, count);
+        for (int64_t j = 0; j < 3; ++j) totals[r][j] += value * weight[j];
+      }
+    }
+    for (int64_t r = 0; r < taken; ++r)
+      for (int64_t j = 0; j < 3; ++j)
+        assign(static_cast<T*>(target_memory)[(row + r) * target_stride + j], sum(totals[r][j]));
+  }
+}
+
 // Softmax of three logits for up to kLanes tokens at once; token i lies at logits[i * stride].
 template <typename T>
 inline void softmax(const T* logits, int64_t stride, int64_t tokens, const T* bias, Vector gates[3]) {
@@ -394,7 +421,7 @@ void combine(
 
 template <typename T>
 constexpr TypedLoops typed_loops() {
-  return {load<T>,       store<T>,      mix<T>,      unmix<T>,   split<T>,
+  return {load<T>,       store<T>,      dot3<T>, mix<T>,      unmix<T>,   split<T>,
           activate<T>, deactivate<T>, add_bias<T>, sum_rows<T>};
 }
 

@@ -23,6 +23,10 @@ struct TypedLoops {
   void (*load)(const void* source, int64_t stride, int64_t columns, int64_t count, float* line, int64_t line_stride);
   void (*store)(void* target, int64_t stride, int64_t columns, int64_t count, const float* line, int64_t line_stride);
 
+  // target[r * target_stride + j] = <source[r], weights[j]> for j < 3: a product too narrow for a BLAS.
+  void (*dot3)(
+      const void* source, const void* weights, int64_t rows, int64_t width, void* target, int64_t target_stride);
+
   // hidden [W, 3d+3] and its low-pass line [W, 2 padded] -> active [W, 3d+3] = (relu | gates) in place of hidden, and
   // mixed [W, 3d+3] = (gates * relu | gates). `bias` is [3d+3].
   void (*mix)(const RowShape& shape, void* hidden, void* mixed, const float* line, const void* bias);

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from . import _frequency_kernels
 from ._support import accumulation_dtype, compute_dtype, pick_backend
-from .low_pass import MAX_SIDE, GridFilter, apply_filter, grid_limits, low_pass_fft, make_filter, weight_gradients
+from .low_pass import (
+    MAX_SIDE,
+    GridFilter,
+    apply_filter,
+    grid_limits,
+    learnable_weights,
+    low_pass_fft,
+    make_filter,
+    weight_gradients,
+)
 
 MAX_WIDTH = 64
 
@@ -193,7 +202,7 @@ def frequency_adapter(
     scale = torch.as_tensor(scale, dtype=dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
         return _FrequencyAdapter.apply(
-            x, enter, enter_bias, leave, scale, kept.row_weights, kept.column_weights, kept, tuple(grid),
+            x, enter, enter_bias, leave, scale, *learnable_weights(kept, cutoff), kept, tuple(grid),
             chosen if x.numel() else "torch",
         )[0]  # fmt: skip
 

@@ -69,8 +69,14 @@ def _axis_basis(n: int, highest: int) -> tuple[list[list[float]], list[int]]:
     return rows, frequencies
 
 
+@torch.compiler.assume_constant_result
+def _axis(*key: object) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_cached_axis`; the compiler takes the cached matrices as constants."""
+    return _cached_axis(*key)
+
+
 @functools.lru_cache(maxsize=256)
-def _axis(
+def _cached_axis(
     n: int, highest: int, halved: int | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Basis [K, n], weights [K] (one half at frequency ``halved``, else 1) and frequencies [K] of one axis."""
@@ -112,7 +118,7 @@ def smooth_filter(
     row_weights, column_weights = (torch.sigmoid((c - k) / tau) for k in (row_frequencies, column_frequencies))
     with torch.no_grad():
         even = (rows.mT * row_weights) @ rows
-    return GridFilter(rows, columns, row_weights, column_weights, even, even, False)
+    return GridFilter(rows, columns, row_weights, column_weights, even, rows.new_zeros(0, 0), False)
 
 
 def make_filter(x: Tensor, grid: tuple[int, int], cutoff: float | Tensor, band: str, tau: float) -> GridFilter:
@@ -294,7 +300,12 @@ def low_pass(
     """
     kept = make_filter(x, grid, cutoff, band, tau)
     chosen = pick_backend("low_pass", backend, limits=grid_limits(grid), x=x)
-    return _LowPass.apply(x, kept.row_weights, kept.column_weights, kept, tuple(grid), chosen if x.numel() else "torch")
+    return _LowPass.apply(x, *learnable_weights(kept, cutoff), kept, tuple(grid), chosen if x.numel() else "torch")
+
+
+def learnable_weights(kept: GridFilter, cutoff: float | Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The filter's weights where they may want a gradient."""
+    return (kept.row_weights, kept.column_weights) if isinstance(cutoff, Tensor) else (None, None)
 
 
 def grid_limits(grid: tuple[int, int]) -> list[str]:

@@ -60,9 +60,8 @@ def _create(name: str, pretrained: bool, image_size: int, patch_size: int | None
     if name == TINY:
         return tiny_vit(image_size, patch_size or 8, in_chans)
     if not timm.is_model(name):
-        raise BackboneError(
-            f"model.backbone={name!r} is neither tiny nor a timm model{nearest(name, [TINY, *timm.list_models()])}"
-        )
+        close = nearest(name, [TINY, *timm.list_models()])
+        raise BackboneError(f"model.backbone={name!r} is neither tiny nor a timm model{close}")
     own_size = timm.get_pretrained_cfg(name).input_size[-1] if timm.get_pretrained_cfg(name) else None
     options: dict[str, object] = {"img_size": image_size, "in_chans": in_chans, "num_classes": 0}
     if patch_size is not None:
