@@ -297,7 +297,7 @@ def _run_problems(config: Config) -> Iterator[str]:
     yield from _bounds(run, "run", seed=">=0")
     if not re.fullmatch(r"[\w.\-]+", run.name) or run.name in (".", ".."):
         yield f"run.name={run.name!r} is no folder name; use letters, digits, '.', '_' and '-'"
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", run.device):
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device):
         yield f"run.device={run.device!r} is unknown; use auto, cpu, cuda or cuda:<index>"
 
 

@@ -96,9 +96,9 @@ def compile_gates(
 
     Returns:
         Plan with ``layers``, ``samples`` (0: any), ``first_layer`` and ``last_layer`` that are on (-1: none),
-        ``packed_weights`` (of one adapter, active sites only), ``order`` (samples sorted by adapter), and by kind 0..2 and
-        layer ``is_on``, ``offset`` (into the packed weights, -1: off) and ``assignment`` (adapter of each sample, -1: off;
-        empty: the whole batch with one set of weights).
+        ``packed_weights`` (of one adapter, active sites only) and ``order`` (samples sorted by adapter). By kind 0..2
+        and layer: ``is_on``; ``offset`` into the packed weights (-1: off); ``assignment``, the adapter of each sample
+        (-1: off; empty: the whole batch with one set of weights).
 
     Raises:
         ValueError: shape, dtype or a value is wrong; it is named.

@@ -1,7 +1,7 @@
 """The compiled extension: loading it, and what its operators need in Python (autograd, shapes for ``torch.compile``).
 
-``csrc/ops.cpp`` registers ``torch.ops.cegate``; this module gives these operators gradients and fake kernels. Without the
-extension :data:`EXTENSION` is None and :data:`REASON` says why; an extension that is there and does not load is an error.
+``csrc/ops.cpp`` registers ``torch.ops.cegate``; this module gives these operators gradients and fake kernels. Without
+the extension :data:`EXTENSION` is None and :data:`REASON` says why; one that is there and does not load is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIN_TORCH = (2, 11)
 
 
 def _installed_file() -> Path | None:
-    """The extension of an installed cegate; in a checkout Python imports the source folder, which has none of its own."""
+    """The extension of an installed cegate; the source folder of a checkout, imported instead, has none of its own."""
     try:
         files = importlib.metadata.files("cegate") or []
     except importlib.metadata.PackageNotFoundError:
@@ -54,7 +54,7 @@ def _load() -> tuple[ModuleType | None, str]:
         spec.loader.exec_module(module)
     except ImportError as error:
         raise BackendError(
-            f"{spec.origin} is there but does not load ({error}); reinstall cegate, or delete the file to run without it"
+            f"{spec.origin} is there but does not load ({error}); reinstall cegate, or delete it to run without"
         ) from error
     if module.version != __version__:
         return None, f"{spec.origin} was built for cegate {module.version}, this is {__version__}; install again"

@@ -5,8 +5,8 @@ compiled extension) or ``"auto"``, which takes the fastest of them that can run 
 lack of one. A backend that is named and cannot run raises :class:`~cegate.errors.BackendError` with every reason.
 Nothing is compiled at import.
 
-``adapters`` lets one batch carry samples of several adapters: weights then have a leading axis A, and ``adapters[b]`` is
-the index of sample b's adapter, or -1 where the operator is off for it (see :mod:`cegate.dispatch`).
+``adapters`` lets one batch carry samples of several adapters: weights then have a leading axis A, and ``adapters[b]``
+is the index of sample b's adapter, or -1 where the operator is off for it (see :mod:`cegate.dispatch`).
 """
 
 from __future__ import annotations
@@ -202,7 +202,7 @@ def low_rank(
         x: [..., C]; any strides. [B, T, C] with ``adapters``.
         down, down_bias: [r, C], [r].
         up, up_bias: [out, r], [out]; the bias is scaled too.
-        base: [..., out] what the result is added to; any strides, for example a part of a fused qkv output; not changed.
+        base: [..., out] what the result is added to, not changed; any strides, for example a part of a qkv output.
         activation: None, "relu" or "gelu" (exact).
         scale: factor of the low-rank part.
         adapters: adapter of each sample, see the module; weights then are [A, r, C] and so on.
@@ -334,7 +334,8 @@ def backends() -> dict[str, str]:
 
 
 def _torch_state() -> str:
-    return f"loaded: torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"loaded: torch {torch.__version__}, {torch.get_num_threads()} threads, {isa}"
 
 
 def _triton_state() -> str:

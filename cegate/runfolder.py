@@ -156,6 +156,27 @@ def folder_of(config: Config) -> Path:
     return Path(config.run.work_dir or f"runs/{config.run.name}")
 
 
+def check_folder(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Say where the run goes, or why it cannot; nothing is touched.
+
+    Raises:
+        CheckpointError: the folder is taken, or is not there to be resumed.
+    """
+    path = folder_of(config)
+    is_run = (path / "config.yaml").is_file()
+    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if resume and not is_run:
+        raise CheckpointError(f"there is no run in {path} to resume; leave out --resume to start one")
+    if taken and not is_run:
+        raise CheckpointError(f"{path} is not empty and no cegate run; give another run.work_dir or run.name")
+    if taken and not (resume or overwrite):
+        raise CheckpointError(
+            f"{path} holds a run already; --resume goes on with it, --overwrite moves it aside and starts again, "
+            "another run.name or run.work_dir starts beside it"
+        )
+    return path
+
+
 def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
     """Prepare the folder of a run and save the resolved configuration in it.
 
@@ -165,17 +186,13 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
         overwrite: move an existing run aside, to the next free ``<folder>.old-<n>``, and start in an empty folder.
 
     Raises:
-        CheckpointError: the folder is taken, is not there to be resumed, or belongs to another configuration.
+        CheckpointError: see `check_folder`; or the run was started with another configuration.
     """
-    path = folder_of(config)
-    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    path = check_folder(config, resume=resume, overwrite=overwrite)
     if resume:
-        if not (path / "config.yaml").is_file():
-            raise CheckpointError(f"there is no run in {path} to resume; leave out --resume to start one")
-        run = RunFolder(path)
-        _refuse_changes(run.config(), config, path)
-    elif taken:
-        _make_room(path, overwrite)
+        _refuse_changes(RunFolder(path).config(), config, path)
+    elif (path / "config.yaml").is_file():
+        path.rename(_free_name(path))
     path.mkdir(parents=True, exist_ok=True)
     run = RunFolder(path)
     write_text(run.config_file, to_yaml(config))
@@ -191,15 +208,8 @@ def _refuse_changes(old: Config, new: Config, path: Path) -> None:
         )
 
 
-def _make_room(path: Path, overwrite: bool) -> None:
-    if not path.is_dir() or not (path / "config.yaml").is_file():
-        raise CheckpointError(f"{path} is not empty and no cegate run; give another run.work_dir or run.name")
-    if not overwrite:
-        raise CheckpointError(
-            f"{path} holds a run already; --resume goes on with it, --overwrite moves it aside and starts again, "
-            "--run.name NAME starts another"
-        )
+def _free_name(path: Path) -> Path:
     number = 1
     while (aside := path.with_name(f"{path.name}.old-{number}")).exists():
         number += 1
-    path.rename(aside)
+    return aside

@@ -349,14 +349,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
   const int64_t c = shape.channels, d = shape.width, a = shape.stacked;
   const Tensor nothing = empty({0}, shape.dtype);
   Tensor dx = wants_x ? empty_as(x) : nothing;
-  // summed in float32 over the runs, then handed out in the dtype of the weights
-  std::vector<float> denter(wants_weights ? a * shape.hidden * c : 0, 0.0f), dleave(denter.size(), 0.0f);
+  // gradients of the packed weights: enter [A, 3d+3, C], leave [A, C, 3d+3]
+  Tensor denter = wants_weights ? empty({a, shape.hidden, c}, shape.dtype) : nothing;
+  Tensor dleave = wants_weights ? empty({a, c, shape.hidden}, shape.dtype) : nothing;
   std::vector<float> dbias(wants_weights ? a * (shape.hidden + 1) : 0, 0.0f);
+  std::vector<bool> seen(a, false);
+  if (!adapters.empty() || rows_all == 0)
+    for (const Tensor* gradient : {&denter, &dleave})
+      if (gradient->numel()) std::memset(data_of(*gradient), 0, gradient->numel() * size);
 
   Tensor dmixed = empty_as(active), mixed = wants_weights ? empty_as(active) : nothing;
-  Tensor product = wants_weights ? empty({shape.hidden, c}, shape.dtype) : nothing;
-  const TypedLoops& typed = loops_of(shape.dtype);
-  std::vector<float> line(c);
   for (const Run& run : runs) {
     const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
     if (count == 0) continue;
@@ -374,17 +376,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
     const auto sums = Bands(filter, shape, run.count).unmix(gradient.data, kept, wants_weights ? code.data : nullptr, weights.scale);
     if (wants_x) multiply_add(part_dx, part_dy, gradient, weights.enter(), 1.0);
     if (!wants_weights) continue;
-    auto accumulate = [&](const Matrix& left, const Matrix& right, double alpha, std::vector<float>& total) {
-      const Matrix result = matrix_of(product, shape.hidden, c);
-      multiply(result, left.transposed(), right, alpha, 0);
-      for (int64_t row = 0; row < shape.hidden; ++row) {
-        typed.load(result.data + row * c * size, c, 1, c, line.data(), c);
-        float* sum = total.data() + (run.adapter * shape.hidden + row) * c;
-        for (int64_t channel = 0; channel < c; ++channel) sum[channel] += line[channel];
-      }
-    };
-    accumulate(gradient, matrix_of(x, rows_all, c).row_range(first, count), 1.0, denter);
-    accumulate(code, part_dy, weights.scale, dleave);
+    const double beta = seen[run.adapter] ? 1 : 0;  // an adapter may come in several runs
+    const Matrix part_x = matrix_of(x, rows_all, c).row_range(first, count);
+    const Matrix enter = matrix_of(denter, a * shape.hidden, c).row_range(run.adapter * shape.hidden, shape.hidden);
+    const Matrix leave = matrix_of(dleave, a * c, shape.hidden).row_range(run.adapter * c, c);
+    multiply(enter, gradient.transposed(), part_x, 1, beta);
+    multiply(leave, part_dy.transposed(), code, weights.scale, beta);
+    seen[run.adapter] = true;
     for (int64_t i = 0; i <= shape.hidden; ++i) dbias[run.adapter * (shape.hidden + 1) + i] += sums[i];
   }
   if (!wants_weights) return {dx, nothing, nothing, nothing, nothing, nothing, nothing, nothing};
@@ -394,18 +392,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
   const bool stacked = down.dim() == 4;
   Tensor ddown_bias = stacked ? empty({a, 3, d}, shape.dtype) : empty({3, d}, shape.dtype);
   Tensor drouter_bias = stacked ? empty({a, 3}, shape.dtype) : empty({3}, shape.dtype);
+  auto move = [size](char* target, int64_t to, const char* source, int64_t from, int64_t count) {
+    if (count) std::memcpy(target + to * size, source + from * size, count * size);
+  };
+  char *to_down = data_of(ddown), *to_up = data_of(dup), *to_up_bias = data_of(dup_bias), *to_router = data_of(drouter);
+  const char *from_enter = data_of(denter), *from_leave = data_of(dleave);
+  const TypedLoops& typed = loops_of(shape.dtype);
   for (int64_t i = 0; i < a; ++i) {
-    const float *enter = denter.data() + i * shape.hidden * c, *leave = dleave.data() + i * shape.hidden * c;
-    const float* bias = dbias.data() + i * (shape.hidden + 1);
-    typed.store(data_of(ddown) + i * 3 * d * c * size, c, 3 * d, c, enter, c);
-    typed.store(data_of(drouter) + i * 3 * c * size, c, 3, c, enter + 3 * d * c, c);
-    std::vector<float> turned(c * d);
+    move(to_down, i * 3 * d * c, from_enter, i * shape.hidden * c, 3 * d * c);
+    move(to_router, i * 3 * c, from_enter, (i * shape.hidden + 3 * d) * c, 3 * c);
     for (int64_t j = 0; j < 3; ++j) {
-      for (int64_t row = 0; row < d; ++row)
-        for (int64_t channel = 0; channel < c; ++channel) turned[channel * d + row] = leave[(j * d + row) * c + channel];
-      typed.store(data_of(dup) + (i * 3 + j) * c * d * size, d, c, d, turned.data(), d);
+      for (int64_t channel = 0; channel < c; ++channel) {
+        const int64_t row = (i * c + channel) * shape.hidden;
+        move(to_up, ((i * 3 + j) * c + channel) * d, from_leave, row + j * d, d);
+        move(to_up_bias, (i * 3 + j) * c + channel, from_leave, row + 3 * d + j, 1);
+      }
     }
-    typed.store(data_of(dup_bias) + i * 3 * c * size, c, 3, c, leave + 3 * d * c, c);
+    const float* bias = dbias.data() + i * (shape.hidden + 1);
     typed.store(data_of(ddown_bias) + i * 3 * d * size, 3 * d, 1, 3 * d, bias, 3 * d);
     typed.store(data_of(drouter_bias) + i * 3 * size, 3, 1, 3, bias + 3 * d, 3);
     typed.store(data_of(dscale) + i * size, 1, 1, 1, bias + shape.hidden, 1);

@@ -119,14 +119,14 @@ if HAS_TRITON:
     @triton.jit
     def _columns_kernel(
         by_row_ptr, filtered_ptr, even_ptr, odd_ptr, weights_ptr, height, kept,
-        COUPLED: tl.constexpr, HP: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+        COUPLED: tl.constexpr, HP: tl.constexpr, BH: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """The product across grid rows, for one column frequency of one image and 16 channels."""
         start = tl.program_id(0).to(tl.int64) * height * kept * (2 * D)
         channel = tl.program_id(2) * 16 + tl.arange(0, 16)
         filter_column(
             by_row_ptr, filtered_ptr, even_ptr, odd_ptr, weights_ptr, start, tl.program_id(1), channel, channel < 2 * D,
-            height, kept, 2 * D, COUPLED, HP, PRECISION,
+            height, kept, 2 * D, COUPLED, HP, BH, PRECISION,
         )  # fmt: skip
 
     @triton.jit
@@ -332,7 +332,7 @@ def plan(x: Tensor, grid: tuple[int, int], kept: GridFilter, enter: Tensor) -> P
     count = len(kept.columns)
     meta = {"BM": block, "D": pad(d), "PRECISION": filter_precision(enter.dtype)}
     # the backward kernel holds nine [BM, D] blocks of float32
-    meta["num_warps"] = max(4, block * pad(d) // 512)
+    meta["num_warps"] = max(4 if d <= 32 else 8, block * pad(d) // 512)
     return Plan(
         (tokens, height, width, rows, tiles, count, channels, d),
         batch * tiles,
@@ -347,8 +347,8 @@ def _filter_rows(by_row: Tensor, kept: GridFilter, at: Plan) -> Tensor:
     if by_row.numel():
         _columns_kernel[(batch, count, channels // 16)](
             by_row, filtered, kept.even, kept.odd, kept.column_weights, height, count,
-            COUPLED=kept.coupled, HP=pad(height), D=channels // 2, PRECISION=at.meta["PRECISION"],
-            num_warps=4 if height <= 64 else 8,
+            COUPLED=kept.coupled, HP=pad(height), BH=min(pad(height), 32), D=channels // 2,
+            PRECISION=at.meta["PRECISION"], num_warps=4 if height <= 64 else 8,
         )  # fmt: skip
     return filtered
 

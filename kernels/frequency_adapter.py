@@ -209,7 +209,7 @@ def frequency_adapter(
 
 def _limits(grid: tuple[int, int], down: Tensor) -> list[str]:
     """Reasons why the sizes do not fit the Triton kernels."""
-    most = MAX_WIDTH if grid[1] <= MAX_SIDE // 2 else MAX_WIDTH // 2  # a tile holds whole rows in registers
+    most = MAX_WIDTH if grid[1] <= MAX_SIDE // 4 else MAX_WIDTH // 2  # a tile holds whole rows in registers
     d = down.shape[1]
     return grid_limits(grid) + ([f"experts are {d} wide, at most {most} on {grid[1]} columns"] if d > most else [])
 

@@ -168,58 +168,73 @@ if HAS_TRITON:
     @triton.jit
     def filter_column(
         by_row_ptr, filtered_ptr, even_ptr, odd_ptr, weights_ptr, start, column, channel, channel_ok,
-        height, kept, channels, COUPLED: tl.constexpr, HP: tl.constexpr, PRECISION: tl.constexpr,
+        height, kept, channels, COUPLED: tl.constexpr, HP: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """filtered[:, column] = weight * even @ by_row[:, column], plus the corner; both [H, kept, channels]."""
         i = tl.arange(0, HP)
-        square = i[:, None] * height + i[None, :]
-        square_ok = (i < height)[:, None] & (i < height)[None, :]
+        result = tl.zeros([HP, 16], tl.float32)
+        for first in range(0, height, BH):  # in blocks: a whole [128, 128] operand would fill the registers
+            j = first + tl.arange(0, BH)
+            square = i[:, None] * height + j[None, :]
+            square_ok = (i < height)[:, None] & (j < height)[None, :]
+            stack = start + (j * kept)[:, None] * channels + channel[None, :]
+            stack_ok = (j < height)[:, None] & channel_ok[None, :]
+            even = tl.load(even_ptr + square, mask=square_ok, other=0.0)
+            even *= tl.load(weights_ptr + column)
+            signal = tl.load(by_row_ptr + stack + column * channels, mask=stack_ok, other=0.0)
+            result = tl.dot(even, signal, result, input_precision=PRECISION)
+            if COUPLED:  # noqa: SIM102 - the outer choice is made at compile time
+                if column >= kept - 2:
+                    odd = tl.load(odd_ptr + square, mask=square_ok, other=0.0) * (column - kept + 1.5)
+                    partner = by_row_ptr + stack + (2 * kept - 3 - column) * channels
+                    signal = tl.load(partner, mask=stack_ok, other=0.0)
+                    result = tl.dot(odd, signal, result, input_precision=PRECISION)
         stack = start + (i * kept + column)[:, None] * channels + channel[None, :]
         stack_ok = (i < height)[:, None] & channel_ok[None, :]
-        even = tl.load(even_ptr + square, mask=square_ok, other=0.0)
-        signal = tl.load(by_row_ptr + stack, mask=stack_ok, other=0.0)
-        result = tl.dot(even, signal, input_precision=PRECISION) * tl.load(weights_ptr + column)
-        if COUPLED:  # noqa: SIM102 - the outer choice is made at compile time
-            if column >= kept - 2:
-                partner = start + (i * kept + 2 * kept - 3 - column)[:, None] * channels + channel[None, :]
-                odd = tl.load(odd_ptr + square, mask=square_ok, other=0.0)
-                signal = tl.load(by_row_ptr + partner, mask=stack_ok, other=0.0)
-                result += tl.dot(odd, signal, input_precision=PRECISION) * (column - kept + 1.5)
         tl.store(filtered_ptr + stack, result, mask=stack_ok)
 
     @triton.jit
     def _low_pass_kernel(
         x_ptr, y_ptr, by_row_ptr, filtered_ptr, columns_ptr, weights_ptr, even_ptr, odd_ptr,
         height, width, kept, channels, x_batch_stride, x_token_stride,
-        COUPLED: tl.constexpr, HP: tl.constexpr, WP: tl.constexpr, LP: tl.constexpr, BC: tl.constexpr,
-        PRECISION: tl.constexpr,
+        COUPLED: tl.constexpr, HP: tl.constexpr, WP: tl.constexpr, BH: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
+        """The whole filter of one image and 16 channels: along rows, across rows, back along rows."""
         image = tl.program_id(0).to(tl.int64)
-        channel = tl.program_id(1) * BC + tl.arange(0, BC)
+        channel = tl.program_id(1) * 16 + tl.arange(0, 16)
         channel_ok = channel < channels
-        j, l = tl.arange(0, WP), tl.arange(0, LP)
-        columns_ok = (l < kept)[:, None] & (j < width)[None, :]
-        columns = tl.load(columns_ptr + l[:, None] * width + j[None, :], mask=columns_ok, other=0.0)
+        j = tl.arange(0, WP)
         token_ok = (j < width)[:, None] & channel_ok[None, :]
-        stack_ok = (l < kept)[:, None] & channel_ok[None, :]
         start = image * height * kept * channels
         for i in range(height):
             at = image * x_batch_stride + (i * width + j)[:, None] * x_token_stride + channel[None, :]
             row = tl.load(x_ptr + at, mask=token_ok, other=0.0).to(tl.float32)
-            stack = start + (i * kept + l)[:, None] * channels + channel[None, :]
-            tl.store(by_row_ptr + stack, tl.dot(columns, row, input_precision=PRECISION), mask=stack_ok)
+            for first in range(0, kept, 16):
+                l = first + tl.arange(0, 16)
+                ok = (l < kept)[:, None]
+                basis = tl.load(
+                    columns_ptr + l[:, None] * width + j[None, :], mask=ok & (j < width)[None, :], other=0.0
+                )
+                stack = start + (i * kept + l)[:, None] * channels + channel[None, :]
+                product = tl.dot(basis, row, input_precision=PRECISION)
+                tl.store(by_row_ptr + stack, product, mask=ok & channel_ok[None, :])
         # a program reads back only what it wrote itself, in another thread layout
         tl.debug_barrier()
         for column in range(kept):
             filter_column(
                 by_row_ptr, filtered_ptr, even_ptr, odd_ptr, weights_ptr, start, column, channel, channel_ok,
-                height, kept, channels, COUPLED, HP, PRECISION,
+                height, kept, channels, COUPLED, HP, BH, PRECISION,
             )  # fmt: skip
         tl.debug_barrier()
-        columns = tl.trans(columns)
         for i in range(height):
-            stack = start + (i * kept + l)[:, None] * channels + channel[None, :]
-            row = tl.dot(columns, tl.load(filtered_ptr + stack, mask=stack_ok, other=0.0), input_precision=PRECISION)
+            row = tl.zeros([WP, 16], tl.float32)
+            for first in range(0, kept, 16):
+                l = first + tl.arange(0, 16)
+                ok = (l < kept)[None, :] & (j < width)[:, None]
+                basis = tl.load(columns_ptr + l[None, :] * width + j[:, None], mask=ok, other=0.0)
+                stack = start + (i * kept + l)[:, None] * channels + channel[None, :]
+                signal = tl.load(filtered_ptr + stack, mask=(l < kept)[:, None] & channel_ok[None, :], other=0.0)
+                row = tl.dot(basis, signal, row, input_precision=PRECISION)
             at = (image * height * width + i * width + j)[:, None] * channels + channel[None, :]
             tl.store(y_ptr + at, row.to(y_ptr.dtype.element_ty), mask=token_ok)
 
@@ -235,12 +250,11 @@ def _low_pass_triton(x: Tensor, grid: tuple[int, int], kept: GridFilter) -> Tens
     count = len(kept.columns)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     by_row, filtered = x.new_empty(2, batch, grid[0], count, channels, dtype=torch.float32)
-    largest = max(pad(grid[0]), pad(grid[1]), pad(count))
     _low_pass_kernel[(batch, triton.cdiv(channels, 16))](
         x, y, by_row, filtered, kept.columns, kept.column_weights, kept.even, kept.odd,
         *grid, count, channels, x.stride(0), x.stride(1),
-        COUPLED=kept.coupled, HP=pad(grid[0]), WP=pad(grid[1]), LP=pad(count), BC=16,
-        PRECISION=filter_precision(x.dtype), num_warps=4 if largest <= 32 else 8, num_stages=2 if largest <= 64 else 1,
+        COUPLED=kept.coupled, HP=pad(grid[0]), WP=pad(grid[1]), BH=min(pad(grid[0]), 32),
+        PRECISION=filter_precision(x.dtype), num_warps=4 if max(grid) <= 64 else 8, num_stages=2,
     )  # fmt: skip
     return y
 

@@ -30,7 +30,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         if path.is_dir():
             images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
         else:
-            images = [path] if path.is_file() else sorted(Path(match) for match in glob.glob(name, recursive=True))
+            matches = glob.glob(name, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+            images = [path] if path.is_file() else sorted(map(Path, matches))
         if not images:
             raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
         found.update(dict.fromkeys(images))

@@ -48,7 +48,7 @@ from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan, normalize, select_top_k
 from cegate.models.segmenter import Segmenter, build, starting_plan
 from cegate.models.vit import weight_hash
-from cegate.runfolder import RunFolder, folder_of, open_run, read_json, write_json
+from cegate.runfolder import RunFolder, check_folder, folder_of, open_run, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
         KeyboardInterrupt: after Ctrl-C and a checkpoint; the message says how to go on.
     """
     console = console or Console(stderr=True)
+    check_folder(config, resume=resume, overwrite=overwrite)
     device = pick_device(config.run.device)
     config, sets = open_sets(config)
     segmenter = build(config)
@@ -178,19 +179,31 @@ class Trainer:
         self.interrupt = Interrupt()
 
     def run(self) -> Result:
-        """Run every stage that is not done, then write adapter and figures."""
-        state = self._resume()
-        stages = STAGES if self.config.train.baseline else STAGES[1:]
+        """Run every stage that is not done, then write adapter and figures.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C; the message says how to go on.
+        """
         started = time.monotonic()
-        with self.interrupt:
-            for stage in stages:
-                if state is None or STAGES.index(state.stage) <= STAGES.index(stage):
-                    self._run_stage(stage, state if state and state.stage == stage else None)
-        result = self._finish()
+        state = self._resume()
+        try:
+            with self.interrupt:
+                self._run_stages(state)
+            result = self._finish()
+        except KeyboardInterrupt as interrupt:
+            why = str(interrupt) or "interrupted at once, what came after the last checkpoint is lost"
+            raise KeyboardInterrupt(
+                f"{why}; go on with: cegate train --config {self.folder.config_file} --resume"
+            ) from None
         log.info("finished in %.0f s", time.monotonic() - started)
         return result
 
     # stages ---------------------------------------------------------------------------------------------------------
+
+    def _run_stages(self, state: State | None) -> None:
+        for stage in STAGES if self.config.train.baseline else STAGES[1:]:
+            if state is None or STAGES.index(state.stage) <= STAGES.index(stage):
+                self._run_stage(stage, state if state and state.stage == stage else None)
 
     def _run_stage(self, stage: str, state: State | None) -> None:
         train = self.config.train
@@ -198,7 +211,9 @@ class Trainer:
         self._start(state)
         title = "baseline" if stage == "before" else "training"
         with Reporter(self.console, title, train.iterations, self.iteration) as reporter:
-            batches = self.stream.loader(self.iteration, train.iterations, self.config.data.workers)
+            on_gpu = self.device.type == "cuda"
+            workers = self.config.data.workers
+            batches = self.stream.loader(self.iteration, train.iterations, workers, pin_memory=on_gpu)
             for batch in batches:
                 if self._scoring_is_due():
                     self._score()
@@ -239,7 +254,7 @@ class Trainer:
         seed_everything(config.run.seed, "train", self.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.train, self.iteration)
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, non_blocking=True)
         with self.precision():
             losses = segmenter.loss(batch.image, batch.label)
         loss = losses.float().mean()
@@ -431,15 +446,8 @@ class Trainer:
             )
 
     def _stop(self) -> None:
-        if not self.folder.last.is_file() or load_state(self.folder.last).position != (
-            STAGES.index(self.stage),
-            self.iteration,
-        ):
-            self._save("last")
-        raise KeyboardInterrupt(
-            f"interrupted after iteration {self.iteration} and saved; go on with: "
-            f"cegate train --config {self.folder.config_file} --resume"
-        )
+        self._save("last")
+        raise KeyboardInterrupt(f"interrupted after iteration {self.iteration} and saved")
 
     # the end --------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,76 @@
+"""The frequency adapter beside the FFT formulation of its paper and beside project-first PyTorch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from cegate.kernels.frequency_adapter import frequency_adapter, frequency_adapter_fft
+from gpu_side_by_side import forward_backward, gpu_side_by_side, needs_gpu, rotate
+from side_by_side import side_by_side
+
+CHANNELS, WIDTH = 1024, 32
+
+
+def make_layer(batch, side, *, dtype=torch.float32, device="cpu"):
+    """x [B, side^2, C] and the seven weights, all wanting gradients."""
+    shapes = [(batch, side * side, CHANNELS), (3, WIDTH, CHANNELS), (3, WIDTH), (3, CHANNELS, WIDTH), (3, CHANNELS)]
+    shapes += [(3, CHANNELS), (3,), ()]
+    return [torch.randn(shape, device=device).mul_(0.1).to(dtype).requires_grad_() for shape in shapes]
+
+
+def on_grid(side, function=frequency_adapter, **options):
+    return lambda x, *weights: function(x, (side, side), *weights, **options)
+
+
+def check(ours, theirs, tolerance):
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine - other).abs().max() <= tolerance * other.abs().max()
+
+
+def bench_frequency_adapter_on_the_cpu(benchmark):
+    """(B, N, C, d) = (4, 1024, 1024, 32), float32, forward and backward."""
+    tensors = make_layer(4, 32)
+    fft = partial(forward_backward(on_grid(32, frequency_adapter_fft)), *tensors)
+    ours = partial(forward_backward(on_grid(32, backend="torch")), *tensors)
+    result = side_by_side(benchmark, ours, {"fft": fft}, rounds=5, target={"fft": "<= 0.167"})
+    check(result, fft(), 1e-4)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("batch", [4, 16])
+def bench_frequency_adapter_forward_backward(benchmark, batch, side):
+    inputs = rotate(partial(make_layer, batch, side, dtype=torch.bfloat16, device="cuda"))
+    project_first = torch.compile(on_grid(side, backend="torch"))
+    functions = {
+        "triton": on_grid(side, backend="triton"),
+        "fft": lambda x, *weights: on_grid(side, frequency_adapter_fft)(x.float(), *(w.float() for w in weights)),
+        "project-first, torch.compile": project_first,
+    }
+    ways = {name: forward_backward(function) for name, function in functions.items()}
+    check(ways["triton"](*inputs[0]), ways["fft"](*inputs[0]), 0.05)
+    tokens = batch * side * side
+    gpu_side_by_side(
+        benchmark, ways, inputs, moved_bytes=5 * 2 * tokens * CHANNELS,  # x, y, x again, dy, dx
+        flops=3 * 2 * tokens * CHANNELS * (6 * WIDTH + 3),
+        targets={"fft": "<= 0.1", "project-first, torch.compile": "<= 0.5"},
+    )  # fmt: skip
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("side", [32, 64])
+@pytest.mark.parametrize("batch", [4, 16])
+def bench_frequency_adapter_forward(benchmark, batch, side):
+    inputs = rotate(partial(make_layer, batch, side, dtype=torch.bfloat16, device="cuda"))
+    ways = {"triton": torch.no_grad()(on_grid(side, backend="triton")), "copy": lambda x, *_: x.detach().clone()}
+    exact = on_grid(side, frequency_adapter_fft)(*(tensor.detach().float() for tensor in inputs[0]))
+    check([ways["triton"](*inputs[0])], [exact], 0.05)
+    tokens = batch * side * side
+    gpu_side_by_side(
+        benchmark, ways, inputs, moved_bytes=2 * 2 * tokens * CHANNELS,
+        flops=2 * tokens * CHANNELS * (6 * WIDTH + 3), targets={"copy": "<= 1.6 at the largest size"},
+    )  # fmt: skip
