@@ -110,10 +110,12 @@ class CMakeBuild(build_ext):
             )
 
     def build_with_cmake(self, target: Path) -> None:
+        missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+        missing += [] if importlib.util.find_spec("pybind11") else ["pybind11"]
+        if missing:
+            raise CannotBuildError(f"{' and '.join(missing)} cannot be found; pip install {' '.join(missing)}")
         import pybind11
 
-        if shutil.which("cmake") is None or shutil.which("ninja") is None:
-            raise CannotBuildError("cmake or ninja is missing; pip install cmake ninja")
         work = Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
         # it remembers the tools of an earlier build environment, which pip has deleted since

@@ -1,4 +1,4 @@
-"""The C++ operators on the CPU beside PyTorch and beside their matrix products alone, and one batch of several adapters."""
+"""The C++ operators on the CPU beside PyTorch and their matrix products alone, and one batch of several adapters."""
 
 from __future__ import annotations
 

@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from cegate.kernels.frequency_adapter import frequency_adapter, frequency_adapter_fft
 from gpu_side_by_side import forward_backward, gpu_side_by_side, needs_gpu, rotate
 from side_by_side import side_by_side
+
+from cegate.kernels.frequency_adapter import frequency_adapter, frequency_adapter_fft
 
 CHANNELS, WIDTH = 1024, 32
 

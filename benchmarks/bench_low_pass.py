@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from cegate.kernels.low_pass import low_pass, low_pass_fft
 from gpu_side_by_side import gpu_side_by_side, needs_gpu, rotate
 from side_by_side import side_by_side
+
+from cegate.kernels.low_pass import low_pass, low_pass_fft
 
 
 @pytest.mark.parametrize("channels", [64, 1024])

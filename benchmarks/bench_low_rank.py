@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 import torch
-from cegate.kernels.low_rank import low_rank, low_rank_qv_
 from gpu_side_by_side import forward_backward, gpu_side_by_side, needs_gpu, rotate
 from side_by_side import side_by_side
 from torch.nn.functional import gelu, linear
+
+from cegate.kernels.low_rank import low_rank, low_rank_qv_
 
 CHANNELS, RANK = 1024, 64
 

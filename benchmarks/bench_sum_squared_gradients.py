@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
-from cegate.kernels.sum_squared_gradients import sum_squared_gradients
 from gpu_side_by_side import gpu_side_by_side, needs_gpu, rotate
 from side_by_side import side_by_side
+
+from cegate.kernels.sum_squared_gradients import sum_squared_gradients
 
 SAMPLES, TOKENS, WIDTH, RANK = 16, 1025, 1024, 64
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from cegate.kernels.low_pass import low_pass_fft
 from torch import Tensor, nn
 
+from cegate.kernels.low_pass import low_pass_fft
 from cegate.models.segmenter import Segmenter
 from cegate.toolbox.toolbox import Toolbox
 

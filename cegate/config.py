@@ -86,7 +86,7 @@ class DataConfig:
     targets: dict[str, SetConfig] = field(default_factory=dict)
     """Name -> set that is only evaluated."""
     validation: SetConfig | None = None
-    """Held-out part of the source domain, evaluated as 'source'; it picks the best checkpoint (without it, the last)."""
+    """Held-out part of the source domain, evaluated as 'source'; it picks the best checkpoint (without: the last)."""
     classes: list[str] = field(default_factory=list)
     """Class names in the order of their indices."""
     palette: list[str] = field(default_factory=list)

@@ -159,7 +159,7 @@ def measure_fisher(
 
     Returns:
         Site -> unnormalised score >= 0 in (kind, layer) order: mean over samples of the squared gradient of the
-        per-sample loss, summed over the site's weights. With ``diagonal``, weight name (``spatial.0.down_q``) -> tensor.
+        per-sample loss, summed over the site's weights. With ``diagonal``: weight name (``spatial.0.down_q``) -> it.
 
     Raises:
         TrainingError: the probe is empty or a loss is not finite.

@@ -6,6 +6,7 @@ the extension :data:`EXTENSION` is None and :data:`REASON` says why; one that is
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
@@ -25,14 +26,13 @@ MIN_TORCH = (2, 11)
 
 def _installed_file() -> Path | None:
     """The extension of an installed cegate; the source folder of a checkout, imported instead, has none of its own."""
-    try:
-        files = importlib.metadata.files("cegate") or []
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    for file in files:
-        if file.name.startswith("_C.") and file.parent.name == "cegate" and file.suffix in (".so", ".pyd"):
-            path = Path(str(file.locate()))
-            return path if path.is_file() else None
+    # all of them: a build leaves an egg-info in the checkout that hides the installed distribution
+    for distribution in importlib.metadata.distributions(name="cegate"):
+        for file in distribution.files or []:
+            if file.parent.name == "cegate" and file.name.startswith("_C.") and file.suffix in (".so", ".pyd"):
+                path = Path(str(file.locate()))
+                if path.is_file() and file.name.removeprefix("_C") in importlib.machinery.EXTENSION_SUFFIXES:
+                    return path
     return None
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of the frequency adapter: three launches forward, seven backward, plus the fixed-order sums.
+"""Triton kernels of the frequency adapter: three launches forward, five backward, plus the fixed-order sums.
 
 A tile is a few whole rows of the grid, so that the first DFT product of a row (``by_row``, [B, H, L, 2D]) and the last
 run on values the program holds in registers; only the product across rows is a launch of its own. The second pass over
@@ -332,7 +332,8 @@ def plan(x: Tensor, grid: tuple[int, int], kept: GridFilter, enter: Tensor) -> P
     count = len(kept.columns)
     meta = {"BM": block, "D": pad(d), "PRECISION": filter_precision(enter.dtype)}
     # the backward kernel holds nine [BM, D] blocks of float32
-    meta["num_warps"] = max(4 if d <= 32 else 8, block * pad(d) // 512)
+    wide = d > 32 or enter.dtype == torch.float32
+    meta["num_warps"] = max(8, block * pad(d) // 256) if wide else max(4, block * pad(d) // 512)
     return Plan(
         (tokens, height, width, rows, tiles, count, channels, d),
         batch * tiles,
@@ -373,7 +374,7 @@ def forward(
     )
     filtered = _filter_rows(by_row, kept, at)
     _mix_kernel[(at.programs,)](
-        x, y, hidden, filtered, kept.columns, bias, leave, scale, *at.sizes, *strides, BC=64, **at.meta
+        x, y, hidden, filtered, kept.columns, bias, leave, scale, *at.sizes, *strides, BC=max(at.depth, 32), **at.meta
     )
     return y, hidden
 
@@ -400,7 +401,17 @@ def backward(
         dx = torch.empty(x.shape if wants_x else 0, dtype=dy.dtype, device=x.device)
         filtered = _filter_rows(by_row, kept, at)
         _input_gradient_kernel[(at.programs,)](
-            dy, dx, dhidden, filtered, kept.columns, enter, *at.sizes, *strides, BC=64, WANTS_X=wants_x, **at.meta
+            dy,
+            dx,
+            dhidden,
+            filtered,
+            kept.columns,
+            enter,
+            *at.sizes,
+            *strides,
+            BC=max(at.depth, 32),
+            WANTS_X=wants_x,
+            **at.meta,
         )
     if wants_enter:
         denter = weight_gradient(dhidden, x)

@@ -54,7 +54,7 @@ def weight_gradient(narrow: Tensor, wide: Tensor) -> Tensor:
     _weight_gradient_kernel[(triton.cdiv(channels, block), parts)](
         narrow, wide, partial, images, tokens, triton.cdiv(images * tokens, parts), rank, channels,
         narrow.stride(1), wide.stride(0), wide.stride(1),
-        RP=pad(rank), BM=32 if rank > 128 else dot_block(narrow.dtype), BC=block,
-        num_warps=4 if rank <= 64 else 8, num_stages=3,
+        RP=pad(rank), BM=min(32 if rank > 128 else 64, dot_block(narrow.dtype)), BC=block,
+        num_warps=4 if rank <= 64 and narrow.dtype != torch.float32 else 8, num_stages=3,
     )  # fmt: skip
     return partial.sum(0).to(narrow.dtype)

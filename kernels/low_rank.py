@@ -154,12 +154,14 @@ if HAS_TRITON:
 
 
 def _tiles(rank: int, dtype: torch.dtype) -> dict[str, int]:
+    single = dtype == torch.float32
+    step = min(32 if rank > 128 else 64, dot_block(dtype))
     return {
-        "BM": 32 if dtype == torch.float32 or rank > 128 else 64,
-        "BK": dot_block(dtype) if rank <= 128 else 32,
-        "BC": 64 if rank <= 128 else 32,
+        "BM": 16 if single and rank > 128 else 32 if single or rank > 128 else 64,
+        "BK": step,
+        "BC": step,
         "RP": pad(rank),
-        "num_warps": 4 if rank <= 64 else 8,
+        "num_warps": 4 if rank <= 64 and not single else 8,
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -82,8 +83,9 @@ def test_a_broken_extension_is_an_error(tmp_path):
     ids=["asked", "no compiler"],
 )
 def test_without_a_compiler_the_build_says_so_and_goes_on(env, reason, tmp_path):
-    pytest.importorskip("pybind11", reason="the build's own requirements are not in this environment")
-    pytest.importorskip("setuptools", reason="the build's own requirements are not in this environment")
+    pytest.importorskip("setuptools", minversion="77")
+    if "CXX" in env and not all(map(shutil.which, ("cmake", "ninja"))):
+        pytest.skip("cmake and ninja, which pip brings for the build only, are not in this environment")
     output = build_extension(tmp_path, **env)
     assert output.returncode == 0, output.stderr
     assert f"installing without its compiled extension ({reason})" in output.stderr
@@ -120,7 +122,7 @@ def test_headers_come_out_of_a_torch_wheel_where_none_is_installed(tmp_path, mon
 
 def load_setup(monkeypatch) -> dict:
     """The functions of setup.py, without running setup()."""
-    setuptools = pytest.importorskip("setuptools", reason="the build's own requirements are not in this environment")
+    setuptools = pytest.importorskip("setuptools", minversion="77")
     monkeypatch.setattr(setuptools, "setup", lambda **options: None)
     names: dict = {"__name__": "setup", "__file__": str(ROOT / "setup.py")}
     exec((ROOT / "setup.py").read_text(), names)

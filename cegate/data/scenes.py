@@ -24,7 +24,7 @@ PALETTE: tuple[str, ...] = ("#E9DDB8", "#D1532A", "#1F7A5C", "#3B3B45", "#5AA9DD
 """One colour per class: sand, brick, pine, asphalt, lake; told apart with any common colour vision."""
 BACKGROUND, BUILDING, FOREST, ROAD, WATER = range(5)
 
-Group = Literal["benchmark", "extra", "pretraining"]
+Group = Literal["domain", "pretraining"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Climate:
 
     name: str
     group: Group
-    """benchmark (the quick start), extra (further domains) or pretraining (seen without labels only)."""
+    """domain (a source or a target) or pretraining (seen without labels only)."""
     fields: tuple[str, ...]
     """Crops of the parcels."""
     wild: tuple[str, str]
@@ -95,7 +95,7 @@ class Climate:
 _LIST = (
     Climate(
         name="temperate",
-        group="benchmark",
+        group="domain",
         fields=("#7E9A4C", "#93A65A", "#B5AD6C", "#6C8A45", "#A08E62", "#C2B878"),
         wild=("#76914F", "#8F9C61"),
         garden="#8C9A6B",
@@ -108,7 +108,7 @@ _LIST = (
     ),
     Climate(
         name="arid",
-        group="benchmark",
+        group="domain",
         fields=("#C9A877", "#D3B688", "#B99A6C", "#8F9A5E", "#CFAE80"),
         wild=("#CBA777", "#DDBE92"),
         garden="#CDB28A",
@@ -139,7 +139,7 @@ _LIST = (
     ),
     Climate(
         name="tropical",
-        group="benchmark",
+        group="domain",
         fields=("#4F8A3C", "#66A04A", "#7FAE4E", "#8C6A45", "#3F7A44", "#A3B85C"),
         wild=("#4C8440", "#6B9A4C"),
         garden="#8B7B58",
@@ -167,7 +167,7 @@ _LIST = (
     ),
     Climate(
         name="boreal",
-        group="extra",
+        group="domain",
         fields=("#A9A56B", "#8D9458", "#BDB27C", "#7C8A5A"),
         wild=("#8A8B5C", "#9D8F63"),
         garden="#8E9170",
@@ -190,7 +190,7 @@ _LIST = (
     ),
     Climate(
         name="monsoon",
-        group="extra",
+        group="domain",
         fields=("#8CA65B", "#A9B86E", "#6F9A66", "#B29C6B", "#5F8C72", "#8FA9A0"),
         wild=("#8B9A5A", "#A39A67"),
         garden="#A2977A",

@@ -47,7 +47,7 @@ def test_the_look_can_change_while_the_place_stays():
 def test_pretraining_climates_are_neither_sources_nor_targets():
     assert len(PRETRAINING) >= 6
     assert not {"temperate", "arid", "tropical"} & set(PRETRAINING)
-    looks = [dataclasses.replace(climate, name="", group="extra") for climate in CLIMATES.values()]
+    looks = [dataclasses.replace(climate, name="", group="domain") for climate in CLIMATES.values()]
     assert all(a != b for a, b in combinations(looks, 2))
 
 

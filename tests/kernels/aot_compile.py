@@ -19,11 +19,12 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from cegate.kernels import _frequency_kernels, low_pass, low_rank, sum_squared_gradients
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from cegate.kernels import _frequency_kernels, low_pass, low_rank, sum_squared_gradients
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 _launches: dict[tuple, tuple] = {}
@@ -83,7 +84,11 @@ def _run_launchers(dtype: torch.dtype, every: bool) -> None:
 
 
 def _resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers per thread and bytes spilled, as the bundled assembler reports them."""
+    """Registers and spilled bytes a thread, as Triton's assembler reports them with its own register allocation.
+
+    Triton 3.9 asks the assembler for a weaker allocation (regAllocOptLevel=2, around a bug of CUDA 13); there some
+    kernels keep a few words on the stack that this does not count.
+    """
     (architecture,) = re.findall(r"\.target (sm_\w+)", ptx)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

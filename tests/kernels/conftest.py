@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 import torch
-from cegate.kernels._support import HAS_TRITON, is_interpreted
 from torch import Tensor
+
+from cegate.kernels._support import HAS_TRITON, is_interpreted
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

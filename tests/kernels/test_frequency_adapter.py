@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from cegate.kernels._support import HAS_TRITON, is_interpreted
-from cegate.kernels.frequency_adapter import frequency_adapter, frequency_adapter_fft
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cegate.kernels._support import HAS_TRITON, is_interpreted
+from cegate.kernels.frequency_adapter import frequency_adapter, frequency_adapter_fft
 
 NAMES = ("down", "down_bias", "up", "up_bias", "router", "router_bias", "scale")
 

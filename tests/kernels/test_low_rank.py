@@ -1,7 +1,8 @@
 import pytest
 import torch
-from cegate.kernels.low_rank import low_rank, low_rank_qv_
 from torch.nn.functional import gelu, linear, relu
+
+from cegate.kernels.low_rank import low_rank, low_rank_qv_
 
 ACTIVATIONS = {None: lambda pre: pre, "relu": relu, "gelu": gelu}
 

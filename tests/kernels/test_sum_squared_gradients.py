@@ -1,8 +1,9 @@
 import pytest
 import torch
-from cegate.kernels.sum_squared_gradients import sum_squared_bias_gradients, sum_squared_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from cegate.kernels.sum_squared_gradients import sum_squared_bias_gradients, sum_squared_gradients
 
 
 def random_pair(samples, tokens, width, out, *, dtype=torch.float64, device="cpu"):

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from cegate.kernels import _support
 from cegate.kernels._support import KernelUnavailableError, accumulation_dtype, compute_dtype, pad, pick_backend
 
