@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from cegate import ops
@@ -78,8 +79,9 @@ class SquaredGradients:
         totals[key] = totals[key].add_(value) if key in totals else value
 
     def result(self, samples: int) -> dict[str, Tensor]:
-        """Mean over the samples."""
+        """Mean over the samples of all processes."""
         totals = self.weights if self.diagonal else self.mass
+        samples = _over_processes(totals, samples)
         return {name: total / samples for name, total in totals.items()}
 
 
@@ -113,7 +115,8 @@ class SummedGradients:
         self.sums[key] = self.sums[key].add_(value) if key in self.sums else value
 
     def result(self, samples: int) -> dict[str, Tensor]:
-        """Square of the mean gradient."""
+        """Square of the mean gradient over the samples of all processes."""
+        samples = _over_processes(self.sums, samples)
         squares = {key: (total / samples).square() for key, total in self.sums.items()}
         if self.diagonal:
             return squares
@@ -121,6 +124,17 @@ class SummedGradients:
         for key, value in squares.items():
             mass[self.site_of[key]] = mass[self.site_of[key]] + value.sum().cpu()
         return dict(mass)
+
+
+def _over_processes(totals: dict[str, Tensor], samples: int) -> int:
+    """Add up sums in place, and samples, over all processes, so that every one chooses the same gates."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return samples
+    for name in sorted(totals):
+        dist.all_reduce(totals[name])
+    count = torch.tensor(samples, device=next(iter(totals.values())).device)
+    dist.all_reduce(count)
+    return int(count)
 
 
 def _watch(output: Tensor, hook) -> Tensor:

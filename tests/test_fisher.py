@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 
 import pytest
@@ -173,6 +176,36 @@ def test_scoring_leaves_gradients_modes_plan_flags_and_random_state_as_found(hea
             assert parameter.grad is None, name
         else:
             assert torch.equal(parameter.grad, grads[name]), name
+
+
+IN_A_PROCESS = """
+import json, sys, runpy, torch
+from cegate.fisher import measure_fisher
+rank, rendezvous, this_file, probe_file = int(sys.argv[1]), *sys.argv[2:]
+test = runpy.run_path(this_file)
+torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
+torch.manual_seed(0)
+model = test["make_model"]()
+image, label = torch.load(probe_file)
+part = slice(0, 1) if rank == 0 else slice(1, 3)
+own = test["Probe"](image[part], label[part])
+print(json.dumps([measure_fisher(model, model.toolbox, [own], estimator=e) for e in ("per_sample", "batch")]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_every_process_gets_the_scores_of_all_samples(tmp_path):
+    torch.manual_seed(0)
+    model, probe = make_model(), make_probe()
+    torch.save((probe.image, probe.label), tmp_path / "probe.pt")
+    command = [sys.executable, "-c", IN_A_PROCESS]
+    common = [f"file://{tmp_path}/rendezvous", __file__, str(tmp_path / "probe.pt")]
+    processes = [subprocess.Popen([*command, str(rank), *common], stdout=subprocess.PIPE) for rank in (0, 1)]
+    first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
+    assert first == second
+    for scores, estimator in zip(first, ("per_sample", "batch"), strict=True):
+        alone = measure_fisher(model, model.toolbox, [probe], estimator=estimator)
+        assert scores == pytest.approx(alone, rel=1e-9)
 
 
 def test_an_empty_probe_and_a_nan_loss_are_refused():
