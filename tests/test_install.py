@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -84,8 +83,7 @@ def test_a_broken_extension_is_an_error(tmp_path):
 )
 def test_without_a_compiler_the_build_says_so_and_goes_on(env, reason, tmp_path):
     pytest.importorskip("setuptools", minversion="77")
-    if "CXX" in env and not all(map(shutil.which, ("cmake", "ninja"))):
-        pytest.skip("cmake and ninja, which pip brings for the build only, are not in this environment")
+    pytest.importorskip("pybind11")
     output = build_extension(tmp_path, **env)
     assert output.returncode == 0, output.stderr
     assert f"installing without its compiled extension ({reason})" in output.stderr

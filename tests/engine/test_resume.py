@@ -75,6 +75,7 @@ def test_mask2former_with_its_random_points_resumes_bit_by_bit(small, monkeypatc
 
 def test_interrupt_saves_and_says_how_to_go_on(small, monkeypatch):
     step = Trainer._step
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def step_and_interrupt(self, batch):
         if self.iteration == 4:
@@ -86,7 +87,7 @@ def test_interrupt_saves_and_says_how_to_go_on(small, monkeypatch):
         train(small())
     monkeypatch.setattr(Trainer, "_step", step)
     assert load_state(small().run.work_dir / Path("checkpoints/last.pt")).iteration == 5
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     assert train(small(), resume=True).after["arid"]["iteration"] in (4, 7)
 
 
