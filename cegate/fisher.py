@@ -2,7 +2,7 @@
 
 For a linear map with inputs a [B, T, in] and output gradients g [B, T, out] the gradient of sample b is g_b^T a_b. One
 backward pass of the *sum* of the per-sample losses yields all g, so the squares are formed weight by weight as the
-gradients come by, and no per-sample gradient outlives its own weight.
+gradients come by (each site knows its own backward pass), and no per-sample gradient outlives its own weight.
 
 Source: CrossEarth-Gate, arXiv:2511.20302, equation of the empirical diagonal Fisher.
 """
@@ -51,28 +51,19 @@ class SquaredGradients:
         self.mass: dict[str, Tensor] = {}
         self.weights: dict[str, Tensor] = {}
 
-    def linear(self, site: str, unpack: Unpack, inputs: Tensor, output: Tensor) -> Tensor:
-        inputs = inputs.detach()
+    def linear(self, site: str, unpack: Unpack, inputs: Tensor, grads: Tensor) -> None:
+        if self.diagonal:
+            for name, part in unpack(ops.sum_squared_gradients(inputs, grads)).items():
+                self._add(self.weights, f"{site}.{name}", part)
+        else:
+            self._add(self.mass, site, ops.sum_squared_gradients(inputs, grads, reduce=True))
 
-        def square(grad: Tensor) -> None:
-            if self.diagonal:
-                squares = ops.sum_squared_gradients(inputs.to(grad.dtype), grad)
-                for name, part in unpack(squares).items():
-                    self._add(self.weights, f"{site}.{name}", part)
-            else:
-                self._add(self.mass, site, ops.sum_squared_gradients(inputs.to(grad.dtype), grad, reduce=True))
-
-        return _watch(output, square)
-
-    def expand(self, site: str, name: str, parameter: Tensor, batch: int) -> Tensor:
-        def square(grad: Tensor) -> None:
-            squares = grad.to(torch.promote_types(grad.dtype, torch.float32)).square()
-            if self.diagonal:
-                self._add(self.weights, f"{site}.{name}", squares.sum(0))
-            else:
-                self._add(self.mass, site, squares.sum())
-
-        return _watch(_per_sample(parameter, batch), square)
+    def direct(self, site: str, name: str, grads: Tensor) -> None:
+        squares = grads.square()
+        if self.diagonal:
+            self._add(self.weights, f"{site}.{name}", squares.sum(0))
+        else:
+            self._add(self.mass, site, squares.sum())
 
     def _add(self, totals: dict[str, Tensor], key: str, value: Tensor) -> None:
         value = value.mul(self.unscale)
@@ -94,19 +85,14 @@ class SummedGradients:
         self.sums: dict[str, Tensor] = {}
         self.site_of: dict[str, str] = {}
 
-    def linear(self, site: str, unpack: Unpack, inputs: Tensor, output: Tensor) -> Tensor:
-        inputs = inputs.detach()
+    def linear(self, site: str, unpack: Unpack, inputs: Tensor, grads: Tensor) -> None:
+        wide = torch.promote_types(grads.dtype, torch.float32)
+        total = grads.flatten(0, 1).to(wide).mT @ inputs.flatten(0, 1).to(wide)
+        for name, part in unpack(total).items():
+            self._add(site, name, part)
 
-        def collect(grad: Tensor) -> None:
-            wide = torch.promote_types(grad.dtype, torch.float32)
-            total = torch.einsum("bto,bti->oi", grad.to(wide), inputs.to(wide))
-            for name, part in unpack(total).items():
-                self._add(site, name, part)
-
-        return _watch(output, collect)
-
-    def expand(self, site: str, name: str, parameter: Tensor, batch: int) -> Tensor:
-        return _watch(_per_sample(parameter, batch), lambda grad: self._add(site, name, grad.sum(0)))
+    def direct(self, site: str, name: str, grads: Tensor) -> None:
+        self._add(site, name, grads.sum(0))
 
     def _add(self, site: str, name: str, value: Tensor) -> None:
         key = f"{site}.{name}"
@@ -135,17 +121,6 @@ def _over_processes(totals: dict[str, Tensor], samples: int) -> int:
     count = torch.tensor(samples, device=next(iter(totals.values())).device)
     dist.all_reduce(count)
     return int(count)
-
-
-def _watch(output: Tensor, hook) -> Tensor:
-    # below the first site nothing else needs a gradient, so the chain starts here
-    output = output if output.requires_grad else output.detach().requires_grad_()
-    output.register_hook(hook)
-    return output
-
-
-def _per_sample(parameter: Tensor, batch: int) -> Tensor:
-    return parameter.detach().expand(batch, *parameter.shape).clone()
 
 
 def measure_fisher(

@@ -20,10 +20,13 @@ from torch import Tensor
 from cegate import native
 from cegate.errors import BackendError
 from cegate.kernels._support import KernelUnavailableError, compute_dtype
+from cegate.kernels.frequency_adapter import Factors
 from cegate.kernels.frequency_adapter import frequency_adapter as _frequency_adapter
+from cegate.kernels.frequency_adapter import frequency_adapter_factors as _frequency_adapter_factors
 from cegate.kernels.low_pass import low_pass as _low_pass
 from cegate.kernels.low_pass import make_filter
 from cegate.kernels.low_rank import low_rank as _low_rank
+from cegate.kernels.low_rank import low_rank_factors as _low_rank_factors
 from cegate.kernels.low_rank import low_rank_qv_ as _low_rank_qv_
 from cegate.kernels.sum_squared_gradients import sum_squared_bias_gradients as _sum_squared_bias_gradients
 from cegate.kernels.sum_squared_gradients import sum_squared_gradients as _sum_squared_gradients
@@ -295,6 +298,32 @@ def low_rank_qv_(
         part = _kernel(_low_rank_qv_, qkv[samples], x[samples], *own, scale, backend=chosen)
         qkv = qkv.index_copy(0, samples, part) if not in_place else qkv.index_copy_(0, samples, part)
     return qkv
+
+
+def low_rank_factors(
+    x: Tensor,
+    dy: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    activation: Literal["gelu", "relu"] | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of ``low_rank`` as (dx, dpre, hidden), from which each sample's weight gradients follow."""
+    return _low_rank_factors(x, dy, down, up, down_bias=down_bias, activation=activation, scale=scale)
+
+
+def frequency_adapter_factors(
+    x: Tensor,
+    dy: Tensor,
+    grid: Grid,
+    *weights: Tensor,
+    cutoff: float | Tensor = 0.3,
+    band: Band = "official",
+) -> Factors:
+    """Backward of ``frequency_adapter`` as :class:`~cegate.kernels.frequency_adapter.Factors`, sample by sample."""
+    return _frequency_adapter_factors(x, dy, grid, *weights, cutoff, band, tau=TAU)
 
 
 def sum_squared_gradients(inputs: Tensor, grads: Tensor, *, reduce: bool = False, backend: Backend = "auto") -> Tensor:

@@ -6,6 +6,8 @@ The low-pass acts on the grid and a projection on channels, so they commute: x g
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -234,3 +236,66 @@ def _check(
     ]
     if wrong:
         raise ValueError(f"frequency_adapter: {'; '.join(wrong)}")
+
+
+class Factors(NamedTuple):
+    """Backward of the module, with what its weight gradients are made of; weights are stacked in the order of the file.
+
+    ``d [down; router] = dhidden^T x`` [3d+3, C] and ``d [up | up_bias] = dy^T mixed`` [C, 3d+3]; ``dbias`` [B, 3d+3],
+    ``dscale`` [B] and ``dcutoff`` [B] (``None`` for a fixed cutoff) hold each sample's own gradient.
+    """
+
+    dx: Tensor
+    dhidden: Tensor
+    mixed: Tensor
+    dbias: Tensor
+    dscale: Tensor
+    dcutoff: Tensor | None
+
+
+def frequency_adapter_factors(
+    x: Tensor,
+    dy: Tensor,
+    grid: tuple[int, int],
+    down: Tensor,
+    down_bias: Tensor,
+    up: Tensor,
+    up_bias: Tensor,
+    router: Tensor,
+    router_bias: Tensor,
+    scale: Tensor,
+    cutoff: float | Tensor = 0.3,
+    band: str = "official",
+    *,
+    tau: float = 0.5,
+) -> Factors:
+    """Per-sample backward of :func:`frequency_adapter` for x [B, H*W, C] and the gradient dy of its result.
+
+    Weights have the dtype of the products; the residual is part of the result, so ``dx`` holds ``dy``.
+    """
+    grid = tuple(grid)
+    with torch.enable_grad():  # the smooth edge is differentiated by its cutoff below
+        leaf = cutoff.detach().requires_grad_() if isinstance(cutoff, Tensor) else cutoff
+        kept = make_filter(x, grid, leaf, band, tau)
+    filtering = GridFilter(*(part.detach() if isinstance(part, Tensor) else part for part in kept))
+    enter = torch.cat([down.flatten(0, 1), router])
+    bias = torch.cat([down_bias.flatten(), router_bias])
+    leave = torch.cat([up.mT.flatten(0, 1), up_bias])
+    projected = x.to(enter.dtype) @ enter.mT
+    hidden = _split_bands(projected.clone(), grid, filtering).add_(bias)
+    dhidden, mixed, inner = _mix_backward(hidden, dy.to(leave.dtype) @ leave.mT, scale)
+    wide = accumulation_dtype(dhidden.dtype)
+    dcutoff = None
+    if isinstance(cutoff, Tensor):
+        d = down.shape[1]
+        signed = torch.cat([dhidden[..., d : 2 * d], -dhidden[..., 2 * d : 3 * d]], dim=-1)
+        slopes = [weight_gradients(*pair, grid, filtering) for pair in _samples(projected[..., d : 3 * d], signed)]
+        edges = (kept.row_weights, kept.column_weights)
+        dcutoff = torch.stack([torch.autograd.grad(edges, leaf, slope, retain_graph=True)[0] for slope in slopes])
+    dbias, dscale = dhidden.sum(1, dtype=wide), inner.sum((1, 2), dtype=wide)
+    dhidden = _split_bands(dhidden, grid, filtering)
+    return Factors(_add_product(dy, dhidden, enter), dhidden, mixed, dbias, dscale, dcutoff)
+
+
+def _samples(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(tensor.split(1) for tensor in tensors), strict=True))

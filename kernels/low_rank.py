@@ -305,6 +305,32 @@ def _pick(op: str, backend: str, rank: int, *, out: int, **tensors: Tensor) -> s
     return chosen if tensors["x"].numel() and rank and out else "torch"
 
 
+def low_rank_factors(
+    x: Tensor,
+    dy: Tensor,
+    down: Tensor,
+    up: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    activation: str | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Backward of :func:`low_rank` without a base, with what its weight gradients are made of.
+
+    Args:
+        x: [B, T, C].
+        dy: [B, T, out], gradient of the result.
+
+    Returns:
+        dx [B, T, C]; dpre [B, T, r], so that ``d down = dpre^T x`` and ``d down_bias = sum dpre``; hidden [B, T, r], so
+        that ``d up = dy^T hidden`` and ``d up_bias = scale * sum dy``. All in the dtype of ``down``.
+    """
+    x, dy = x.to(down.dtype), dy.to(down.dtype)
+    pre = torch.nn.functional.linear(x, down, down_bias)
+    dpre = _activate_backward(pre, (dy @ up).mul_(scale), activation)
+    return dpre @ down, dpre, _activate(pre, activation) * scale
+
+
 class _LowRankQV(torch.autograd.Function):
     """Adds to q and v of qkv [B, T, 3D] in place; the gradient of qkv passes straight through."""
 

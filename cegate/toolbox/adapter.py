@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from cegate import ops
 from cegate.config import SemanticConfig
-from cegate.toolbox.base import Site, TokenLayout, kaiming, zeros
+from cegate.toolbox.base import Site, TokenLayout, kaiming, token_sum, zeros
 
 
 class Adapter(Site):
@@ -38,15 +37,19 @@ class Adapter(Site):
         x, self._x_att = self._x_att, None
         if self.tap is None:
             return self._delta(x, base=y)
-        return y + self.run(x, self._delta, self._delta_traced)
+        return y + self.run(x, self._delta, self._backward)
 
     def _delta(self, x: Tensor, base: Tensor | None = None) -> Tensor:
         biases = {"down_bias": self.down_bias, "up_bias": self.up_bias}
         return ops.low_rank(x, self.down, self.up, base=base, **biases, activation="gelu", scale=self.scale)
 
-    def _delta_traced(self, x: Tensor) -> Tensor:
-        tap, batch = self.tap, len(x)
-        hidden = tap.linear(self.name, lambda w: {"down": w}, x, F.linear(x, self.down))
-        hidden = self.scale * F.gelu(hidden + tap.expand(self.name, "down_bias", self.down_bias, batch).unsqueeze(1))
-        delta = tap.linear(self.name, lambda w: {"up": w}, hidden, F.linear(hidden, self.up))
-        return delta + self.scale * tap.expand(self.name, "up_bias", self.up_bias, batch).unsqueeze(1)
+    def _backward(self, x: Tensor, dy: Tensor) -> Tensor:
+        down, up, down_bias = self.weights(x, "down", "up", "down_bias")
+        dx, dpre, hidden = ops.low_rank_factors(
+            x, dy, down, up, down_bias=down_bias, activation="gelu", scale=self.scale
+        )
+        self.tap.linear(self.name, lambda w: {"down": w}, x, dpre)
+        self.tap.direct(self.name, "down_bias", token_sum(dpre))
+        self.tap.linear(self.name, lambda w: {"up": w}, hidden, dy)
+        self.tap.direct(self.name, "up_bias", self.scale * token_sum(dy))
+        return dx

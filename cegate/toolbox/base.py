@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from cegate import ops
 from cegate.config import Kind
 
 
@@ -23,52 +24,48 @@ class TokenLayout:
 
 
 Map = Callable[[Tensor], Tensor]
+Backward = Callable[[Tensor, Tensor], Tensor]
 Unpack = Callable[[Tensor], Mapping[str, Tensor]]
 
 
 class Tap(Protocol):
-    """Hears of every use of a weight, so that per-sample gradients can be formed during one backward pass."""
+    """Hears of every weight's gradient, sample by sample, during one backward pass."""
 
-    def linear(self, site: str, unpack: Unpack, inputs: Tensor, output: Tensor) -> Tensor:
-        """``output = inputs @ weight.T`` was computed.
+    def linear(self, site: str, unpack: Unpack, inputs: Tensor, grads: Tensor) -> None:
+        """Sample b's gradient of a weight [out, in] is ``grads[b]^T inputs[b]``.
 
         Args:
-            unpack: splits something of the weight's shape [out, in] into the site's parameters.
+            unpack: splits something of the weight's shape into the site's parameters.
             inputs: [B, T, in].
-            output: [B, T, out]; the tensor to go on with is returned.
+            grads: [B, T, out].
         """
 
-    def expand(self, site: str, name: str, parameter: Tensor, batch: int) -> Tensor:
-        """Return [B, *parameter.shape]: the parameter once per sample, so that each sample has its own gradient."""
+    def direct(self, site: str, name: str, grads: Tensor) -> None:
+        """Sample b's gradient of a parameter is ``grads[b]``; grads are [B, *parameter.shape]."""
 
 
-class _Retraced(torch.autograd.Function):
-    """``fast(x)`` now, and in backward ``traced(x)``, whose tap hears of every weight.
-
-    So a scoring pass keeps x alone, as a training step does; the small tensors of a site live only in its own backward.
-    """
+class _Observed(torch.autograd.Function):
+    """``fast(x)`` with a backward pass that forms each sample's weight gradients and keeps x alone until then."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, x: Tensor, fast: Map, traced: Map) -> Tensor:
-        device = x.device.type
-        ctx.traced, ctx.autocast = traced, (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    def forward(ctx, anchor: Tensor, x: Tensor, fast: Map, backward: Backward) -> Tensor:
+        ctx.run, ctx.dtype = backward, ops.compute_dtype(x)
         ctx.save_for_backward(x)
         return fast(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
-        x = ctx.saved_tensors[0].detach().requires_grad_(ctx.needs_input_grad[1])
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            y = ctx.traced(x)
-        torch.autograd.backward(y, grad)
-        return None, x.grad, None, None
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dx = ctx.run(x.to(ctx.dtype), dy.to(ctx.dtype))
+        return None, dx.to(x.dtype), None, None
 
 
 class Site(nn.Module):
     """One module kind at one layer.
 
-    Subclasses add their delta through hooks on a timm block and keep two forms of the same arithmetic: the fast one
-    through :mod:`cegate.ops`, and, while ``tap`` is set, one that shows every weight to it.
+    Subclasses add their delta through hooks on a timm block. While ``tap`` is set, they run their own backward pass,
+    which shows it every weight's gradient sample by sample.
     """
 
     kind: ClassVar[Kind]
@@ -87,12 +84,16 @@ class Site(nn.Module):
         """Hook into a block; removing the handles leaves no trace."""
         raise TypeError(f"{type(self).__name__} is no kind of module")
 
-    def run(self, x: Tensor, fast: Map, traced: Map) -> Tensor:
-        """``fast(x)``; while a tap listens, with a backward pass that goes through ``traced``."""
+    def run(self, x: Tensor, fast: Map, backward: Backward) -> Tensor:
+        """``fast(x)``; while a tap listens, ``backward(x, dy) -> dx`` differentiates it and tells the gradients."""
         if self.tap is None:
             return fast(x)
         anchor = torch.ones((), device=x.device, requires_grad=True)  # below the first site x itself needs no gradient
-        return _Retraced.apply(anchor, x, fast, traced)
+        return _Observed.apply(anchor, x, fast, backward)
+
+    def weights(self, like: Tensor, *names: str) -> list[Tensor]:
+        """Detached weights in the dtype of ``like``."""
+        return [getattr(self, name).detach().to(like.dtype) for name in names]
 
     def count(self) -> int:
         """Number of weights."""
@@ -109,3 +110,8 @@ def kaiming(*shape: int) -> nn.Parameter:
 def zeros(*shape: int) -> nn.Parameter:
     """Weights that change nothing."""
     return nn.Parameter(torch.zeros(shape))
+
+
+def token_sum(grads: Tensor) -> Tensor:
+    """[B, T, ...] -> [B, ...], added up in float32 or wider."""
+    return grads.sum(1, dtype=torch.promote_types(grads.dtype, torch.float32))

@@ -7,7 +7,6 @@ runs on 2 d channels in place of C.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -16,6 +15,7 @@ from cegate.config import FrequencyConfig
 from cegate.toolbox.base import Site, TokenLayout, kaiming, zeros
 
 LEARNABLE_START = 0.3
+WEIGHTS = ("down", "down_bias", "up", "up_bias", "router", "router_bias", "scale")
 
 
 class EarthAdapter(Site):
@@ -44,50 +44,34 @@ class EarthAdapter(Site):
     def add_to_block(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Hook on the block output y [B, P + H W, C]."""
         prefix, patches = y[:, : self._tokens.prefix], y[:, self._tokens.prefix :]
-        mixed = self.run(patches, self._mix, self._mix_traced)
+        mixed = self.run(patches, self._mix, self._backward)
         return mixed if prefix.shape[1] == 0 else torch.cat([prefix, mixed], dim=1)
 
     def _mix(self, patches: Tensor) -> Tensor:
         return ops.frequency_adapter(
             patches,
             self._tokens.grid,
-            self.down,
-            self.down_bias,
-            self.up,
-            self.up_bias,
-            self.router,
-            self.router_bias,
-            self.scale,
+            *(getattr(self, name) for name in WEIGHTS),
             cutoff=self.cutoff,
             band=self.band,
         )
 
-    def _mix_traced(self, y: Tensor) -> Tensor:
-        tap, name, batch, d = self.tap, self.name, len(y), self.down.shape[1]
-        weight = torch.cat([self.down.flatten(0, 1), self.router])  # [3d + 3, C]
-        hidden = tap.linear(name, self._unpack_down, y, F.linear(y, weight))
-        direct, low, high, logits = hidden.split([d, d, d, 3], dim=-1)
-        filtered = self._low_pass_traced(torch.cat([low, high], dim=-1))
-        bias = tap.expand(name, "down_bias", self.down_bias, batch).flatten(1).unsqueeze(1)
-        active = F.relu(torch.cat([direct, filtered[..., :d], high - filtered[..., d:]], dim=-1) + bias)
-        router_bias = tap.expand(name, "router_bias", self.router_bias, batch).unsqueeze(1)
-        weights = (logits + router_bias).softmax(dim=-1)  # [B, N, 3]
-        code = torch.cat([(active.unflatten(-1, (3, d)) * weights.unsqueeze(-1)).flatten(2), weights], dim=-1)
-        up = torch.cat([self.up.mT.flatten(0, 1), self.up_bias]).mT  # [C, 3d + 3]
-        mixture = tap.linear(name, self._unpack_up, code, F.linear(code, up))
-        return y + tap.expand(name, "scale", self.scale, batch)[:, None, None] * mixture
+    def _backward(self, y: Tensor, dz: Tensor) -> Tensor:
+        weights = self.weights(y, *WEIGHTS)
+        learnable = isinstance(self.cutoff, nn.Parameter)
+        cutoff = self.cutoff.detach() if learnable else self.cutoff
+        found = ops.frequency_adapter_factors(y, dz, self._tokens.grid, *weights, cutoff=cutoff, band=self.band)
+        self.tap.linear(self.name, self._unpack_down, y, found.dhidden)
+        self.tap.linear(self.name, self._unpack_up, found.mixed, dz)
+        self.tap.direct(self.name, "down_bias", found.dbias[:, :-3].unflatten(1, (3, -1)))
+        self.tap.direct(self.name, "router_bias", found.dbias[:, -3:])
+        self.tap.direct(self.name, "scale", found.dscale)
+        if learnable:
+            self.tap.direct(self.name, "cutoff", found.dcutoff)
+        return found.dx
 
     def _unpack_down(self, weight: Tensor) -> dict[str, Tensor]:
         return {"down": weight[:-3].unflatten(0, (3, -1)), "router": weight[-3:]}
 
     def _unpack_up(self, weight: Tensor) -> dict[str, Tensor]:
         return {"up": weight[:, :-3].unflatten(1, (3, -1)).transpose(0, 1), "up_bias": weight[:, -3:].mT}
-
-    def _low_pass_traced(self, hidden: Tensor) -> Tensor:
-        grid = self._tokens.grid
-        if not isinstance(self.cutoff, nn.Parameter):
-            return ops.low_pass(hidden, grid, cutoff=self.cutoff, band=self.band)
-        cutoffs = self.tap.expand(self.name, "cutoff", self.cutoff, len(hidden))
-        return torch.cat(
-            [ops.low_pass(h[None], grid, cutoff=c, band=self.band) for h, c in zip(hidden, cutoffs, strict=True)]
-        )

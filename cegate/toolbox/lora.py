@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -58,11 +57,15 @@ class Lora(Site):
         if self.tap is None:
             return ops.low_rank(u, down, up, base=base, scale=self.scale)
 
-        def traced(u: Tensor) -> Tensor:
-            hidden = self.tap.linear(self.name, lambda w: {f"down_{part}": w}, u, F.linear(u, down)) * self.scale
-            return self.tap.linear(self.name, lambda w: {f"up_{part}": w}, hidden, F.linear(hidden, up))
+        def backward(u: Tensor, dy: Tensor) -> Tensor:
+            du, dpre, hidden = ops.low_rank_factors(
+                u, dy, *self.weights(u, f"down_{part}", f"up_{part}"), scale=self.scale
+            )
+            self.tap.linear(self.name, lambda w: {f"down_{part}": w}, u, dpre)
+            self.tap.linear(self.name, lambda w: {f"up_{part}": w}, hidden, dy)
+            return du
 
-        return base + self.run(u, lambda u: ops.low_rank(u, down, up, scale=self.scale), traced)
+        return base + self.run(u, lambda u: ops.low_rank(u, down, up, scale=self.scale), backward)
 
     def merge(self, attn: nn.Module) -> None:
         """Add the learned product to the frozen projection; inference then costs nothing extra."""

@@ -122,20 +122,30 @@ def test_one_block_follows_the_formulas(images):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_tapped_form_equals_the_fast_form(vit, images):
-    class Nothing:
-        def linear(self, site, unpack, inputs, output):
-            return output
+class Nothing:
+    def linear(self, site, unpack, inputs, grads):
+        pass
 
-        def expand(self, site, name, parameter, batch):
-            return parameter.expand(batch, *parameter.shape)
+    def direct(self, site, name, grads):
+        pass
+
+
+def test_a_tapped_pass_has_the_output_and_the_input_gradient_of_the_plain_one(vit, images):
+    def run():
+        images.grad = None
+        out = vit.forward_features(images)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        return out.detach(), images.grad
 
     toolbox = wrap(vit, SMALL)
     randomise(toolbox)
     toolbox.apply(GatePlan(toolbox.sites))
-    fast = tokens(vit, images)
+    images.requires_grad_()
+    fast, gradient = run()
     with toolbox.tapped(Nothing()):
-        torch.testing.assert_close(tokens(vit, images), fast, rtol=1e-3, atol=1e-3)
+        tapped, tapped_gradient = run()
+    torch.testing.assert_close(tapped, fast, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(tapped_gradient, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
 
 
 def test_only_active_sites_learn_and_frozen_ones_still_contribute(images):
