@@ -36,7 +36,7 @@ def bench_frequency_adapter_on_the_cpu(benchmark):
     fft = partial(forward_backward(on_grid(32, frequency_adapter_fft)), *tensors)
     ours = partial(forward_backward(on_grid(32, backend="torch")), *tensors)
     result = side_by_side(benchmark, ours, {"fft": fft}, rounds=5, target={"fft": "<= 0.167"})
-    check(result, fft(), 1e-4)
+    check(result, fft(), 1e-5)
 
 
 @needs_gpu

@@ -271,7 +271,7 @@ def frequency_adapter_factors(
 ) -> Factors:
     """Per-sample backward of :func:`frequency_adapter` for x [B, H*W, C] and the gradient dy of its result.
 
-    Weights have the dtype of the products; the residual is part of the result, so ``dx`` holds ``dy``.
+    Weights have the dtype of the products; ``dx`` is that of the mixture, without the residual's ``dy``.
     """
     grid = tuple(grid)
     with torch.enable_grad():  # the smooth edge is differentiated by its cutoff below
@@ -294,7 +294,7 @@ def frequency_adapter_factors(
         dcutoff = torch.stack([torch.autograd.grad(edges, leaf, slope, retain_graph=True)[0] for slope in slopes])
     dbias, dscale = dhidden.sum(1, dtype=wide), inner.sum((1, 2), dtype=wide)
     dhidden = _split_bands(dhidden, grid, filtering)
-    return Factors(_add_product(dy, dhidden, enter), dhidden, mixed, dbias, dscale, dcutoff)
+    return Factors(dhidden @ enter, dhidden, mixed, dbias, dscale, dcutoff)
 
 
 def _samples(*tensors: Tensor) -> list[tuple[Tensor, ...]]:

@@ -1,4 +1,4 @@
-"""Fisher mass of a linear map: per-sample weight gradients, squared and summed over samples, one sample at a time."""
+"""Fisher mass of a linear map: per-sample weight gradients, squared and summed over samples."""
 
 from __future__ import annotations
 
@@ -7,22 +7,27 @@ from torch import Tensor
 
 from ._support import HAS_TRITON, accumulation_dtype, dot_block, pick_backend
 
+WORKSPACE = 1 << 20
+"""Elements that the per-sample gradients formed at once may take, unless a single one is larger."""
+
 
 def sum_squared_gradients_reference(inputs: Tensor, grads: Tensor, *, reduce: bool = False) -> Tensor:
-    """Plain PyTorch; holds the weight gradient of one sample, or two T x T Gram matrices where these are cheaper."""
+    """Plain PyTorch, a few samples at once; for the sum, T x T Gram matrices where these are cheaper than gradients."""
     dtype = accumulation_dtype(inputs.dtype)
-    tokens, width, out = inputs.shape[1], inputs.shape[2], grads.shape[2]
-    if reduce:
-        by_gram = tokens * (width + out) < width * out
-        total = torch.zeros((), dtype=dtype, device=inputs.device)
-        for a, g in zip(inputs, grads, strict=True):
-            a, g = a.to(dtype), g.to(dtype)
-            total += torch.sum((a @ a.mT) * (g @ g.mT)) if by_gram else (g.mT @ a).square_().sum()
-        return total
-    total = torch.zeros(out, width, dtype=dtype, device=inputs.device)
-    for a, g in zip(inputs, grads, strict=True):
-        gradient = g.to(dtype).mT @ a.to(dtype)
-        total.addcmul_(gradient, gradient)
+    samples, tokens, width, out = *inputs.shape, grads.shape[2]
+    by_gram = reduce and tokens * (width + out) < width * out
+    total = torch.zeros(() if reduce else (out, width), dtype=dtype, device=inputs.device)
+    size = max(1, WORKSPACE // max(1, 2 * tokens**2 if by_gram else width * out))
+    for start in range(0, samples, size):
+        a, g = (part[start : start + size].to(dtype) for part in (inputs, grads))
+        if by_gram:
+            total += torch.sum((a @ a.mT).mul_(g @ g.mT))
+            continue
+        gradients = g.mT @ a  # [b, out, in]
+        if reduce:
+            total += torch.dot(gradients.flatten(), gradients.flatten())
+        else:
+            total += gradients.square_().sum(0)
     return total
 
 

@@ -35,13 +35,11 @@ class Adapter(Site):
     def add_to_block(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Hook on the block output y [B, T, C]."""
         x, self._x_att = self._x_att, None
-        if self.tap is None:
-            return self._delta(x, base=y)
-        return y + self.run(x, self._delta, self._backward)
+        return self.run(x, y, self._add, self._backward)
 
-    def _delta(self, x: Tensor, base: Tensor | None = None) -> Tensor:
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
         biases = {"down_bias": self.down_bias, "up_bias": self.up_bias}
-        return ops.low_rank(x, self.down, self.up, base=base, **biases, activation="gelu", scale=self.scale)
+        return ops.low_rank(x, self.down, self.up, base=y, **biases, activation="gelu", scale=self.scale)
 
     def _backward(self, x: Tensor, dy: Tensor) -> Tensor:
         down, up, down_bias = self.weights(x, "down", "up", "down_bias")

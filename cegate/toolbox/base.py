@@ -23,7 +23,7 @@ class TokenLayout:
     grid: tuple[int, int] = (0, 0)
 
 
-Map = Callable[[Tensor], Tensor]
+Add = Callable[[Tensor, Tensor], Tensor]
 Backward = Callable[[Tensor, Tensor], Tensor]
 Unpack = Callable[[Tensor], Mapping[str, Tensor]]
 
@@ -45,20 +45,24 @@ class Tap(Protocol):
 
 
 class _Observed(torch.autograd.Function):
-    """``fast(x)`` with a backward pass that forms each sample's weight gradients and keeps x alone until then."""
+    """``add(x, base)`` with a backward pass that forms each sample's weight gradients and keeps x alone until then."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, x: Tensor, fast: Map, backward: Backward) -> Tensor:
+    def forward(ctx, anchor: Tensor, x: Tensor, base: Tensor, add: Add, backward: Backward) -> Tensor:
         ctx.run, ctx.dtype = backward, ops.compute_dtype(x)
         ctx.save_for_backward(x)
-        return fast(x)
+        y = add(x, base)
+        if y.data_ptr() == base.data_ptr():
+            ctx.mark_dirty(base)
+            return base
+        return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[None, Tensor, None, None]:
+    def backward(ctx, dy: Tensor) -> tuple[None, Tensor, Tensor, None, None]:
         (x,) = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             dx = ctx.run(x.to(ctx.dtype), dy.to(ctx.dtype))
-        return None, dx.to(x.dtype), None, None
+        return None, dx.to(x.dtype), dy, None, None
 
 
 class Site(nn.Module):
@@ -84,12 +88,15 @@ class Site(nn.Module):
         """Hook into a block; removing the handles leaves no trace."""
         raise TypeError(f"{type(self).__name__} is no kind of module")
 
-    def run(self, x: Tensor, fast: Map, backward: Backward) -> Tensor:
-        """``fast(x)``; while a tap listens, ``backward(x, dy) -> dx`` differentiates it and tells the gradients."""
+    def run(self, x: Tensor, base: Tensor, add: Add, backward: Backward) -> Tensor:
+        """``add(x, base)``, which is base plus a function of x.
+
+        While a tap listens, ``backward(x, dy) -> dx`` differentiates that function and tells the tap the gradients.
+        """
         if self.tap is None:
-            return fast(x)
+            return add(x, base)
         anchor = torch.ones((), device=x.device, requires_grad=True)  # below the first site x itself needs no gradient
-        return _Observed.apply(anchor, x, fast, backward)
+        return _Observed.apply(anchor, x, base, add, backward)
 
     def weights(self, like: Tensor, *names: str) -> list[Tensor]:
         """Detached weights in the dtype of ``like``."""

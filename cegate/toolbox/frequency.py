@@ -44,10 +44,11 @@ class EarthAdapter(Site):
     def add_to_block(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         """Hook on the block output y [B, P + H W, C]."""
         prefix, patches = y[:, : self._tokens.prefix], y[:, self._tokens.prefix :]
-        mixed = self.run(patches, self._mix, self._backward)
+        mixed = self.run(patches, patches, self._mix, self._backward)
         return mixed if prefix.shape[1] == 0 else torch.cat([prefix, mixed], dim=1)
 
-    def _mix(self, patches: Tensor) -> Tensor:
+    def _mix(self, patches: Tensor, base: Tensor) -> Tensor:
+        # the operator adds to what it reads, so base is patches once more
         return ops.frequency_adapter(
             patches,
             self._tokens.grid,

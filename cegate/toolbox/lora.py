@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -38,11 +37,15 @@ class Lora(Site):
 
     def add_to_qkv(self, module: nn.Module, args: tuple[Tensor], qkv: Tensor) -> Tensor:
         """Hook of a fused projection: u [B, T, C], qkv [B, T, 3 inner]."""
-        (u,) = args
-        if self.tap is None:
+
+        def add(u: Tensor, qkv: Tensor) -> Tensor:
             return ops.low_rank_qv_(qkv, u, self.down_q, self.up_q, self.down_v, self.up_v, self.scale)
-        q, k, v = qkv.chunk(3, dim=-1)
-        return torch.cat([self.add_to_q(module, args, q), k, self.add_to_v(module, args, v)], dim=-1)
+
+        def backward(u: Tensor, dqkv: Tensor) -> Tensor:
+            dq, _, dv = dqkv.chunk(3, dim=-1)
+            return self._backward("q", u, dq).add_(self._backward("v", u, dv))
+
+        return self.run(args[0], qkv, add, backward)
 
     def add_to_q(self, module: nn.Module, args: tuple[Tensor], q: Tensor) -> Tensor:
         """Hook of a query projection."""
@@ -53,19 +56,18 @@ class Lora(Site):
         return self._add("v", args[0], v)
 
     def _add(self, part: str, u: Tensor, base: Tensor) -> Tensor:
-        down, up = getattr(self, f"down_{part}"), getattr(self, f"up_{part}")
-        if self.tap is None:
+        def add(u: Tensor, base: Tensor) -> Tensor:
+            down, up = getattr(self, f"down_{part}"), getattr(self, f"up_{part}")
             return ops.low_rank(u, down, up, base=base, scale=self.scale)
 
-        def backward(u: Tensor, dy: Tensor) -> Tensor:
-            du, dpre, hidden = ops.low_rank_factors(
-                u, dy, *self.weights(u, f"down_{part}", f"up_{part}"), scale=self.scale
-            )
-            self.tap.linear(self.name, lambda w: {f"down_{part}": w}, u, dpre)
-            self.tap.linear(self.name, lambda w: {f"up_{part}": w}, hidden, dy)
-            return du
+        return self.run(u, base, add, lambda u, dy: self._backward(part, u, dy))
 
-        return base + self.run(u, lambda u: ops.low_rank(u, down, up, scale=self.scale), backward)
+    def _backward(self, part: str, u: Tensor, dy: Tensor) -> Tensor:
+        down, up = self.weights(u, f"down_{part}", f"up_{part}")
+        du, dpre, hidden = ops.low_rank_factors(u, dy, down, up, scale=self.scale)
+        self.tap.linear(self.name, lambda w: {f"down_{part}": w}, u, dpre)
+        self.tap.linear(self.name, lambda w: {f"up_{part}": w}, hidden, dy)
+        return du
 
     def merge(self, attn: nn.Module) -> None:
         """Add the learned product to the frozen projection; inference then costs nothing extra."""
