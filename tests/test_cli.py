@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
@@ -130,13 +129,11 @@ def test_help_lists_every_key_with_its_text(capsys):
 
 
 @pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "inspect"])
-def test_help_is_quick_and_needs_no_torch(verb):
+def test_help_needs_no_torch(verb):
     checked = f"try: {verb}.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     code = f"import sys; from cegate import {verb}\n{checked}"
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "usage: cegate" in done.stdout, done.stderr
-    assert time.perf_counter() - started < 1.0
 
 
 def test_module_and_entry_point_are_the_same_command():

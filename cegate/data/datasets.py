@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from cegate.config import IGNORE, SetConfig
-from cegate.data import scenes
+from cegate.data import climates, scenes
 from cegate.data.rasters import SUFFIXES, Header, LabelMap, Window, read_header, read_image, read_mask, to_unit
 from cegate.errors import ConfigError, DataError, nearest
 
@@ -255,7 +255,7 @@ class GeneratedSet(SegmentationSet):
         super().__init__(name, classes, labels, cfg.bands or (1, 2, 3), cfg.nan)
         if max(self.bands) > 3:
             raise ConfigError(f"set {name!r}: bands={list(self.bands)}, but generated scenes have bands 1, 2 and 3")
-        self.climate = scenes.CLIMATES[cfg.split]
+        self.climate = climates.CLIMATES[cfg.split]
         self._count = 64 if cfg.limit is None else cfg.limit
         self._first, self._side = cfg.first, cfg.tile or 256
 
@@ -348,23 +348,23 @@ def _open_loveda(cfg: SetConfig, name: str, classes: Sequence[str]) -> Segmentat
 
 
 def _open_generated(cfg: SetConfig, name: str, classes: Sequence[str]) -> SegmentationSet:
-    if cfg.split not in scenes.CLIMATES:
-        hint = nearest(cfg.split or "", scenes.CLIMATES)
+    if cfg.split not in climates.CLIMATES:
+        hint = nearest(cfg.split or "", climates.CLIMATES)
         raise ConfigError(
-            f"set {name!r}: split={cfg.split!r} is no climate; use one of {', '.join(scenes.CLIMATES)}{hint}"
+            f"set {name!r}: split={cfg.split!r} is no climate; use one of {', '.join(climates.CLIMATES)}{hint}"
         )
     if (cfg.tile is not None and cfg.tile < 16) or cfg.first < 0:
         raise ConfigError(
             f"set {name!r}: tile={cfg.tile}, first={cfg.first}: use a tile of 16 or more and a first of 0 or more"
         )
-    classes = classes or scenes.CLASSES
-    drawn = {str(k): class_name for k, class_name in enumerate(scenes.CLASSES)}
+    classes = classes or climates.CLASSES
+    drawn = {str(k): class_name for k, class_name in enumerate(climates.CLASSES)}
     labels = _labels(cfg, name, classes, default=drawn)
     missing = [drawn[key] for key in drawn if int(key) not in dict(labels.codes)]
     if missing or labels.colours:
         raise ConfigError(
             f"set {name!r}: label_map of generated scenes needs the keys {', '.join(drawn)}, "
-            f"which are {', '.join(scenes.CLASSES)}"
+            f"which are {', '.join(climates.CLASSES)}"
         )
     return GeneratedSet(cfg, name, classes, labels)
 

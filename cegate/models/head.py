@@ -5,6 +5,7 @@ Every head takes four maps [B, C, h, w] on the token grid, from a shallow to a d
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -17,12 +18,13 @@ FEATURES = 4
 """Maps that a head takes."""
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """What a segmenter asks of its head.
 
     No head mixes samples: a sample's logits and loss are the same in every batch, which per-sample Fisher scores need.
     """
 
+    @abstractmethod
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Logits whose softmax over classes is the class distribution of a pixel.
 
@@ -33,7 +35,6 @@ class Head(nn.Module):
         Returns:
             [B, K, H, W].
         """
-        raise NotImplementedError
 
     def loss(self, features: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Task loss of each sample alone: ``loss(f, y)[b]`` is ``loss(f[b:b+1], y[b:b+1])[0]`` from equal random state.

@@ -307,7 +307,7 @@ def test_generated_scenes_are_a_set():
     drawn, label = scenes.render_scene("arid", 41, 64)
     item = data.read(1)
     assert len(data) == 3
-    assert data.classes == scenes.CLASSES
+    assert data.classes == climates.CLASSES
     assert item.name == "arid/00041"
     assert (item.label == label).all()
     np.testing.assert_allclose(item.image * 255, drawn, atol=1e-4)

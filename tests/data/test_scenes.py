@@ -6,7 +6,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from cegate.data.scenes import BUILDING, CLASSES, CLIMATES, FOREST, PALETTE, PRETRAINING, ROAD, WATER, render_scene
+from cegate.data.climates import BUILDING, CLASSES, CLIMATES, FOREST, PALETTE, PRETRAINING, ROAD, WATER
+from cegate.data.scenes import render_scene
 from cegate.errors import ConfigError, DataError
 
 
