@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cegate.config import SetConfig
-from cegate.data import datasets, scenes
+from cegate.data import climates, datasets, scenes
 from cegate.data.datasets import LOVEDA_CLASSES, open_set
 from cegate.data.rasters import Window, read_header, read_image
 from cegate.errors import ConfigError, DataError
