@@ -332,33 +332,34 @@ def low_rank_factors(
 
 
 class _LowRankQV(torch.autograd.Function):
-    """Adds to q and v of qkv [B, T, 3D] in place; the gradient of qkv passes straight through."""
+    """Adds to q and v of qkv [B, T, 3D] in place; the gradient of qkv passes straight through.
+
+    It returns qkv alone, and so has no separate ``setup_context``: torch 2.11 hands out linear outputs as views, and a
+    function that changes a view may return one tensor only.
+    """
 
     @staticmethod
-    def forward(qkv, x, down, up, scale, backend):
+    def forward(ctx, qkv, x, down, up, scale, backend):
+        ctx.scale, ctx.backend = scale, backend
+        ctx.mark_dirty(qkv)
+        ctx.set_materialize_grads(False)
         _, width, rank = up.shape
         flat = qkv.view(-1, 3 * width)
         if backend == "triton":
-            return qkv, _launch_forward(_rows(x), down, up, flat, None, None, flat, None, scale, 2 * width)
-        hidden = x.to(down.dtype) @ down.mT  # [M, 2r], q then v
-        for part in (0, 1):
-            target, narrow = flat[:, 2 * part * width :][:, :width], hidden[:, part * rank :][:, :rank]
-            if qkv.dtype == hidden.dtype:
-                target.addmm_(narrow, up[part].mT, alpha=scale)
-            else:
-                target += scale * (narrow @ up[part].mT)
-        return qkv, hidden
+            hidden = _launch_forward(_rows(x), down, up, flat, None, None, flat, None, scale, 2 * width)
+        else:
+            hidden = x.to(down.dtype) @ down.mT  # [M, 2r], q then v
+            for part in (0, 1):
+                target, narrow = flat[:, 2 * part * width :][:, :width], hidden[:, part * rank :][:, :rank]
+                if qkv.dtype == hidden.dtype:
+                    target.addmm_(narrow, up[part].mT, alpha=scale)
+                else:
+                    target += scale * (narrow @ up[part].mT)
+        ctx.save_for_backward(x, hidden, down, up)
+        return qkv
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        qkv, x, down, up, ctx.scale, ctx.backend = inputs
-        ctx.mark_dirty(qkv)
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, output[1], down, up)
-
-    @staticmethod
-    def backward(ctx, dqkv, _):
+    def backward(ctx, dqkv):
         if dqkv is None:
             return (None,) * 6
         x, hidden, down, up = ctx.saved_tensors
@@ -440,7 +441,7 @@ def low_rank_qv_(
     down, up = torch.cat([down_q, down_v]).to(dtype), torch.stack([up_q, up_v]).to(dtype)
     with torch.autocast(x.device.type, enabled=False):
         flat = x.reshape(-1, x.shape[-1])
-        return _LowRankQV.apply(qkv, flat, down, up, float(scale), chosen)[0]
+        return _LowRankQV.apply(qkv, flat, down, up, float(scale), chosen)
 
 
 def _check(x, down, up, base, down_bias, up_bias, activation) -> None:
