@@ -17,7 +17,7 @@ IGNORE = 255
 class RunConfig:
     """Where a run goes and how it computes."""
 
-    name: str = "quickstart"
+    name: str = "run"
     """Name of the run."""
     work_dir: str | None = None
     """Folder of the run; default runs/<name>."""
