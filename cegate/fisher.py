@@ -117,6 +117,7 @@ def _over_processes(totals: dict[str, Tensor], samples: int) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         return samples
     for name in sorted(totals):
+        totals[name] = totals[name].contiguous()  # NCCL wants it so; a diagonal may be a transposed part
         dist.all_reduce(totals[name])
     count = torch.tensor(samples, device=next(iter(totals.values())).device)
     dist.all_reduce(count)

@@ -189,7 +189,9 @@ model = test["make_model"]()
 image, label = torch.load(probe_file)
 part = slice(0, 1) if rank == 0 else slice(1, 3)
 own = test["Probe"](image[part], label[part])
-print(json.dumps([measure_fisher(model, model.toolbox, [own], estimator=e) for e in ("per_sample", "batch")]))
+scores = [measure_fisher(model, model.toolbox, [own], estimator=e) for e in ("per_sample", "batch")]
+diagonal = measure_fisher(model, model.toolbox, [own], diagonal=True)
+print(json.dumps([*scores, {name: float(value.sum()) for name, value in diagonal.items()}]))
 torch.distributed.destroy_process_group()
 """
 
@@ -203,9 +205,12 @@ def test_every_process_gets_the_scores_of_all_samples(tmp_path):
     processes = [subprocess.Popen([*command, str(rank), *common], stdout=subprocess.PIPE) for rank in (0, 1)]
     first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
     assert first == second
-    for scores, estimator in zip(first, ("per_sample", "batch"), strict=True):
+    *scores, diagonal = first
+    for found, estimator in zip(scores, ("per_sample", "batch"), strict=True):
         alone = measure_fisher(model, model.toolbox, [probe], estimator=estimator)
-        assert scores == pytest.approx(alone, rel=1e-9)
+        assert found == pytest.approx(alone, rel=1e-9)
+    alone = measure_fisher(model, model.toolbox, [probe], diagonal=True)
+    assert diagonal == pytest.approx({name: float(value.sum()) for name, value in alone.items()}, rel=1e-9)
 
 
 def test_an_empty_probe_and_a_nan_loss_are_refused():
