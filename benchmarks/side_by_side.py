@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -37,31 +39,48 @@ def side_by_side(
 
     def time_others() -> None:
         for name, way in others.items():
-            synchronise()
-            start = time.perf_counter()
-            way()
-            synchronise()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(way)[0])
 
     def timed() -> Any:
-        result = candidate()
-        synchronise()
-        return result
+        return seconds_of(candidate)[1]
 
     for _ in range(warmup):
         time_others()
         timed()
-    times = {name: [] for name in others}
+    times.update({name: [] for name in others})
     result = benchmark.pedantic(timed, setup=time_others, rounds=rounds, iterations=1)
-    own = benchmark.stats.stats.median
-    label = benchmark.name
-    ROWS.append((label, "candidate", f"{own * 1e3:.2f}", "1", ""))
+    compare(benchmark, benchmark.stats.stats.median, times, target)
+    return result
+
+
+def in_own_process(benchmark: Any, measure: Callable[[], Mapping[str, list[float]]], target: Mapping[str, str]) -> None:
+    """Run ``measure`` in a fresh interpreter, for ways whose speed depends on what ran before them.
+
+    ``measure`` is a function of a module; it gives the seconds of each way's rounds, the candidate first, and checks
+    the result itself.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        times = dict(benchmark.pedantic(lambda: fresh.submit(measure).result(), rounds=1))
+    compare(benchmark, statistics.median(times.pop(next(iter(times)))), times, target)
+
+
+def seconds_of(way: Callable[[], Any]) -> tuple[float, Any]:
+    """How long one call takes, and what it gives."""
+    synchronise()
+    start = time.perf_counter()
+    result = way()
+    synchronise()
+    return time.perf_counter() - start, result
+
+
+def compare(benchmark: Any, own: float, times: Mapping[str, list[float]], target: Mapping[str, str] | None) -> None:
+    """Rows of the final table: the candidate's median seconds, every other way's, and their ratios."""
+    ROWS.append((benchmark.name, "candidate", f"{own * 1e3:.2f}", "1", ""))
     for name, values in times.items():
         ratio = own / statistics.median(values)
         benchmark.extra_info[f"ratio to {name}"] = round(ratio, 4)
         wanted = (target or {}).get(name, "")
-        ROWS.append((label, name, f"{statistics.median(values) * 1e3:.2f}", f"{ratio:.3f}", wanted))
-    return result
+        ROWS.append((benchmark.name, name, f"{statistics.median(values) * 1e3:.2f}", f"{ratio:.3f}", wanted))
 
 
 def note(label: str, way: str, value: str, ratio: str = "", target: str = "") -> None:
