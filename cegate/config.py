@@ -12,6 +12,11 @@ Kind = Literal["spatial", "semantic", "frequency"]
 KINDS: tuple[Kind, ...] = ("spatial", "semantic", "frequency")
 IGNORE = 255
 
+Method = Literal[
+    *("gate", "random", "all_on", "no_spatial", "no_semantic", "no_frequency"),
+    *("frozen", "lora", "adaptformer", "earth_adapter", "rein", "full"),
+]
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -21,6 +26,8 @@ class RunConfig:
     """Name of the run."""
     work_dir: str | None = None
     """Folder of the run; default runs/<name>."""
+    method: Method | None = None
+    """What adapts the backbone, in one word; it decides on toolbox.kinds, gate.method, refiner.method and model.tune."""
     seed: int = 0
     """Seed of weights, data stream and Fisher probes."""
     deterministic: bool = False
@@ -35,16 +42,18 @@ class RunConfig:
 class SetConfig:
     """One set of images and masks."""
 
-    kind: Literal["folder", "loveda", "generated"] = "folder"
-    """folder (images and masks by glob), loveda (as downloaded) or generated (procedural scenes)."""
+    kind: Literal["folder", "loveda", "prepared", "generated"] = "folder"
+    """folder (images and masks by glob), loveda (as downloaded), prepared (by cegate data prepare) or generated
+    (procedural scenes)."""
     root: str | None = None
-    """Folder that holds the set."""
+    """Folder that holds the set; ${name} stands for data.roots.<name>."""
     images: str = "images/*"
     """Glob of the images below root (folder)."""
     masks: str = "masks/*"
     """Glob of the masks below root (folder). Pairs are formed by the part of the name that the two globs leave open."""
     split: str | None = None
-    """loveda: Train/Urban, Train/Rural, Val/Urban or Val/Rural. generated: the climate."""
+    """loveda: Train/Urban, Train/Rural, Val/Urban or Val/Rural. prepared: a part of the set, such as train or IRRG/val.
+    generated: the climate."""
     label_map: dict[str | int, str | int] | None = None
     """Mask value or '#RRGGBB' -> class name, class index or 'ignore'; default: values are class indices."""
     bands: list[int] | None = None
@@ -85,8 +94,12 @@ class DataConfig:
     """Labelled set that is trained on."""
     targets: dict[str, SetConfig] = field(default_factory=dict)
     """Name -> set that is only evaluated."""
+    unlabelled: SetConfig | None = None
+    """Images of the target domain to adapt to (adapt.method); masks are never read."""
     validation: SetConfig | None = None
     """Held-out part of the source domain, evaluated as 'source'; it picks the best checkpoint (without: the last)."""
+    roots: dict[str, str] = field(default_factory=dict)
+    """Name -> folder, for sets whose root is written as ${name}."""
     classes: list[str] = field(default_factory=list)
     """Class names in the order of their indices."""
     palette: list[str] = field(default_factory=list)
@@ -119,6 +132,8 @@ class ModelConfig:
     """Four 0-based layers that the head sees; default 1/3, 1/2, 2/3 and all of the depth."""
     head: Literal["linear", "mask2former"] = "linear"
     """linear (fast) or mask2former (the paper's)."""
+    tune: Literal["frozen", "full"] = "frozen"
+    """The backbone keeps its weights, or learns too (full fine-tuning)."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +188,9 @@ class ToolboxConfig:
 class GateConfig:
     """Which sites train, and when that is decided again."""
 
-    method: Literal["fisher", "all", "none", "fixed"] = "fisher"
-    """fisher (the paper), all sites on, none (frozen backbone + head), or fixed (gate.sites)."""
+    method: Literal["fisher", "random", "all", "none", "fixed"] = "fisher"
+    """fisher (the paper), random (k sites drawn anew each round, the control), all sites on, none (frozen backbone +
+    head), or fixed (gate.sites)."""
     k: int = 18
     """Active sites out of layers x kinds."""
     interval: int = 100
@@ -191,6 +207,36 @@ class GateConfig:
     """An inactive site is skipped, or keeps contributing what it has learned."""
     sites: list[str] = field(default_factory=list)
     """Active sites of method 'fixed', e.g. spatial.7."""
+
+
+@dataclass(frozen=True)
+class RefinerConfig:
+    """Trained tokens that refine the patch tokens after every block, outside the gate."""
+
+    method: Literal["none", "rein"] = "none"
+    """none, or rein (CVPR 2024)."""
+    tokens: int = 100
+    """Learned tokens m of each layer; with mask2former also the number of queries they are linked to."""
+    rank: int = 16
+    """Rank r of a layer's tokens."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Self-training on unlabelled images of the target domain."""
+
+    method: Literal["none", "dacs"] = "none"
+    """none, or dacs (WACV 2021): pseudo-labels of an EMA teacher, mixed with the source by ClassMix."""
+    warmup: int = 4000
+    """Iterations on the source alone."""
+    ema: float = 0.99
+    """Largest share of its old weights that the teacher keeps in one iteration."""
+    weight: float = 0.5
+    """Factor of the mixed images' loss."""
+    confidence: float | None = None
+    """Weigh the mixed loss by the share of pixels whose pseudo-label is surer than this (DACS: 0.968); default: off."""
+    fisher_domains: Literal["source", "both"] = "both"
+    """Samples of a Fisher probe after the warm-up: source alone, or as many target images with pseudo-labels beside."""
 
 
 @dataclass(frozen=True)
@@ -237,5 +283,9 @@ class Config:
     """The modules on every layer."""
     gate: GateConfig = field(default_factory=GateConfig)
     """Which sites train, and when that is decided again."""
+    refiner: RefinerConfig = field(default_factory=RefinerConfig)
+    """Trained tokens that refine the patch tokens after every block, outside the gate."""
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    """Self-training on unlabelled images of the target domain."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The schedule, in iterations."""

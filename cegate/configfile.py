@@ -23,6 +23,7 @@ import yaml
 
 from cegate.config import KINDS, Config, SetConfig
 from cegate.errors import ConfigError, nearest
+from cegate.methods import METHODS
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
 SOURCE_DOMAIN = "source"
@@ -49,12 +50,43 @@ def read_config(
     else:
         path = find_config(source)
         mapping, where = read_mapping(path), f"{path}: "
-    _refuse(where, _build(Config, mapping, "")[1])
+    config, problems = _build(Config, mapping, "")
+    _refuse(where, problems)
+    for key, value in METHODS.get(config.run.method, {}).items():
+        if _get(mapping, key) is None:
+            mapping = _replaced(mapping, key.split("."), value)
+    for key, text in overrides:
+        if key == "run.method":  # another method than the file's takes the place of what the file's had decided
+            for decided, value in METHODS.get(text, {}).items():
+                mapping = _replaced(mapping, decided.split("."), value)
     for key, text in overrides:
         mapping = _replaced(mapping, key.split("."), _Text(text))
     config, problems = _build(Config, mapping, "")
+    config = _with_roots(config)
     _refuse("", problems or find_problems(config, training=training))
     return config
+
+
+def _with_roots(config: Config) -> Config:
+    """Every ``${name}`` in the root of a set, as far as data.roots knows the name."""
+    data = config.data
+
+    def resolve(item: SetConfig | None) -> SetConfig | None:
+        if item is None or item.root is None:
+            return item
+        known = re.sub(r"\$\{([\w\-]+)\}", lambda match: data.roots.get(match[1], match[0]), item.root)
+        return dataclasses.replace(item, root=known)
+
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            data,
+            source=resolve(data.source),
+            validation=resolve(data.validation),
+            unlabelled=resolve(data.unlabelled),
+            targets={name: resolve(target) for name, target in data.targets.items()},
+        ),
+    )
 
 
 def _refuse(where: str, problems: Sequence[str]) -> None:
@@ -70,19 +102,55 @@ def find_config(name: str | Path) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    folder = Path(str(resources.files("cegate") / "configs"))
-    shipped = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    shipped = shipped_configs()
     if str(name) in shipped:
         return shipped[str(name)]
     raise ConfigError(f"config {str(name)!r} is no file; shipped are {', '.join(shipped)}{nearest(str(name), shipped)}")
 
 
+def shipped_configs() -> dict[str, Path]:
+    """Name (``quickstart``, ``dg/p_i2v``) -> path of the configurations that come with the package.
+
+    Files and folders whose name starts with ``_`` are parts of others and have no name of their own.
+    """
+    folder = Path(str(resources.files("cegate") / "configs"))
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    return {name: path for name, path in names.items() if "/_" not in f"/{name}"}
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping.
+    """Read a YAML file that holds a mapping, on top of what its key ``base`` names.
+
+    ``base`` is a file, relative to this one, or a list of files; later ones win over earlier ones.
 
     Raises:
-        ConfigError: the file is unreadable, no YAML, or no mapping; the line is named.
+        ConfigError: a file is unreadable, no YAML, no mapping, or its own base; the line is named.
     """
+    return _read_on_base(path, ())
+
+
+def _read_on_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in readers:
+        raise ConfigError(f"{path} is its own base; remove it from the key base")
+    mapping = _read_yaml(path)
+    bases = mapping.pop("base", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merged(merged, _read_on_base(path.parent / base, (*readers, path.resolve())))
+    return _merged(merged, mapping)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings, where ``above`` wins."""
+    both = {
+        key: _merged(below[key], above[key])
+        for key in below.keys() & above.keys()
+        if isinstance(below[key], Mapping) and isinstance(above[key], Mapping)
+    }
+    return {**below, **above, **both}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -125,6 +193,13 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 class _Text(str):
     """A value as typed on the command line: YAML where that fits the key, else the text itself."""
+
+
+def _get(mapping: Any, key: str) -> Any:
+    """The value at a dotted key, or None."""
+    for name in key.split("."):
+        mapping = mapping.get(name) if isinstance(mapping, Mapping) else None
+    return mapping
 
 
 def _replaced(mapping: Any, parts: Sequence[str], value: Any) -> dict[str, Any]:
@@ -273,6 +348,7 @@ def find_problems(config: Config, *, training: bool = False) -> list[str]:
         *_model_problems(config),
         *_toolbox_problems(config),
         *_gate_problems(config),
+        *_adapt_problems(config, training),
         *_train_problems(config),
     ]
 
@@ -297,6 +373,10 @@ def _run_problems(config: Config) -> Iterator[str]:
     yield from _bounds(run, "run", seed=">=0")
     if not re.fullmatch(r"[\w.\-]+", run.name) or run.name in (".", ".."):
         yield f"run.name={run.name!r} is no folder name; use letters, digits, '.', '_' and '-'"
+    for key, value in METHODS.get(run.method, {}).items():
+        found = functools.reduce(getattr, key.split("."), config)
+        if found != value:
+            yield f"run.method={run.method} means {key}={value}, but it is {found}; leave out one of the two"
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device):
         yield f"run.device={run.device!r} is unknown; use auto, cpu, cuda or cuda:<index>"
 
@@ -321,6 +401,8 @@ def _data_problems(config: Config, training: bool) -> Iterator[str]:
         yield from _set_problems(target, f"data.targets.{name}", data.classes)
     if data.validation is not None:
         yield from _set_problems(data.validation, "data.validation", data.classes)
+    if data.unlabelled is not None:
+        yield from _set_problems(data.unlabelled, "data.unlabelled", data.classes)
 
 
 def _class_problems(classes: Sequence[str], palette: Sequence[str]) -> Iterator[str]:
@@ -339,6 +421,8 @@ def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str]) -> Itera
     yield from _bounds(item, prefix, limit=">=1", first=">=0", tile=">=1")
     if item.kind != "generated" and not item.root:
         yield f"{prefix}.root is missing; a set of kind {item.kind} needs the folder that holds it"
+    if unknown := re.search(r"\$\{([^}]*)\}", item.root or ""):
+        yield f"{prefix}.root names {unknown[0]}; give --data.roots.{unknown[1]} the folder that holds it"
     if item.kind != "folder" and not item.split:
         yield f"{prefix}.split is missing; a set of kind {item.kind} needs it"
     if item.bands is not None and (not item.bands or min(item.bands) < 1):
@@ -369,6 +453,14 @@ def _toolbox_problems(config: Config) -> Iterator[str]:
     cutoff = toolbox.frequency.cutoff
     if not isinstance(cutoff, str) and not 0 <= cutoff <= 1:
         yield f"toolbox.frequency.cutoff={cutoff} is out of range; use 0 to 1, or learnable"
+
+
+def _adapt_problems(config: Config, training: bool) -> Iterator[str]:
+    adapt = config.adapt
+    yield from _bounds(config.refiner, "refiner", tokens=">=1", rank=">=1")
+    yield from _bounds(adapt, "adapt", warmup=">=0", ema="0..1", weight=">=0", confidence="0..1")
+    if training and adapt.method != "none" and config.data.unlabelled is None:
+        yield f"adapt.method={adapt.method} needs data.unlabelled, the images of the target domain"
 
 
 def _gate_problems(config: Config) -> Iterator[str]:

@@ -16,17 +16,19 @@ KERNELS = Path(__import__("cegate.kernels", fromlist=["x"]).__file__).parent
 # lowest first; a module may import from floors below its own, and from its own package
 FLOORS = [
     ("errors", "config", "palette", "kernels", "_C"),
-    ("configfile", "native", "gate", "losses", "metrics"),
+    ("methods", "native", "gate", "losses", "metrics"),
+    ("configfile",),
     ("ops",),
     ("dispatch", "data"),
-    ("toolbox",),
+    ("toolbox", "refiners"),
     ("models", "fisher"),
     ("runfolder",),
     ("checkpoint",),
-    ("api", "report"),
+    ("api", "figures"),
     ("engine",),
+    ("matrix", "page"),
     ("cli",),
-    ("train", "evaluate", "predict", "inspect"),
+    ("train", "evaluate", "predict", "inspect", "bench", "report"),
     ("__main__",),
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

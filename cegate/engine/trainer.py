@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cegate import __version__, ops, report
+from cegate import __version__, figures, ops
 from cegate.checkpoint import (
     STAGES,
     State,
@@ -471,12 +471,12 @@ class Trainer:
         return Result(folder.path, before, after, (f"The model of iteration {state.iteration} counts, {why}.",))
 
     def _draw(self) -> None:
-        figures, records, rounds = self.folder.figures, self.folder.metrics.records, self.folder.gates.records
-        report.draw_curves(records, figures / "curves.png")
+        folder, records, rounds = self.folder.figures, self.folder.metrics.records, self.folder.gates.records
+        figures.draw_curves(records, folder / "curves.png")
         if rounds:
-            report.draw_gate(rounds, self.segmenter.toolbox.sites, figures / "gate.png")
+            figures.draw_gate(rounds, self.segmenter.toolbox.sites, folder / "gate.png")
         shown = {
-            data.name: [data.read(index) for index in range(min(len(data), report.PANEL_ROWS))]
+            data.name: [data.read(index) for index in range(min(len(data), figures.PANEL_ROWS))]
             for data in self.sets.evaluated
         }
         columns = {"before": self.folder.checkpoints / "before.pt", "after": self.folder.checkpoints / "best.pt"}
@@ -486,7 +486,7 @@ class Trainer:
         for domain, items in shown.items():
             drawn = {title: by_domain[domain] for title, by_domain in masks.items()}
             classes, palette = self.segmenter.classes, self.segmenter.palette
-            report.draw_panels(items, drawn, classes, palette, figures / f"panels_{domain}.png")
+            figures.draw_panels(items, drawn, classes, palette, folder / f"panels_{domain}.png")
 
     def _predict(self, shown: dict[str, list[Item]], checkpoint: Path) -> dict[str, list[np.ndarray]]:
         """Masks by domain, of the model in a checkpoint."""

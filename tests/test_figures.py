@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cegate.data.datasets import Item
-from cegate.report import draw_curves, draw_gate, draw_panels
+from cegate.figures import draw_curves, draw_gate, draw_panels
 
 PALETTE = ("#E69F00", "#009E73")
 
