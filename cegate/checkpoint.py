@@ -57,6 +57,8 @@ class State:
     loss_sum: float = 0.0
     loss_count: int = 0
     """Losses since the last line of metrics.jsonl."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """What the objective carries from iteration to iteration."""
     value_range: list[list[float]] | None = None
     backbone_sha256: str = ""
     classes: list[str] = field(default_factory=list)
@@ -108,14 +110,19 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def trained_weights(segmenter: Segmenter, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Weights of the head and of some sites (default: all), as ``head.<weight>`` and ``toolbox.<site>.<weight>``."""
+    """Weights of the head (``head.<weight>``), of some sites (default: all; ``toolbox.<site>.<weight>``), and of the
+    backbone if it is tuned (``vit.<weight>``)."""
     chosen = segmenter.toolbox.sites if sites is None else list(sites)
     weights = {
         f"toolbox.{site}.{name}": parameter.detach()
         for site in chosen
         for name, parameter in segmenter.toolbox.parameters_of(site).items()
     }
-    return weights | {f"head.{name}": value.detach() for name, value in segmenter.head.state_dict().items()}
+    backbone = segmenter.vit.state_dict() if segmenter.config.model.tune == "full" else {}
+    parts = {"head": segmenter.head.state_dict(), "vit": backbone}
+    return weights | {
+        f"{part}.{name}": value.detach() for part, state in parts.items() for name, value in state.items()
+    }
 
 
 @torch.no_grad()
@@ -216,6 +223,7 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "active_sites": list(plan.active),
         "frozen_sites": list(plan.frozen),
         "head": config.model.head,
+        "tune": config.model.tune,
         "classes": list(segmenter.classes),
         "palette": list(segmenter.palette),
         "bands": list(segmenter.bands),
@@ -328,6 +336,7 @@ def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str |
             "patch_size": description["patch_size"],
             "features": description["features"],
             "head": description["head"],
+            "tune": description.get("tune", "frozen"),
         },
         "toolbox": description["toolbox"],
         "gate": {"method": "none"},

@@ -27,7 +27,7 @@ class RunConfig:
     work_dir: str | None = None
     """Folder of the run; default runs/<name>."""
     method: Method | None = None
-    """What adapts the backbone, in one word; it decides on toolbox.kinds, gate.method, refiner.method and model.tune."""
+    """What adapts the backbone, in a word that sets toolbox.kinds, gate.method, refiner.method and model.tune."""
     seed: int = 0
     """Seed of weights, data stream and Fisher probes."""
     deterministic: bool = False

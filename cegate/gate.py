@@ -6,6 +6,7 @@ Source: CrossEarth-Gate, arXiv:2511.20302, section on Fisher-guided selection.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -109,10 +110,31 @@ def select_top_k(scores: Mapping[str, float], k: int) -> GatePlan:
 
     Source: CrossEarth-Gate, arXiv:2511.20302.
     """
-    if not 1 <= k <= len(scores):
-        raise ConfigError(f"gate.k={k} is out of range; the model has {len(scores)} sites, use 1..{len(scores)}")
+    _check_k(k, len(scores))
     for site, score in scores.items():
         if not math.isfinite(score):
             raise ConfigError(f"score of {site} is {score}; lower the learning rate or look for NaN in the data")
     ranked = sorted(scores, key=lambda site: (-scores[site], site_key(site)))
     return GatePlan(ranked[:k])
+
+
+def draw_k(sites: Iterable[str], k: int, *, seed: int, iteration: int) -> GatePlan:
+    """Activate k sites drawn at random: the control that a choice by scores must beat.
+
+    Args:
+        sites: all site names.
+        k: number of active sites, 1..len(sites).
+        seed: the run's.
+        iteration: equal (seed, iteration) draw equal sites; different ones draw independently.
+
+    Raises:
+        ConfigError: k is out of range.
+    """
+    ranked = sorted(sites, key=site_key)
+    _check_k(k, len(ranked))
+    return GatePlan(random.Random(f"gate {seed} {iteration}").sample(ranked, k))
+
+
+def _check_k(k: int, sites: int) -> None:
+    if not 1 <= k <= sites:
+        raise ConfigError(f"gate.k={k} is out of range; the model has {sites} sites, use 1..{sites}")

@@ -130,6 +130,7 @@ class RunFolder:
         self.adapter = path / "adapter"
         self.figures = path / "figures"
         self.eval = path / "eval"
+        self.result = path / "result.json"
         self.metrics = Journal(path / "metrics.jsonl")
         self.gates = Journal(path / "gates.jsonl")
 

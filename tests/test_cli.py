@@ -48,10 +48,10 @@ def refused(capsys, *argv: str) -> str:
         (["--gate.k", "many"], "gate.k=many is not accepted; expected an integer"),
         (["--run.deterministic", "maybe"], "run.deterministic=maybe is not accepted; expected true or false"),
         (["--train.clip", "x"], "train.clip=x is not accepted; expected a number or null"),
-        (["--gate.method", "fischer"], "expected fisher, all, none or fixed; did you mean 'fisher'?"),
+        (["--gate.method", "fischer"], "expected fisher, random, all, none or fixed; did you mean 'fisher'?"),
         (
             ["--data.validation.kind", "x"],
-            "data.validation.kind=x is not accepted; expected folder, loveda or gen",
+            "data.validation.kind=x is not accepted; expected folder, loveda, prepared or gen",
         ),
         (
             ["--toolbox.frequency.cutoff", "x"],

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cegate.config import KINDS
 from cegate.errors import ConfigError
-from cegate.gate import GatePlan, normalize, select_top_k, site_key
+from cegate.gate import GatePlan, draw_k, normalize, select_top_k, site_key
 
 SITES = st.builds(lambda kind, layer: f"{kind}.{layer}", st.sampled_from(KINDS), st.integers(0, 23))
 SCORES = st.dictionaries(
@@ -83,3 +85,15 @@ def test_equal_choices_make_equal_plans_and_active_beats_frozen():
     assert plan == GatePlan(["spatial.2", "semantic.1"], ["spatial.0"])
     assert plan.on == ("spatial.0", "spatial.2", "semantic.1")
     assert plan.matrix(3) == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
+
+
+def test_random_plans_cover_all_sites_alike():
+    sites = [f"{kind}.{layer}" for kind in KINDS for layer in range(6)]
+    drawn = Counter(site for i in range(600) for site in draw_k(sites, 6, seed=3, iteration=i).active)
+    assert set(drawn) == set(sites)
+    assert all(140 < count < 260 for count in drawn.values())  # 200 expected, deviation 12
+
+
+def test_a_random_plan_refuses_too_many_sites():
+    with pytest.raises(ConfigError, match=r"gate\.k=4 is out of range; the model has 3 sites"):
+        draw_k(["spatial.0", "spatial.1", "spatial.2"], 4, seed=0, iteration=0)

@@ -32,6 +32,15 @@ WINDOWS_ON_GPU, WINDOWS_ON_CPU = 8, 1
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Counts of every image by itself."""
+
+    names: list[str]
+    confusion: np.ndarray
+    """[T, K, K] int64, rows truth."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What was measured on one domain."""
 
@@ -39,7 +48,12 @@ class Evaluation:
     confusion: Confusion
     loss: float
     """Mean over images of the mean cross entropy of their valid pixels."""
-    images: int
+    tiles: Tiles
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.tiles.names)
 
     @property
     def scores(self) -> Scores:
@@ -72,16 +86,23 @@ def evaluate(
     Raises:
         DataError: an image or mask cannot be read; the file is named.
     """
-    confusion, loss_sum = Confusion(segmenter.classes), 0.0
+    names: list[str] = []
+    tiles: list[np.ndarray] = []
+    loss_sum = 0.0
     was_training = segmenter.training
     segmenter.eval()
     stream = EvalStream(dataset, mean=segmenter.mean, std=segmenter.std)
     for item in stream.loader(workers=workers):
         logits = predict_logits(segmenter, item.image, crop=crop, stride=stride, batch=batch, precision=precision)
         loss_sum += pixel_cross_entropy(logits, item.label.to(logits.device)).item()
-        confusion.update(logits.argmax(1).cpu(), item.label)
+        tile = Confusion(segmenter.classes)
+        tile.update(logits.argmax(1).cpu(), item.label)
+        names += item.names
+        tiles.append(tile.matrix.numpy())
     segmenter.train(was_training)
-    return Evaluation(dataset.name, confusion, loss_sum / max(len(dataset), 1), len(dataset))
+    counts = np.stack(tiles)
+    confusion = Confusion(segmenter.classes, counts.sum(axis=0))
+    return Evaluation(dataset.name, confusion, loss_sum / len(names), Tiles(names, counts))
 
 
 @torch.no_grad()
@@ -144,7 +165,7 @@ def evaluate_run(
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, **more: Any) -> None:
-    """Write metrics.json, confusion.npy (int64, rows truth) and per_class.csv of one domain.
+    """Write metrics.json, confusion.npy (int64, rows truth), tiles.npz (the same of each image) and per_class.csv.
 
     Args:
         folder: ``eval/<domain>`` of a run.
@@ -158,6 +179,8 @@ def write_evaluation(folder: Path, evaluation: Evaluation, **more: Any) -> None:
     )
     with written_aside(folder / "confusion.npy") as aside, aside.open("wb") as file:
         np.save(file, evaluation.confusion.matrix.numpy())
+    with written_aside(folder / "tiles.npz") as aside, aside.open("wb") as file:
+        np.savez_compressed(file, names=np.array(evaluation.tiles.names), confusion=evaluation.tiles.confusion)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["class", "IoU", "F1", "accuracy"])

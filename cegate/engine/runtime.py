@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import signal
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -69,6 +71,14 @@ def seed_everything(seed: int, purpose: str, iteration: int) -> None:
     torch.manual_seed(words[0])
     np.random.seed(words[1])  # noqa: NPY002 - the global state is what is meant
     random.seed(words[2])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held at once: on a GPU in torch's tensors, on the CPU in all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 class Interrupt:

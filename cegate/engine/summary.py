@@ -40,7 +40,7 @@ def describe_run(path: Path) -> list[Table | str]:
     rounds, records = run.gates.records, run.metrics.records
     best = best_iteration(records, "after", validated=config.data.validation is not None)
     scores = {domain: percent(record["mIoU"]) for domain, record in records_of(records, "after", best).items()}
-    head = sum(count for site, count in counts.items() if site == "head")
+    head = counts.get("head", 0)
     facts = {
         "run": str(path),
         "backbone": f"{config.model.backbone}, sha256 {state.backbone_sha256[:12]}",
@@ -50,7 +50,7 @@ def describe_run(path: Path) -> list[Table | str]:
         "scoring rounds": str(sum(bool(record["scores"]) for record in rounds)),
         "mIoU (%)": ", ".join(f"{domain} {score}" for domain, score in scores.items()) or "not measured yet",
     }
-    sites = [site for site in counts if site != "head"]
+    sites = [part for part in counts if "." in part]
     on = [*state.active, *state.frozen] if state.stage == "after" else []
     legend = "● on · last score · share of the scoring rounds that chose it"
     return [_facts(facts), "", _site_table(sites, counts, on, rounds), legend]
@@ -91,11 +91,11 @@ def _facts(facts: Mapping[str, str]) -> Table:
 
 
 def _weights_per_site(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Site (or ``head``) -> number of weights."""
+    """Site, or other part of the model (``head``), -> number of weights."""
     counts: Counter[str] = Counter()
     for key, size in sizes.items():
         parts = key.split(".")
-        counts["head" if parts[0] == "head" else ".".join(parts[1:3])] += size
+        counts[".".join(parts[1:3]) if parts[0] == "toolbox" else parts[0]] += size
     return dict(counts)
 
 

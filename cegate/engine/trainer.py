@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import platform
+import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +15,8 @@ import rasterio
 import timm
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from cegate import __version__, figures, ops
+from cegate import __version__, ops
 from cegate.checkpoint import (
     STAGES,
     State,
@@ -34,18 +31,25 @@ from cegate.checkpoint import (
 )
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
-from cegate.data.datasets import Item, SegmentationSet, open_set
-from cegate.data.stream import Batch, TrainStream
-from cegate.data.transforms import normalise
+from cegate.data.datasets import SegmentationSet, open_set
 from cegate.engine import evaluator, results
 from cegate.engine.evaluator import Evaluation, evaluate, percent
+from cegate.engine.objective import Term, make_objective
+from cegate.engine.pictures import draw_run
 from cegate.engine.progress import Reporter, logging_to
 from cegate.engine.results import Result
-from cegate.engine.runtime import Interrupt, deterministic, pick_device, precision_of, seed_everything
+from cegate.engine.runtime import (
+    Interrupt,
+    deterministic,
+    peak_memory,
+    pick_device,
+    precision_of,
+    seed_everything,
+)
 from cegate.engine.schedule import learning_rate, parameter_groups
 from cegate.errors import CheckpointError, TrainingError
 from cegate.fisher import measure_fisher
-from cegate.gate import GatePlan, normalize, select_top_k
+from cegate.gate import GatePlan, draw_k, normalize, select_top_k
 from cegate.models.segmenter import Segmenter, build, starting_plan
 from cegate.models.vit import weight_hash
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run, read_json, write_json
@@ -54,6 +58,8 @@ log = logging.getLogger(__name__)
 
 # float16 gradients of single samples underflow without it
 FISHER_LOSS_SCALE = 1024.0
+# gate methods that choose sites anew every gate.interval iterations
+CHOOSING = ("fisher", "random")
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Result:
@@ -165,18 +171,10 @@ class Trainer:
         self.backbone_sha256 = weight_hash(segmenter.vit)
         self.initial = {name: value.clone() for name, value in trained_weights(segmenter).items()}
         segmenter.value_range = value_range_of(sets.source)
-        stream = partial(
-            TrainStream,
-            sets.source,
-            crop=config.data.crop,
-            augment=config.data.augment,
-            seed=config.run.seed,
-            mean=segmenter.mean,
-            std=segmenter.std,
-        )
-        self.stream = stream(batch_size=config.data.batch_size, purpose="train")
-        self.probe = stream(batch_size=config.gate.samples, purpose="fisher")
+        self.objective = make_objective(config, segmenter, sets.source)
         self.interrupt = Interrupt()
+        self.step_seconds: list[float] = []
+        self.score_seconds: list[float] = []
 
     def run(self) -> Result:
         """Run every stage that is not done, then write adapter and figures.
@@ -211,10 +209,7 @@ class Trainer:
         self._start(state)
         title = "baseline" if stage == "before" else "training"
         with Reporter(self.console, title, train.iterations, self.iteration) as reporter:
-            on_gpu = self.device.type == "cuda"
-            workers = self.config.data.workers
-            batches = self.stream.loader(self.iteration, train.iterations, workers, pin_memory=on_gpu)
-            for batch in batches:
+            for batch in self.objective.batches(self.iteration, train.iterations):
                 if self._scoring_is_due():
                     self._score()
                 loss = self._step(batch)
@@ -234,9 +229,10 @@ class Trainer:
         load_trained(segmenter, self.initial, None, "the initial weights")
         plan = GatePlan() if self.stage == "before" else starting_plan(config, segmenter.toolbox)
         segmenter.toolbox.apply(plan)
+        segmenter.tune(config.model.tune == "full" and self.stage == "after")
         segmenter.train()
-        modules = (segmenter.toolbox, segmenter.head)
-        self.optimizer = torch.optim.AdamW(parameter_groups(modules, config.train.weight_decay), lr=config.train.lr)
+        groups = parameter_groups(segmenter.learning_modules(), config.train.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.train.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision_name == "fp16")
         self.iteration, self.ever_active = 0, set(plan.active)
         self.loss_sum, self.loss_count = 0.0, 0
@@ -246,20 +242,20 @@ class Trainer:
             self.scaler.load_state_dict(state.scaler)
             self.iteration, self.ever_active = state.iteration, set(state.ever_active)
             self.loss_sum, self.loss_count = state.loss_sum, state.loss_count
-        elif self.stage == "after" and config.gate.method != "fisher":
+            self.objective.load_state(state.objective)
+        elif self.stage == "after" and config.gate.method not in CHOOSING:
             self.folder.gates.append({"iteration": 0, "scores": {}, "active": list(plan.active)})
 
-    def _step(self, batch: Batch) -> float:
-        config, segmenter = self.config, self.segmenter
+    def _step(self, batch: Any) -> float:
+        config, started = self.config, time.perf_counter()
         seed_everything(config.run.seed, "train", self.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(config.train, self.iteration)
-        batch = batch.to(self.device, non_blocking=True)
         with self.precision():
-            losses = segmenter.loss(batch.image, batch.label)
-        loss = losses.float().mean()
+            terms = self.objective.terms(batch, self.iteration)
+        loss = torch.stack([term.weight * term.losses.float().mean() for term in terms]).sum()
         if not math.isfinite(value := loss.item()):
-            self._refuse_nan(losses, batch)
+            self._refuse_nan(terms)
         self.scaler.scale(loss).backward()
         if config.train.clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -268,13 +264,16 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.objective.after_step(self.iteration)
+        self.step_seconds.append(time.perf_counter() - started)
         return value
 
-    def _refuse_nan(self, losses: Tensor, batch: Batch) -> None:
+    def _refuse_nan(self, terms: list[Term]) -> None:
         path = self.folder.path / "nan_batch.json"
-        values = losses.float().tolist()
-        bad = [name for name, value in zip(batch.names, values, strict=True) if not math.isfinite(value)]
-        write_json(path, {"iteration": self.iteration, "names": batch.names, "not_finite": bad, "loss": values})
+        names = [name for term in terms for name in term.samples]
+        values = [loss for term in terms for loss in term.losses.float().tolist()]
+        bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+        write_json(path, {"iteration": self.iteration, "names": names, "not_finite": bad, "loss": values})
         raise TrainingError(
             f"the loss of iteration {self.iteration} is not finite for {', '.join(bad)} (batch saved in {path}); look "
             "at these files, lower train.lr, set train.clip, or use run.precision=fp32"
@@ -284,38 +283,41 @@ class Trainer:
 
     def _scoring_is_due(self) -> bool:
         gate = self.config.gate
-        return self.stage == "after" and gate.method == "fisher" and self.iteration % gate.interval == 0
+        return self.stage == "after" and gate.method in CHOOSING and self.iteration % gate.interval == 0
 
     def _score(self) -> None:
-        gate, toolbox = self.config.gate, self.segmenter.toolbox
-        seed_everything(self.config.run.seed, "fisher", self.iteration)
-        with self.precision():
-            mass = measure_fisher(
-                self.segmenter,
-                toolbox,
-                self._probe_batches(),
-                estimator=gate.estimator,
-                loss=gate.loss,
-                loss_scale=FISHER_LOSS_SCALE if self.precision_name == "fp16" else 1.0,
-            )
-        scores = normalize(mass, gate.normalize, toolbox.counts())
-        plan = select_top_k(scores, gate.k)
+        gate, toolbox, started = self.config.gate, self.segmenter.toolbox, time.perf_counter()
+        mass = self._measure() if gate.method == "fisher" else {}
+        if mass:
+            scores = normalize(mass, gate.normalize, toolbox.counts())
+            plan = select_top_k(scores, gate.k)
+        else:
+            scores, plan = {}, draw_k(toolbox.sites, gate.k, seed=self.config.run.seed, iteration=self.iteration)
         self.ever_active |= set(plan.active)
         if gate.inactive == "frozen":
             plan = GatePlan(plan.active, self.ever_active)
         changed = len(set(plan.active) - set(toolbox.plan.active))
         toolbox.apply(plan)
-        self.folder.gates.append({"iteration": self.iteration, "scores": scores, "active": list(plan.active)})
+        record = {"iteration": self.iteration, "scores": scores, "mass": mass, "active": list(plan.active)}
+        self.folder.gates.append(record)
+        self.score_seconds.append(time.perf_counter() - started)
         kinds = [site.partition(".")[0] for site in plan.active]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         log.debug("iteration %d: gate chose %s (%d new)", self.iteration, counts, changed)
 
-    def _probe_batches(self) -> Iterator[Batch]:
-        """The Fisher probe of this iteration in pieces of the training batch size."""
-        probe, size = self.probe.batch(self.iteration), self.config.data.batch_size
-        for first in range(0, len(probe.names), size):
-            piece = slice(first, first + size)
-            yield Batch(probe.image[piece], probe.label[piece], probe.names[piece]).to(self.device)
+    def _measure(self) -> dict[str, float]:
+        """Site -> Fisher mass, not normalised."""
+        gate = self.config.gate
+        seed_everything(self.config.run.seed, "fisher", self.iteration)
+        with self.precision():
+            return measure_fisher(
+                self.segmenter,
+                self.segmenter.toolbox,
+                self.objective.probe(self.iteration),
+                estimator=gate.estimator,
+                loss=gate.loss,
+                loss_scale=FISHER_LOSS_SCALE if self.precision_name == "fp16" else 1.0,
+            )
 
     # journal --------------------------------------------------------------------------------------------------------
 
@@ -382,6 +384,7 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             loss_sum=self.loss_sum,
             loss_count=self.loss_count,
+            objective=self.objective.state(),
             value_range=self.segmenter.value_range,
             backbone_sha256=self.backbone_sha256,
             classes=list(self.segmenter.classes),
@@ -467,36 +470,39 @@ class Trainer:
             {domain: record["mIoU"] for domain, record in after.items()},
         )
         self._draw()
+        self._write_result(state.iteration, before, after)
         why = "chosen on the validation set" if self.sets.validation else "the last one: there is no validation set"
         return Result(folder.path, before, after, (f"The model of iteration {state.iteration} counts, {why}.",))
 
     def _draw(self) -> None:
-        folder, records, rounds = self.folder.figures, self.folder.metrics.records, self.folder.gates.records
-        figures.draw_curves(records, folder / "curves.png")
-        if rounds:
-            figures.draw_gate(rounds, self.segmenter.toolbox.sites, folder / "gate.png")
-        shown = {
-            data.name: [data.read(index) for index in range(min(len(data), figures.PANEL_ROWS))]
-            for data in self.sets.evaluated
-        }
-        columns = {"before": self.folder.checkpoints / "before.pt", "after": self.folder.checkpoints / "best.pt"}
-        if not self.config.train.baseline:
-            columns = {"prediction": columns["after"]}
-        masks = {title: self._predict(shown, checkpoint) for title, checkpoint in columns.items()}
-        for domain, items in shown.items():
-            drawn = {title: by_domain[domain] for title, by_domain in masks.items()}
-            classes, palette = self.segmenter.classes, self.segmenter.palette
-            figures.draw_panels(items, drawn, classes, palette, folder / f"panels_{domain}.png")
-
-    def _predict(self, shown: dict[str, list[Item]], checkpoint: Path) -> dict[str, list[np.ndarray]]:
-        """Masks by domain, of the model in a checkpoint."""
-        restore(self.segmenter, load_state(checkpoint), checkpoint, backbone_sha256=self.backbone_sha256)
-        return {domain: [self._mask(item) for item in items] for domain, items in shown.items()}
-
-    def _mask(self, item: Item) -> np.ndarray:
-        data, segmenter = self.config.data, self.segmenter
-        image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
-        logits = evaluator.predict_logits(
-            segmenter, image, crop=data.crop, stride=data.stride, precision=self.precision
+        checkpoints = self.folder.checkpoints
+        columns = {"before": checkpoints / "before.pt", "after": checkpoints / "best.pt"}
+        draw_run(
+            self.folder,
+            self.segmenter,
+            self.sets.evaluated,
+            checkpoints=columns if self.config.train.baseline else {"prediction": columns["after"]},
+            backbone_sha256=self.backbone_sha256,
+            precision=self.precision,
         )
-        return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
+
+    def _write_result(self, iteration: int, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """result.json, by which others know that the run is complete."""
+        segmenter = self.segmenter
+        sites, apart = segmenter.toolbox.counts(), (segmenter.toolbox, segmenter.head)
+        adapting = [sites[site] for site in segmenter.toolbox.plan.on]
+        others = [module for module in segmenter.learning_modules() if module not in apart]
+        adapting += [p.numel() for module in others for p in module.parameters()]
+        write_json(
+            self.folder.result,
+            {
+                "iteration": iteration,
+                "before": before,
+                "after": after,
+                "trained_parameters": sum(adapting),
+                "head_parameters": sum(p.numel() for p in segmenter.head.parameters()),
+                "step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
+                "score_seconds": statistics.median(self.score_seconds) if self.score_seconds else None,
+                "peak_memory_bytes": peak_memory(self.device),
+            },
+        )

@@ -70,6 +70,15 @@ class Segmenter(nn.Module):
         self.vit.eval()
         return self
 
+    def tune(self, on: bool) -> None:
+        """Let the backbone learn, or freeze it; it stays in evaluation mode either way."""
+        self.vit.requires_grad_(on)
+
+    def learning_modules(self) -> list[nn.Module]:
+        """What an optimiser is given: sites, head, and the backbone if it is tuned."""
+        backbone = [self.vit] if self.config.model.tune == "full" else []
+        return [self.toolbox, self.head, *backbone]
+
     def features(self, images: Tensor) -> list[Tensor]:
         """Four maps [B, C, H/patch, W/patch]; H and W must be multiples of the patch side."""
         return extract_features(self.vit, images, self.layers)
@@ -155,13 +164,13 @@ def normalisation(vit: nn.Module, bands: int) -> tuple[tuple[float, ...], tuple[
 
 
 def starting_plan(config: Config, toolbox: Toolbox) -> GatePlan:
-    """The plan before the first scoring; for ``fisher`` it is empty.
+    """The plan before the first choice; for ``fisher`` and ``random`` it is empty.
 
     Raises:
         ConfigError: k or a named site does not fit the toolbox.
     """
     gate = config.gate
-    if gate.method == "fisher":
+    if gate.method in ("fisher", "random"):
         select_top_k(dict.fromkeys(toolbox.sites, 0.0), gate.k)  # k is checked at the door
         return GatePlan()
     if gate.method == "fixed" and not gate.sites:

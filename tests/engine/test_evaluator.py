@@ -64,6 +64,14 @@ def test_written_files_agree(segmenter, arid, tmp_path):
     assert np.load(tmp_path / "arid/confusion.npy").dtype == np.int64
 
 
+def test_tiles_add_up_to_the_domain(segmenter, arid, tmp_path):
+    evaluation = evaluate(segmenter, arid, crop=32)
+    write_evaluation(tmp_path, evaluation)
+    tiles = np.load(tmp_path / "tiles.npz")
+    assert list(tiles["names"]) == [arid.item_name(index) for index in range(len(arid))]
+    assert (tiles["confusion"].sum(0) == np.load(tmp_path / "confusion.npy")).all()
+
+
 def test_table_names_absent_classes(segmenter, arid):
     evaluation = evaluate(segmenter, arid, crop=32)
     evaluation.confusion.matrix[4] = 0

@@ -12,6 +12,7 @@ import cegate
 from cegate.checkpoint import load_state
 from cegate.engine.trainer import describe, train
 from cegate.errors import CheckpointError, ConfigError, DataError, TrainingError
+from cegate.methods import METHODS
 from cegate.models.segmenter import Segmenter
 
 PROMISED = (
@@ -19,7 +20,8 @@ PROMISED = (
     *("checkpoints/last.pt", "checkpoints/best.pt", "checkpoints/before.pt"),
     *("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/README.md"),
     *("figures/gate.png", "figures/curves.png", "figures/panels_source.png", "figures/panels_arid.png"),
-    *("eval/arid/metrics.json", "eval/arid/confusion.npy", "eval/arid/per_class.csv"),
+    *("eval/arid/metrics.json", "eval/arid/confusion.npy", "eval/arid/per_class.csv", "eval/arid/tiles.npz"),
+    "result.json",
 )
 
 
@@ -150,3 +152,35 @@ def test_describe_says_what_a_run_would_do_and_writes_nothing(small, tmp_path):
     text = describe(small())
     assert all(word in text for word in ("4 images", "arid", "24 sites", "5 best", "7 iterations", str(tmp_path)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_what_its_name_says(small, no_figures, method):
+    result = train(small(run__method=method))
+    written = json.loads((result.path / "result.json").read_text())
+    assert written["after"]["arid"]["mIoU"] == result.after["arid"]["mIoU"]
+    state = load_state(result.path / "checkpoints/best.pt")
+    sizes = {name: value.numel() for name, value in state.trained.items()}
+    on = sum(size for name, size in sizes.items() if ".".join(name.split(".")[1:3]) in state.active)
+    beside = sum(size for name, size in sizes.items() if name.startswith(("vit.", "refiner.")))
+    assert written["trained_parameters"] == on + beside
+    assert (written["trained_parameters"] == 0) == (method == "frozen")
+    assert written["step_seconds"] > 0 and written["peak_memory_bytes"] > 0
+    assert {site.partition(".")[0] for site in state.active} <= set(cegate.load(result.path).config.toolbox.kinds)
+
+
+def test_full_tuning_moves_the_backbone_and_the_adapter_brings_it_back(small, no_figures):
+    config = small(run__method="full", train__baseline=True)
+    result = train(config)
+    tuned, before = (load_state(result.path / f"checkpoints/{name}.pt").trained for name in ("best", "before"))
+    assert not torch.equal(tuned["vit.blocks.0.mlp.fc1.weight"], before["vit.blocks.0.mlp.fc1.weight"])
+    segmenter = cegate.load(result.path, device="cpu")
+    assert torch.equal(segmenter.vit.blocks[0].mlp.fc1.weight, tuned["vit.blocks.0.mlp.fc1.weight"])
+
+
+def test_random_gates_are_drawn_anew_each_round_and_the_same_for_a_seed(small, no_figures):
+    runs = [train(small(name, run__method="random", run__seed=seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    first, again, other = ([line["active"] for line in lines(run.path / "gates.jsonl")] for run in runs)
+    assert len(first) == 3 and first[0] != first[1]
+    assert first == again != other
+    assert all(len(active) == 5 for active in first)

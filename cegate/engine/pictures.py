@@ -1,0 +1,61 @@
+"""The pictures of a finished run: gate, curves, and what the model sees on a few images of each domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cegate import figures
+from cegate.checkpoint import load_state, restore
+from cegate.data.datasets import Item, SegmentationSet
+from cegate.data.transforms import normalise
+from cegate.engine.evaluator import predict_logits
+from cegate.engine.runtime import Precision
+from cegate.models.segmenter import Segmenter
+from cegate.runfolder import RunFolder
+
+
+def draw_run(
+    run: RunFolder,
+    segmenter: Segmenter,
+    sets: Sequence[SegmentationSet],
+    *,
+    checkpoints: dict[str, Path],
+    backbone_sha256: str,
+    precision: Precision,
+) -> None:
+    """Write figures/: gate.png, curves.png, and panels_<domain>.png.
+
+    Args:
+        run: whose journals are drawn.
+        segmenter: the model; afterwards it holds the last of the checkpoints.
+        sets: domains to show.
+        checkpoints: column title -> checkpoint whose masks are shown.
+        backbone_sha256: `weight_hash` of the backbone as it was loaded.
+        precision: makes the autocast context of a forward pass.
+    """
+    folder, rounds = run.figures, run.gates.records
+    figures.draw_curves(run.metrics.records, folder / "curves.png")
+    if rounds:
+        figures.draw_gate(rounds, segmenter.toolbox.sites, folder / "gate.png")
+    shown = {data.name: [data.read(index) for index in range(min(len(data), figures.PANEL_ROWS))] for data in sets}
+    masks: dict[str, dict[str, list[np.ndarray]]] = {}
+    for title, checkpoint in checkpoints.items():
+        restore(segmenter, load_state(checkpoint), checkpoint, backbone_sha256=backbone_sha256)
+        masks[title] = {
+            domain: [mask_of(segmenter, item, precision) for item in items] for domain, items in shown.items()
+        }
+    for domain, items in shown.items():
+        drawn = {title: by_domain[domain] for title, by_domain in masks.items()}
+        figures.draw_panels(items, drawn, segmenter.classes, segmenter.palette, folder / f"panels_{domain}.png")
+
+
+def mask_of(segmenter: Segmenter, item: Item, precision: Precision) -> np.ndarray:
+    """Predicted class of every pixel of an item, [H, W] uint8."""
+    data = segmenter.config.data
+    image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
+    logits = predict_logits(segmenter, image, crop=data.crop, stride=data.stride, precision=precision)
+    return logits[0].argmax(0).to(torch.uint8).cpu().numpy()

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from cegate.config import KINDS
+from cegate.configfile import read_config, to_mapping
+from cegate.errors import ConfigError
+from cegate.methods import METHODS
+
+
+def write(path, **sections):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def test_a_file_stands_on_its_bases_and_wins(tmp_path):
+    write(tmp_path / "parts/low.yaml", train={"lr": 1.0, "iterations": 5}, gate={"k": 3})
+    write(tmp_path / "parts/high.yaml", base="low.yaml", train={"lr": 2.0})
+    config = read_config(write(tmp_path / "top.yaml", base=["parts/high.yaml"], gate={"interval": 7}))
+    assert (config.train.lr, config.train.iterations, config.gate.k, config.gate.interval) == (2.0, 5, 3, 7)
+
+
+def test_a_file_that_is_its_own_base_is_refused(tmp_path):
+    write(tmp_path / "a.yaml", base="b.yaml")
+    write(tmp_path / "b.yaml", base="a.yaml")
+    with pytest.raises(ConfigError, match=r"a\.yaml is its own base"):
+        read_config(tmp_path / "a.yaml")
+
+
+def test_a_missing_base_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
+        read_config(write(tmp_path / "a.yaml", base="nowhere.yaml"))
+
+
+def test_a_wrong_key_of_a_base_is_refused_with_the_file(tmp_path):
+    write(tmp_path / "low.yaml", trian={"lr": 1.0})
+    with pytest.raises(ConfigError, match=r"unknown key 'trian'; did you mean 'train'"):
+        read_config(write(tmp_path / "top.yaml", base="low.yaml"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_in_a_file_or_on_the_command_line_means_the_same(tmp_path, method):
+    in_file = read_config(write(tmp_path / "a.yaml", run={"method": method}))
+    on_top = read_config(write(tmp_path / "b.yaml", run={"method": "gate"}), [("run.method", method)])
+    assert in_file == on_top == read_config(to_mapping(in_file))
+
+
+def test_methods_differ_only_in_what_they_decide():
+    lora, gate = (read_config({"run": {"method": method}}) for method in ("lora", "gate"))
+    assert lora.toolbox.kinds == ["spatial"] and lora.gate.method == "all"
+    assert gate.toolbox.kinds == list(KINDS) and gate.gate.method == "fisher"
+    assert (lora.train, lora.data, lora.toolbox.spatial) == (gate.train, gate.data, gate.toolbox.spatial)
+
+
+@pytest.mark.parametrize("overrides", [[("gate.method", "fisher")], [("toolbox.kinds", "[semantic]")]])
+def test_a_key_that_contradicts_the_method_is_refused(overrides):
+    with pytest.raises(ConfigError, match=r"run\.method=lora means .*; leave out one of the two"):
+        read_config({"run": {"method": "lora"}}, overrides)
+
+
+def test_roots_stand_for_folders():
+    sets = {"source": {"root": "${tiles}/a"}, "targets": {"b": {"root": "${tiles}/b"}}, "classes": ["x", "y"]}
+    config = read_config({"data": sets}, [("data.roots.tiles", "/data")], training=True)
+    assert (config.data.source.root, config.data.targets["b"].root) == ("/data/a", "/data/b")
+    with pytest.raises(
+        ConfigError, match=r"source\.root names \$\{tiles\}; give --data\.roots\.tiles the"
+    ):
+        read_config({"data": sets}, training=True)
