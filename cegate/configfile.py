@@ -105,7 +105,17 @@ def find_config(name: str | Path) -> Path:
     shipped = shipped_configs()
     if str(name) in shipped:
         return shipped[str(name)]
-    raise ConfigError(f"config {str(name)!r} is no file; shipped are {', '.join(shipped)}{nearest(str(name), shipped)}")
+    near = _near_configs(str(name), list(shipped))
+    guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise ConfigError(
+        f"config {str(name)!r} is no file and no shipped configuration; {guess}cegate bench --help lists all of them"
+    )
+
+
+def _near_configs(name: str, shipped: Sequence[str]) -> list[str]:
+    """Up to three shipped names: those of other folders that end alike, else those spelt alike."""
+    alike = [other for other in shipped if other.rpartition("/")[2] == name.rpartition("/")[2]]
+    return alike[:3] or difflib.get_close_matches(name, shipped, n=3, cutoff=0.5)
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -245,7 +255,7 @@ def _leaf(hint: Any, value: Any, key: str) -> tuple[Any, list[str]]:
     """The value as its type, which jsonargparse judges."""
     for candidate in [_loaded(value), str(value)] if isinstance(value, _Text) else [value]:
         if isinstance(candidate, Mapping):  # YAML reads `0: road` with an integer key
-            candidate = {str(name): item for name, item in candidate.items()}
+            candidate = {str(n): str(item) if isinstance(item, _Text) else item for n, item in candidate.items()}
         try:
             return _judge(hint).parse_object({"value": candidate}).value, []
         except (argparse.ArgumentError, TypeError, ValueError):

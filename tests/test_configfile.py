@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from cegate.config import KINDS
-from cegate.configfile import read_config, to_mapping
+from cegate.configfile import read_config, to_mapping, to_yaml
 from cegate.errors import ConfigError
 from cegate.methods import METHODS
 
@@ -64,6 +64,7 @@ def test_roots_stand_for_folders():
     sets = {"source": {"root": "${tiles}/a"}, "targets": {"b": {"root": "${tiles}/b"}}, "classes": ["x", "y"]}
     config = read_config({"data": sets}, [("data.roots.tiles", "/data")], training=True)
     assert (config.data.source.root, config.data.targets["b"].root) == ("/data/a", "/data/b")
+    assert read_config(yaml.safe_load(to_yaml(config))) == config
     with pytest.raises(
         ConfigError, match=r"source\.root names \$\{tiles\}; give --data\.roots\.tiles the"
     ):
