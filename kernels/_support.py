@@ -109,3 +109,11 @@ def pad(size: int) -> int:
 def dot_block(dtype: torch.dtype) -> int:
     """Depth of one step of a matrix product; float32 runs without tensor cores and holds its operands in registers."""
     return 16 if dtype == torch.float32 else 64
+
+
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)`` as the last step of an autograd function.
+
+    Under torch.compile, torch 2.11 loses the gradient of a function whose output is a conversion that does nothing.
+    """
+    return x if x.dtype == dtype else x.to(dtype)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._support import HAS_TRITON, accumulation_dtype, pad, pick_backend
+from ._support import HAS_TRITON, accumulation_dtype, in_dtype, pad, pick_backend
 
 BANDS = ("official", "symmetric")
 MAX_SIDE = 128
@@ -259,14 +259,18 @@ def _low_pass_triton(x: Tensor, grid: tuple[int, int], kept: GridFilter) -> Tens
     return y
 
 
+def _run_filter(x: Tensor, kept: GridFilter, grid: tuple[int, int], backend: str) -> Tensor:
+    if backend == "triton":
+        return _low_pass_triton(x, grid, kept)
+    return in_dtype(apply_filter(x, grid, kept), x.dtype)
+
+
 class _LowPass(torch.autograd.Function):
     """Self-adjoint: the backward of x is the filter itself."""
 
     @staticmethod
     def forward(x, row_weights, column_weights, kept, grid, backend):
-        if backend == "triton":
-            return _low_pass_triton(x, grid, kept)
-        return apply_filter(x, grid, kept).to(x.dtype)
+        return _run_filter(x, kept, grid, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -278,7 +282,7 @@ class _LowPass(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         dx = drow = dcolumn = None
         if ctx.needs_input_grad[0]:
-            dx = _LowPass.forward(dy, None, None, ctx.kept, ctx.grid, ctx.backend)
+            dx = _run_filter(dy, ctx.kept, ctx.grid, ctx.backend)
         if x is not None:
             drow, dcolumn = weight_gradients(x, dy, ctx.grid, ctx.kept)
         return dx, drow, dcolumn, None, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._support import HAS_TRITON, compute_dtype, dot_block, pad, pick_backend
+from ._support import HAS_TRITON, compute_dtype, dot_block, in_dtype, pad, pick_backend
 
 ACTIVATIONS = (None, "relu", "gelu")
 MAX_RANK = 256
@@ -26,7 +26,7 @@ def _activate_backward(pre: Tensor, dhidden: Tensor, activation: str | None) -> 
 def _product(narrow: Tensor, weight: Tensor, scale: float, base: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """base + scale * narrow [M, r] @ weight [out, r]^T."""
     if base is None:
-        return (scale * narrow @ weight.mT).to(out_dtype)
+        return in_dtype(scale * narrow @ weight.mT, out_dtype)
     if base.dtype == narrow.dtype:
         return torch.addmm(base, narrow, weight.mT, alpha=scale)
     return base + scale * (narrow @ weight.mT)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from cegate import native, ops
 from cegate.errors import BackendError
+from cegate.kernels._support import HAS_TRITON
 
 needs_cpp = pytest.mark.skipif(native.EXTENSION is None, reason=native.REASON)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -216,8 +217,8 @@ def test_every_instruction_set_computes_the_same(isa):
     assert out.stdout.strip() in (isa, "portable")  # a CPU without AVX2 has the portable loops only
 
 
-def grad_tensors(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    return [tensor.requires_grad_() for tensor in tensors]
+def grad_tensors(*tensors: torch.Tensor, place: torch.device | str = "cpu") -> list[torch.Tensor]:
+    return [tensor.to(place).requires_grad_() for tensor in tensors]
 
 
 @needs_cpp
@@ -250,6 +251,17 @@ def test_opcheck_passes():
     )
 
 
+BOTH = ["torch", pytest.param("cpp", marks=needs_cpp)]
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+ALL = [*BOTH, pytest.param("triton", marks=needs_triton)]
+
+
+@pytest.fixture
+def place(backend, device) -> torch.device:
+    """Where a backend runs here: Triton on the GPU if there is one, else through its interpreter."""
+    return device if backend == "triton" else torch.device("cpu")
+
+
 @needs_cpp
 def test_compile_has_no_graph_break():
     grid, x, weights = (3, 4), torch.randn(2, 12, 8), frequency_weights(8, 5)
@@ -263,16 +275,38 @@ def test_compile_has_no_graph_break():
     torch.testing.assert_close(compiled(x), block(x))
 
 
-# which samples use which adapter: sorted, mixed, with some off, all off
-ASSIGNMENTS = [[0, 0, 1, 2], [2, 0, 2, 1], [-1, 1, -1, 1], [-1, -1, -1, -1]]
-BOTH = ["torch", pytest.param("cpp", marks=needs_cpp)]
+COMPILED = {
+    "low_pass": lambda x, backend: ops.low_pass(x, (3, 4), 0.9, backend=backend),
+    "low_pass, symmetric": lambda x, backend: ops.low_pass(x, (3, 4), 0.9, "symmetric", backend=backend),
+    "low_rank": lambda x, backend: ops.low_rank(x, torch.ones(4, 8), torch.ones(6, 4), backend=backend),
+    "low_rank, adapter": lambda x, backend: ops.low_rank(
+        x, torch.ones(4, 8), torch.ones(8, 4), base=x, activation="gelu", backend=backend
+    ),
+}
 
 
 @pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_gradients_equal_eager_ones(name, backend):
+    x, dy = torch.randn(2, 12, 8, requires_grad=True), torch.randn(2, 12, 8)
+
+    def gradient(function):
+        y = function(x, backend)
+        return torch.autograd.grad(y, x, dy[..., : y.shape[-1]])[0]
+
+    compiled = torch.compile(COMPILED[name], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradient(compiled), gradient(COMPILED[name]))
+
+
+# which samples use which adapter: sorted, mixed, with some off, all off
+ASSIGNMENTS = [[0, 0, 1, 2], [2, 0, 2, 1], [-1, 1, -1, 1], [-1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("adapters", ASSIGNMENTS, ids=str)
-def test_frequency_samples_with_own_adapters_equal_each_sample_alone(adapters, backend):
+def test_frequency_samples_with_own_adapters_equal_each_sample_alone(adapters, backend, place):
     grid = (3, 4)
-    x, *stacked = grad_tensors(torch.randn(4, 12, 8), *frequency_weights(8, 5, (3,)))
+    x, *stacked = grad_tensors(torch.randn(4, 12, 8), *frequency_weights(8, 5, (3,)), place=place)
     together = ops.frequency_adapter(x, grid, *stacked, 0.9, adapters=adapters, backend=backend)
     apart = [
         x[b : b + 1]
@@ -283,9 +317,20 @@ def test_frequency_samples_with_own_adapters_equal_each_sample_alone(adapters, b
     check_together(together, torch.cat(apart), [x, *stacked])
 
 
-@pytest.mark.parametrize("backend", BOTH)
+def test_frequency_adapters_have_cutoffs_of_their_own():
+    grid, adapters = (3, 4), [1, 0, -1]
+    x, cutoffs, *stacked = grad_tensors(torch.randn(3, 12, 8), torch.tensor([0.2, 0.8]), *frequency_weights(8, 5, (2,)))
+    together = ops.frequency_adapter(x, grid, *stacked, cutoffs, adapters=adapters)
+    apart = [
+        ops.frequency_adapter(x[b : b + 1], grid, *(w[a] for w in stacked), cutoffs[a])
+        for b, a in enumerate(adapters[:2])
+    ]
+    check_together(together, torch.cat([*apart, x[2:]]), [x, cutoffs, *stacked])
+
+
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("adapters", ASSIGNMENTS, ids=str)
-def test_low_rank_samples_with_own_adapters_equal_each_sample_alone(adapters, backend):
+def test_low_rank_samples_with_own_adapters_equal_each_sample_alone(adapters, backend, place):
     x, base, down, up, down_bias, up_bias = tensors = grad_tensors(
         torch.randn(4, 9, 8),
         torch.randn(4, 9, 6),
@@ -293,6 +338,7 @@ def test_low_rank_samples_with_own_adapters_equal_each_sample_alone(adapters, ba
         torch.randn(3, 6, 5),
         torch.randn(3, 5),
         torch.randn(3, 6),
+        place=place,
     )
     rest = {"activation": "gelu", "scale": 0.5}
     biases = {"down_bias": down_bias, "up_bias": up_bias}
@@ -308,11 +354,14 @@ def test_low_rank_samples_with_own_adapters_equal_each_sample_alone(adapters, ba
     check_together(together, torch.stack(apart), tensors)
 
 
-@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("adapters", ASSIGNMENTS, ids=str)
-def test_qv_samples_with_own_adapters_equal_each_sample_alone(adapters, backend):
+def test_qv_samples_with_own_adapters_equal_each_sample_alone(adapters, backend, place):
     qkv, x, *stacked = tensors = grad_tensors(
-        torch.randn(4, 9, 18), torch.randn(4, 9, 8), *(torch.randn(3, *shape) for shape in ((5, 8), (6, 5)) * 2)
+        torch.randn(4, 9, 18),
+        torch.randn(4, 9, 8),
+        *(torch.randn(3, *shape) for shape in ((5, 8), (6, 5)) * 2),
+        place=place,
     )
     together = ops.low_rank_qv_(qkv * 1, x, *stacked, 0.5, adapters=adapters, backend=backend)
     apart = [
@@ -326,7 +375,7 @@ def test_qv_samples_with_own_adapters_equal_each_sample_alone(adapters, backend)
 
 def check_together(together: torch.Tensor, apart: torch.Tensor, tensors: list[torch.Tensor]) -> None:
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
-    weight = torch.linspace(0, 7, apart.numel()).cos().view(apart.shape)
+    weight = torch.linspace(0, 7, apart.numel(), device=apart.device).cos().view(apart.shape)
     found, expected = (
         torch.autograd.grad((y * weight).sum(), tensors, allow_unused=True, materialize_grads=True)
         for y in (together, apart)
