@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from memory import peak_bytes
 from side_by_side import note, side_by_side
 from torch import Tensor
 from torch.nn.functional import gelu, linear
@@ -139,6 +140,13 @@ def repeated(run: Callable, times: int) -> Callable:
     return rounds
 
 
+def note_peaks(benchmark, work: Callable[[str], Callable]) -> None:
+    """A row of the peak memory of C++ beside that of PyTorch."""
+    ours, plain = (peak_bytes(work(backend)) for backend in ("cpp", "torch"))
+    note(f"{benchmark.name} peak memory", "torch backend", f"{ours / 1e6:.2f} MB", f"{ours / plain:.3f}", "<= 1")
+    benchmark.extra_info["peak bytes"], benchmark.extra_info["peak bytes of torch"] = ours, plain
+
+
 @pytest.mark.parametrize("direction", ["forward", "forward + backward"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,6 +176,7 @@ def bench_gated_module(benchmark, kind, size, direction):
         rounds=9,
         target={"its matrix products": "<= 1.15"} if large else {"torch backend": "<= 0.5"},
     )
+    note_peaks(benchmark, lambda backend: measure(function, tensors, backend=backend))
 
 
 @pytest.mark.parametrize("size", ["ViT-T, 1 x 196", "ViT-S, 1 x 256"])
@@ -180,9 +189,9 @@ def bench_eight_samples_with_four_adapters(benchmark, kind, size):
     inputs, stacked = tensors[:count], tensors[count:]
     mine = [[weight[adapter].detach() for weight in stacked] for adapter in range(4)]
 
-    def together() -> Tensor:
+    def together(backend: str = "cpp") -> Tensor:
         with torch.no_grad():
-            return function(*inputs, *stacked, adapters=ADAPTERS, backend="cpp")
+            return function(*inputs, *stacked, adapters=ADAPTERS, backend=backend)
 
     def loop() -> Tensor:
         with torch.no_grad():
@@ -201,6 +210,7 @@ def bench_eight_samples_with_four_adapters(benchmark, kind, size):
     ways = {"loop over samples": repeated(loop, 10), "uniform batch": repeated(uniform, 10)}
     target = {"loop over samples": "<= 0.33", "uniform batch": "<= 1.1"}
     side_by_side(benchmark, repeated(together, 10), ways, rounds=9, target=target)
+    note_peaks(benchmark, lambda backend: partial(together, backend))
 
 
 def bench_a_gate_that_is_off(benchmark):

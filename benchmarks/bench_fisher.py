@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from memory import peak_bytes
 from models import make_batch, make_segmenter
 from side_by_side import note, side_by_side
-from torch.profiler import ProfilerActivity, profile
 
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan
@@ -21,19 +20,6 @@ SAMPLES = {"vit_t": 8, "vit_l": 2}
 class Probe:
     image: torch.Tensor
     label: torch.Tensor
-
-
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Largest sum of CPU tensor bytes that live at once during ``work``, beyond what lived before."""
-    work()  # caches of the filter and of timm's embeddings
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def plain_step(model, images, labels):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["build", "fisher", "gate", "load", "ops", "wrap"]
+__all__ = ["build", "fisher", "gate", "load", "load_many", "ops", "read_adapter", "wrap"]
 
 # In a checkout (`python -m cegate.train` there imports this folder, whatever is installed) kernels/ lies beside this
 # folder, not in it: setup.py maps it to cegate.kernels. Searching the parent as well finds it.
@@ -18,6 +18,8 @@ if not (Path(__file__).parent / "kernels").is_dir():
 _LAZY = {
     "build": ("cegate.api", "build"),
     "load": ("cegate.api", "load"),
+    "load_many": ("cegate.api", "load_many"),
+    "read_adapter": ("cegate.api", "read_adapter"),
     "wrap": ("cegate.toolbox.toolbox", "wrap"),
     "fisher": ("cegate.fisher", None),
     "gate": ("cegate.gate", None),

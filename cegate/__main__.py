@@ -13,6 +13,9 @@ VERBS = {
     "train": "adapt a backbone to a source domain and test it on unseen target domains",
     "evaluate": "measure a trained run on labelled sets",
     "predict": "write the masks of images",
+    "data": "published data sets: prepare a download, check it, or generate a miniature",
+    "bench": "train methods on settings with several seeds, and compare them",
+    "report": "write an HTML page about a run, or about a run among others",
     "inspect": "show what a run or adapter holds, or which backends run here",
 }
 
@@ -34,7 +37,10 @@ def main(argv: Sequence[str]) -> int:
     verb, *rest = argv
     if verb not in VERBS:
         raise ConfigError(f"unknown verb {verb!r}; verbs are {', '.join(VERBS)}{nearest(verb, VERBS)}")
-    return importlib.import_module(f"cegate.{verb}").main(rest)
+    module = importlib.import_module(f"cegate.{verb}")
+    if hasattr(module, "__path__"):  # a package holds its command in __main__
+        module = importlib.import_module(f"cegate.{verb}.__main__")
+    return module.main(rest)
 
 
 if __name__ == "__main__":

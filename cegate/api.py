@@ -10,7 +10,9 @@ import torch
 
 from cegate.config import Config
 from cegate.configfile import read_config
+from cegate.errors import ConfigError
 from cegate.models import segmenter
+from cegate.models.adapters import Adapter
 from cegate.models.segmenter import Segmenter
 
 
@@ -40,3 +42,38 @@ def load(path: str | Path, device: str | torch.device | None = None) -> Segmente
     from cegate.checkpoint import load_adapter
 
     return load_adapter(Path(path), device)
+
+
+def load_many(
+    paths: Mapping[str, str | Path], device: str | torch.device | None = None, *, weights: str | None = None
+) -> Segmenter:
+    """Load the adapters of several domains over one backbone; ``model(images, adapter=[...])`` runs them side by side.
+
+    Args:
+        paths: name -> run or adapter folder. The model's own weights, for calls without ``adapter``, are the first's.
+        device: where to put it; default: a GPU if there is one.
+        weights: backbone weights, where the file used in training lies elsewhere here.
+
+    Raises:
+        ConfigError: no folder is given.
+        CheckpointError: a folder has no adapter, or adapters differ in backbone, toolbox or layers of features.
+    """
+    from cegate.checkpoint import load_adapter
+
+    if not paths:
+        raise ConfigError("load_many needs at least one adapter, e.g. {'arid': 'runs/arid'}")
+    model = load_adapter(Path(next(iter(paths.values()))), device, weights=weights)
+    for name, path in paths.items():
+        model.add_adapter(name, read_adapter(path))
+    return model
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read a run folder or an adapter folder, to hand it to ``model.add_adapter(name, adapter)``.
+
+    Raises:
+        CheckpointError: no such folder, or its files cannot be read.
+    """
+    from cegate import checkpoint
+
+    return checkpoint.read_adapter(Path(path))

@@ -21,6 +21,7 @@ from cegate.config import Config
 from cegate.configfile import read_config
 from cegate.errors import CheckpointError, ConfigError
 from cegate.gate import GatePlan
+from cegate.models.adapters import Adapter, misfits
 from cegate.models.segmenter import Segmenter, build
 from cegate.models.vit import weight_hash
 from cegate.runfolder import RunFolder, write_json, write_text, written_aside
@@ -47,7 +48,7 @@ class State:
     iteration: int
     """Iterations done in this stage."""
     trained: dict[str, Tensor]
-    """Weights of every site and of the head."""
+    """Weights of every site, of the head, and of the refiner and a tuned backbone if there are."""
     active: list[str]
     frozen: list[str]
     """Plan: sites that learn, and sites that contribute what they learned."""
@@ -110,8 +111,8 @@ def copy_checkpoint(source: Path, target: Path) -> None:
 
 
 def trained_weights(segmenter: Segmenter, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Weights of the head (``head.<weight>``), of some sites (default: all; ``toolbox.<site>.<weight>``), and of the
-    backbone if it is tuned (``vit.<weight>``)."""
+    """Weights of the head (``head.<weight>``), of some sites (default: all; ``toolbox.<site>.<weight>``), of a refiner
+    (``refiner.<weight>``), and of a backbone that is tuned (``vit.<weight>``)."""
     chosen = segmenter.toolbox.sites if sites is None else list(sites)
     weights = {
         f"toolbox.{site}.{name}": parameter.detach()
@@ -119,7 +120,8 @@ def trained_weights(segmenter: Segmenter, sites: Iterable[str] | None = None) ->
         for name, parameter in segmenter.toolbox.parameters_of(site).items()
     }
     backbone = segmenter.vit.state_dict() if segmenter.config.model.tune == "full" else {}
-    parts = {"head": segmenter.head.state_dict(), "vit": backbone}
+    refiner = segmenter.refiner.state_dict() if segmenter.refiner is not None else {}
+    parts = {"head": segmenter.head.state_dict(), "refiner": refiner, "vit": backbone}
     return weights | {
         f"{part}.{name}": value.detach() for part, state in parts.items() for name, value in state.items()
     }
@@ -135,25 +137,12 @@ def load_trained(
         CheckpointError: keys are missing, left over or of another shape; they are named, and nothing is copied.
     """
     own = trained_weights(segmenter, sites)
-    problems = [
-        f"{label} {_some(keys)}"
-        for label, keys in (
-            ("missing", [key for key in own if key not in weights]),
-            ("unexpected", [key for key in weights if key not in own]),
-            ("of another shape", [k for k in own if k in weights and own[k].shape != weights[k].shape]),
-        )
-        if keys
-    ]
-    if problems:
+    if problems := misfits(own, weights):
         raise CheckpointError(
             f"{where} does not fit the model: {'; '.join(problems)}; use the configuration it was made with"
         )
     for key, value in own.items():
         value.copy_(weights[key])
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
 
 
 def restore(segmenter: Segmenter, state: State, where: str | Path, *, backbone_sha256: str | None = None) -> None:
@@ -165,6 +154,7 @@ def restore(segmenter: Segmenter, state: State, where: str | Path, *, backbone_s
     _check_fit(segmenter, where, state.classes, state.backbone_sha256, backbone_sha256)
     load_trained(segmenter, state.trained, None, where)
     segmenter.toolbox.apply(GatePlan(state.active, state.frozen))
+    segmenter.refine(state.stage == "after")
     segmenter.value_range = state.value_range
 
 
@@ -188,7 +178,8 @@ def _check_fit(
 
 
 def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, results: Mapping[str, float]) -> None:
-    """Write the folder that one shares: trained sites that are on, the head, and what is needed to rebuild the model.
+    """Write the folder that one shares: trained sites that are on, the refiner, the head, and what is needed to rebuild
+    the model.
 
     Args:
         folder: made if needed; its three files are replaced.
@@ -220,6 +211,7 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "patch_size": segmenter.patch,
         "features": segmenter.layers,
         "toolbox": asdict(config.toolbox),
+        "refiner": asdict(config.refiner),
         "active_sites": list(plan.active),
         "frozen_sites": list(plan.frozen),
         "head": config.model.head,
@@ -242,10 +234,15 @@ def _card(description: Mapping[str, Any], weights: Mapping[str, Tensor], results
     rows = "".join(f"| {domain} | {100 * miou:.1f} |\n" for domain, miou in results.items())
     table = f"\n| domain | mIoU (%) |\n|---|---|\n{rows}" if rows else ""
     count = sum(weight.numel() for weight in weights.values())
+    refiner = description["refiner"]
+    tokens = f", {refiner['tokens']} rein tokens a layer" if refiner["method"] == "rein" else ""
+    backbone = "a tuned backbone, " if description["tune"] == "full" else ""
+    parts = f"{backbone}{len(sites)} sites{tokens} and a {description['head']} head"
+    without = "was tuned from" if backbone else "is not included; its"
     return (
         f"# CrossEarth-Gate adapter for {description['backbone']}\n\n"
-        f"{count:,} trained weights: {len(sites)} sites and a {description['head']} head. The frozen backbone is not "
-        f"included; its weights have sha256 `{description['backbone_sha256']}`.\n\n"
+        f"{count:,} trained weights: {parts}. The frozen backbone {without} weights have sha256 "
+        f"`{description['backbone_sha256']}`.\n\n"
         f"Classes: {', '.join(description['classes'])}.\n\nSites: {', '.join(sites) or 'none'}.\n{table}\n"
         "```python\nimport cegate\n\nsegmenter = cegate.load('.')\nmask = segmenter.predict('image.tif')\n```\n\n"
         f"Written by cegate {description['cegate_version']} on Python {platform.python_version()}.\n"
@@ -304,10 +301,7 @@ def load_adapter(path: Path, device: str | torch.device | None = None, *, weight
     segmenter = build(_rebuild_config(description, folder, weights))
     _check_fit(segmenter, folder, description["classes"], description["backbone_sha256"])
     file = folder / WEIGHTS_FILE
-    try:
-        trained = safetensors.torch.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+    trained = _read_weights(file)
     plan = GatePlan(description["active_sites"], description["frozen_sites"])
     if unknown := [site for site in plan.on if site not in segmenter.toolbox.sites]:
         raise CheckpointError(f"{folder / CONFIG_FILE} names the site {unknown[0]!r}, which the backbone does not have")
@@ -317,6 +311,33 @@ def load_adapter(path: Path, device: str | torch.device | None = None, *, weight
     segmenter.value_range = description["value_range"]
     segmenter.ignore = description["ignore"]
     return segmenter.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+
+
+def read_adapter(path: Path) -> Adapter:
+    """An adapter folder, or that of a run, in memory, for :meth:`Segmenter.add_adapter`; no model is built.
+
+    Raises:
+        CheckpointError: no adapter, or its files cannot be read.
+    """
+    folder = adapter_folder(Path(path))
+    description = read_adapter_config(folder)
+    return Adapter(
+        config=_rebuild_config(description, folder, None),
+        plan=GatePlan(description["active_sites"], description["frozen_sites"]),
+        backbone_sha256=description["backbone_sha256"],
+        mean=tuple(description["mean"]),
+        std=tuple(description["std"]),
+        value_range=description["value_range"],
+        source=str(folder / WEIGHTS_FILE),
+        weights=_read_weights(folder / WEIGHTS_FILE),
+    )
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str | None) -> Config:
@@ -339,6 +360,7 @@ def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str |
             "tune": description.get("tune", "frozen"),
         },
         "toolbox": description["toolbox"],
+        "refiner": description.get("refiner", {}),
         "gate": {"method": "none"},
     }
     try:

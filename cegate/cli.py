@@ -106,11 +106,15 @@ def parse_config(argv: Sequence[str], usage: Usage, *, base: str | Path, trainin
     Raises:
         ConfigError: unknown key or bad value, in the file or among the overrides; the nearest valid one is named.
     """
-    return configfile.read_config(base, _overrides(argv, usage), training=training)
+    return configfile.read_config(base, parse_overrides(argv, usage), training=training)
 
 
-def _overrides(argv: Sequence[str], usage: Usage) -> list[tuple[str, str]]:
-    """(key, text) of every option that starts with a section."""
+def parse_overrides(argv: Sequence[str], usage: Usage) -> list[tuple[str, str]]:
+    """(key, text) of every option that starts with a section, in the order given.
+
+    Raises:
+        ConfigError: a value is missing, or an argument belongs to no option.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     _add_options(parser, usage.options)
     keys = dict.fromkeys(_name(token) for token in argv if _is_key(token, usage))

@@ -13,7 +13,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -257,7 +257,7 @@ def _leaf(hint: Any, value: Any, key: str) -> tuple[Any, list[str]]:
         if isinstance(candidate, Mapping):  # YAML reads `0: road` with an integer key
             candidate = {str(n): str(item) if isinstance(item, _Text) else item for n, item in candidate.items()}
         try:
-            return _judge(hint).parse_object({"value": candidate}).value, []
+            return (_judged_once if isinstance(candidate, Hashable) else _judged)(hint, candidate), []
         except (argparse.ArgumentError, TypeError, ValueError):
             continue
     expected = f"expected {_describe(hint)}{nearest(str(value), list(_choices(hint)))}"
@@ -271,6 +271,14 @@ def _loaded(value: Any) -> Any:
         return yaml.safe_load(value)
     except yaml.YAMLError:
         return str(value)
+
+
+def _judged(hint: Any, candidate: Any) -> Any:
+    return _judge(hint).parse_object({"value": candidate}).value
+
+
+# most keys hold the same few values in all the configurations that a matrix reads
+_judged_once = functools.lru_cache(maxsize=4096, typed=True)(_judged)
 
 
 @functools.cache
@@ -369,6 +377,7 @@ def _bounds(section: Any, prefix: str, **limits: str) -> Iterator[str]:
         ">0": (lambda v: v > 0, "a number above 0"),
         ">=0": (lambda v: v >= 0, "0 or more"),
         ">=1": (lambda v: v >= 1, "1 or more"),
+        ">=2": (lambda v: v >= 2, "2 or more"),
         "0..1": (lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
     }
     for name, limit in limits.items():
@@ -467,7 +476,7 @@ def _toolbox_problems(config: Config) -> Iterator[str]:
 
 def _adapt_problems(config: Config, training: bool) -> Iterator[str]:
     adapt = config.adapt
-    yield from _bounds(config.refiner, "refiner", tokens=">=1", rank=">=1")
+    yield from _bounds(config.refiner, "refiner", tokens=">=2", rank=">=1")
     yield from _bounds(adapt, "adapt", warmup=">=0", ema="0..1", weight=">=0", confidence="0..1")
     if training and adapt.method != "none" and config.data.unlabelled is None:
         yield f"adapt.method={adapt.method} needs data.unlabelled, the images of the target domain"

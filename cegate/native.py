@@ -189,8 +189,8 @@ def _register() -> None:
         )
 
     @fake("cegate::low_rank_qv_")
-    def _(qkv, x, down_q, *rest):
-        return x.new_empty(*x.shape[:-1], 2 * down_q.shape[-2])
+    def _(qkv, x, down_q, up_q, down_v, up_v, scale, adapters, keeps=True):
+        return x.new_empty(*x.shape[:-1], 2 * down_q.shape[-2]) if keeps else x.new_empty(0)
 
     @fake("cegate::low_rank_qv_backward")
     def _(dqkv, x, hidden, down_q, up_q, down_v, up_v, scale, adapters, wants_x, wants):

@@ -12,6 +12,7 @@ is the index of sample b's adapter, or -1 where the operator is off for it (see 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -68,13 +69,18 @@ def _no_cpp(op: str, backend: str) -> str:
     return backend
 
 
-def _each_adapter(adapters: Sequence[int], like: Tensor) -> list[tuple[int, Tensor]]:
-    """(adapter, samples) pairs of the adapters that are on."""
-    wanted = sorted({adapter for adapter in adapters if adapter >= 0})
-    return [
-        (adapter, torch.tensor([b for b, other in enumerate(adapters) if other == adapter], device=like.device))
-        for adapter in wanted
-    ]
+def _runs(adapters: Sequence[int]) -> list[tuple[int, slice]]:
+    """(adapter, samples) of neighbours with equal adapters; slices, so that no sample is copied to run them."""
+    runs, first = [], 0
+    for adapter, group in groupby(adapters):
+        after = first + sum(1 for _ in group)
+        runs.append((adapter, slice(first, after)))
+        first = after
+    return runs
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _check_adapters(op: str, adapters: Sequence[int], x: Tensor, stacked: int) -> None:
@@ -158,7 +164,8 @@ def frequency_adapter(
         router, router_bias: [3, C], [3]; logits of the gates.
         scale: [] factor of the mixture.
         cutoff, band, tau: as in :func:`low_pass`.
-        adapters: adapter of each sample, see the module; weights then are [A, 3, d, C] and so on.
+        adapters: adapter of each sample, see the module; weights then are [A, 3, d, C] and so on, a learnable cutoff
+            [A].
         backend: see the module.
 
     Returns:
@@ -179,11 +186,15 @@ def frequency_adapter(
         return _kernel(_frequency_adapter, x, grid, *weights, **rest)
     stacked = down.ndim == 4
     _check_adapters("frequency_adapter", adapters, x, len(down) if stacked else 1)
-    y = x
-    for adapter, samples in _each_adapter(adapters, x):
-        part = _kernel(_frequency_adapter, x[samples], grid, *_own(weights, adapter, stacked), **rest)
-        y = y.index_copy(0, samples, part)
-    return y
+    own_cutoffs = isinstance(cutoff, Tensor) and cutoff.ndim == 1
+
+    def run(adapter: int, samples: slice) -> Tensor:
+        if adapter < 0:
+            return x[samples]
+        own = rest | {"cutoff": cutoff[adapter]} if own_cutoffs else rest
+        return _kernel(_frequency_adapter, x[samples], grid, *_own(weights, adapter, stacked), **own)
+
+    return _joined([run(*part) for part in _runs(adapters)])
 
 
 def low_rank(
@@ -229,14 +240,16 @@ def low_rank(
         return _kernel(_low_rank, x, down, up, **biases, **rest)
     stacked = down.ndim == 3
     _check_adapters("low_rank", adapters, x, len(down) if stacked else 1)
-    y = x.new_zeros(*x.shape[:-1], up.shape[-2]) if base is None else base
-    for adapter, samples in _each_adapter(adapters, x):
-        own_down, own_up, *biases = _own((down, up, down_bias, up_bias), adapter, stacked)
-        part = _kernel(
-            _low_rank, x[samples], own_down, own_up, base=y[samples], down_bias=biases[0], up_bias=biases[1], **rest
-        )
-        y = y.index_copy(0, samples, part)
-    return y
+    base = x.new_zeros(*x.shape[:-1], up.shape[-2]) if base is None else base
+
+    def run(adapter: int, samples: slice) -> Tensor:
+        if adapter < 0:
+            return base[samples]
+        own_down, own_up, *own = _own((down, up, down_bias, up_bias), adapter, stacked)
+        biases = {"down_bias": own[0], "up_bias": own[1]}
+        return _kernel(_low_rank, x[samples], own_down, own_up, base=base[samples], **biases, **rest)
+
+    return _joined([run(*part) for part in _runs(adapters)])
 
 
 def _low_rank_cpp(x, down, up, base, down_bias, up_bias, activation, scale, adapters) -> Tensor:
@@ -287,17 +300,23 @@ def low_rank_qv_(
     in_place = not torch.compiler.is_compiling()  # the compiler has no in-place autograd functions
     if in_place and x.ndim == 3 and _runs_in_cpp("low_rank_qv_", backend, {"qkv": qkv, "x": x}):
         cast = [weight if weight.dtype == x.dtype else weight.to(x.dtype) for weight in weights]
-        return native.LowRankQV.apply(qkv, x, *cast, float(scale), adapters or [])
+        rest = (float(scale), adapters or [])
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, x, *cast)):
+            return native.LowRankQV.apply(qkv, x, *cast, *rest)
+        torch.ops.cegate.low_rank_qv_(qkv, x, *cast, *rest, keeps=False)
+        return qkv
     chosen = "auto" if backend == "cpp" else backend
     if not adapters:
         return _kernel(_low_rank_qv_, qkv, x, *weights, scale, backend=chosen)
     stacked = down_q.ndim == 3
     _check_adapters("low_rank_qv_", adapters, x, len(down_q) if stacked else 1)
-    for adapter, samples in _each_adapter(adapters, x):
-        own = _own(weights, adapter, stacked)
-        part = _kernel(_low_rank_qv_, qkv[samples], x[samples], *own, scale, backend=chosen)
-        qkv = qkv.index_copy(0, samples, part) if not in_place else qkv.index_copy_(0, samples, part)
-    return qkv
+    parts = []
+    for adapter, samples in _runs(adapters):
+        part = qkv[samples]  # a view: added to in place
+        if adapter >= 0:
+            part = _kernel(_low_rank_qv_, part, x[samples], *_own(weights, adapter, stacked), scale, backend=chosen)
+        parts.append(part)
+    return qkv if in_place else _joined(parts)
 
 
 def low_rank_factors(

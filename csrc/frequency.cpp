@@ -307,14 +307,14 @@ std::tuple<Tensor, Tensor> frequency_adapter(
 
   const int64_t size = bytes_of(shape.dtype), rows_all = shape.samples * shape.tokens;
   Tensor y = empty_as(x), active = empty({shape.samples, shape.tokens, shape.hidden}, shape.dtype);
-  Tensor mixed = empty_as(active);
+  Tensor mixed = empty({longest(runs), shape.tokens, shape.hidden}, shape.dtype);
   const Matrix all_x = matrix_of(x, rows_all, shape.channels), all_y = matrix_of(y, rows_all, shape.channels);
-  const Matrix all_active = matrix_of(active, rows_all, shape.hidden), all_mixed = matrix_of(mixed, rows_all, shape.hidden);
+  const Matrix all_active = matrix_of(active, rows_all, shape.hidden);
   for (const Run& run : runs) {
     const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
     if (count == 0) continue;
     const Matrix part_x = all_x.row_range(first, count), part_y = all_y.row_range(first, count);
-    const Matrix hidden = all_active.row_range(first, count), code = all_mixed.row_range(first, count);
+    const Matrix hidden = all_active.row_range(first, count), code = matrix_of(mixed, count, shape.hidden);
     if (run.adapter < 0) {
       std::memcpy(part_y.data, part_x.data, count * shape.channels * size);
       std::memset(hidden.data, 0, count * shape.hidden * size);
@@ -358,7 +358,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
     for (const Tensor* gradient : {&denter, &dleave})
       if (gradient->numel()) std::memset(data_of(*gradient), 0, gradient->numel() * size);
 
-  Tensor dmixed = empty_as(active), mixed = wants_weights ? empty_as(active) : nothing;
+  Tensor dmixed = empty({longest(runs), shape.tokens, shape.hidden}, shape.dtype);
+  Tensor mixed = wants_weights ? empty_as(dmixed) : nothing;
   for (const Run& run : runs) {
     const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
     if (count == 0) continue;
@@ -369,8 +370,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
       continue;
     }
     Weights weights(shape, down, up, up_bias, router, scale, run.adapter);
-    const Matrix gradient = matrix_of(dmixed, rows_all, shape.hidden).row_range(first, count);
-    const Matrix code = matrix_of(mixed, rows_all, shape.hidden).row_range(first, count);
+    const Matrix gradient = matrix_of(dmixed, count, shape.hidden), code = matrix_of(mixed, count, shape.hidden);
     const char* kept = matrix_of(active, rows_all, shape.hidden).row_range(first, count).data;
     project(gradient, part_dy, weights.leave().column_range(0, 3 * d), weights.up_bias());
     const auto sums = Bands(filter, shape, run.count).unmix(gradient.data, kept, wants_weights ? code.data : nullptr, weights.scale);

@@ -116,9 +116,9 @@ std::tuple<Tensor, Tensor> low_rank(
   Tensor y = empty({shape.samples, shape.tokens, shape.out}, shape.dtype);
   Tensor pre = empty({shape.samples, shape.tokens, shape.rank}, shape.dtype);
   const bool keeps_pre = shape.activation != Activation::none;
-  Tensor hidden = keeps_pre ? empty_as(pre) : pre;
+  Tensor hidden = keeps_pre ? empty({longest(runs), shape.tokens, shape.rank}, shape.dtype) : pre;
   const Matrix all_y = matrix_of(y, rows_all, shape.out), all_x = matrix_of(x, rows_all, shape.channels);
-  const Matrix all_pre = matrix_of(pre, rows_all, shape.rank), all_hidden = matrix_of(hidden, rows_all, shape.rank);
+  const Matrix all_pre = matrix_of(pre, rows_all, shape.rank);
   const int64_t base_stride = base ? base->stride(1) : 0;
 
   for (const Run& run : runs) {
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor> low_rank(
     const Matrix weight_down = weight_of(down, run.adapter, shape.rank, shape.channels);
     const Matrix weight_up = weight_of(up, run.adapter, shape.out, shape.rank);
     multiply(part_pre, all_x.row_range(first, count), weight_down.transposed());
-    const Matrix part_hidden = all_hidden.row_range(first, count);
+    const Matrix part_hidden = keeps_pre ? matrix_of(hidden, count, shape.rank) : part_pre;
     const char* narrow_bias = down_bias ? data_of(*down_bias) + run.adapter * shape.rank * size : nullptr;
     if (narrow_bias || keeps_pre) {
       for_row_blocks(count, [&](int64_t row, int64_t rows, int64_t) {
@@ -175,19 +175,47 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_backward(
   const TypedLoops& typed = loops_of(shape.dtype);
   const int64_t size = bytes_of(shape.dtype), rows_all = shape.samples * shape.tokens;
   const Tensor nothing = empty({0}, shape.dtype);
-  const bool recomputes = wants_weights && shape.activation != Activation::none;
-  Tensor dx = wants_x ? empty_as(x) : nothing;
-  Tensor ddown = wants_weights ? empty_as(down) : nothing, dup = wants_weights ? empty_as(up) : nothing;
-  auto bias_like = [&](bool wanted, int64_t width) {
+  // an adapter may come in several runs, or in none
+  const bool adds = !adapters.empty();
+  auto gradient_of = [&](bool wanted, std::vector<int64_t> sizes) {
     if (!wanted || !wants_weights) return nothing;
-    return down.dim() == 3 ? empty({shape.stacked, width}, shape.dtype) : empty({width}, shape.dtype);
+    if (down.dim() == 3) sizes.insert(sizes.begin(), shape.stacked);
+    const Tensor gradient = empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), shape.dtype);
+    if (adds || rows_all == 0) clear(gradient);
+    return gradient;
   };
-  Tensor ddown_bias = bias_like(down_bias, shape.rank), dup_bias = bias_like(up_bias, shape.out);
-  if (down.dim() == 3 || rows_all == 0)
-    for (const Tensor* gradient : {&ddown, &dup, &ddown_bias, &dup_bias}) clear(*gradient);
+  const double beta = adds ? 1 : 0;
+  Tensor dup = gradient_of(true, {shape.out, shape.rank}), dhidden = empty_as(pre);
+  Tensor ddown_bias = gradient_of(down_bias, {shape.rank}), dup_bias = gradient_of(up_bias, {shape.out});
+  const Matrix all_dhidden = matrix_of(dhidden, rows_all, shape.rank), all_pre = matrix_of(pre, rows_all, shape.rank);
 
-  Tensor dhidden = empty_as(pre), hidden = recomputes ? empty_as(pre) : pre;
-  std::vector<bool> seen(shape.stacked, false);
+  {
+    // gone before dx and ddown are made
+    const bool recomputes = wants_weights && shape.activation != Activation::none;
+    const Tensor hidden = recomputes ? empty({longest(runs), shape.tokens, shape.rank}, shape.dtype) : pre;
+    for (const Run& run : runs) {
+      if (run.adapter < 0) continue;
+      const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
+      const Matrix part_dy = matrix_of(dy, rows_all, shape.out).row_range(first, count);
+      const Matrix part_dhidden = all_dhidden.row_range(first, count), part_pre = all_pre.row_range(first, count);
+      const Matrix part_hidden = recomputes ? matrix_of(hidden, count, shape.rank) : part_pre;
+      multiply(part_dhidden, part_dy, weight_of(up, run.adapter, shape.out, shape.rank));
+      std::vector<float> sums(wants_weights && down_bias ? tasks_of(count) * shape.rank : 0, 0.0f);
+      for_row_blocks(count, [&](int64_t row, int64_t rows, int64_t task) {
+        const int64_t offset = row * shape.rank * size;
+        typed.deactivate(
+            part_dhidden.data + offset, part_pre.data + offset, recomputes ? part_hidden.data + offset : nullptr,
+            shape.activation, static_cast<float>(scale), rows, shape.rank,
+            sums.empty() ? nullptr : sums.data() + task * shape.rank);
+      });
+      if (!wants_weights || count == 0) continue;
+      multiply(weight_of(dup, run.adapter, shape.out, shape.rank), part_dy.transposed(), part_hidden, scale, beta);
+      if (down_bias) write_sums(sums, weight_of(ddown_bias, run.adapter, 1, shape.rank), 1.0f, adds);
+      if (up_bias) sum_rows(part_dy, weight_of(dup_bias, run.adapter, 1, shape.out), static_cast<float>(scale), adds);
+    }
+  }
+
+  Tensor dx = wants_x ? empty_as(x) : nothing, ddown = gradient_of(true, {shape.rank, shape.channels});
   for (const Run& run : runs) {
     const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
     const Matrix part_dx = matrix_of(dx, rows_all, shape.channels).row_range(first, count);
@@ -195,31 +223,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_backward(
       if (wants_x && count) std::memset(part_dx.data, 0, count * shape.channels * size);
       continue;
     }
-    const Matrix weight_down = weight_of(down, run.adapter, shape.rank, shape.channels);
-    const Matrix weight_up = weight_of(up, run.adapter, shape.out, shape.rank);
-    const Matrix part_dy = matrix_of(dy, rows_all, shape.out).row_range(first, count);
-    const Matrix part_dhidden = matrix_of(dhidden, rows_all, shape.rank).row_range(first, count);
-    const Matrix part_pre = matrix_of(pre, rows_all, shape.rank).row_range(first, count);
-    const Matrix part_hidden = matrix_of(hidden, rows_all, shape.rank).row_range(first, count);
-    const double beta = seen[run.adapter] ? 1 : 0;  // an adapter may come in several runs
-    multiply(part_dhidden, part_dy, weight_up);
-    std::vector<float> sums(wants_weights && down_bias ? tasks_of(count) * shape.rank : 0, 0.0f);
-    for_row_blocks(count, [&](int64_t row, int64_t rows, int64_t task) {
-      const int64_t offset = row * shape.rank * size;
-      typed.deactivate(
-          part_dhidden.data + offset, part_pre.data + offset, recomputes ? part_hidden.data + offset : nullptr,
-          shape.activation, static_cast<float>(scale), rows, shape.rank,
-          sums.empty() ? nullptr : sums.data() + task * shape.rank);
-    });
-    if (wants_x) multiply(part_dx, part_dhidden, weight_down);
-    if (!wants_weights || count == 0) continue;
+    const Matrix part_dhidden = all_dhidden.row_range(first, count);
     const Matrix part_x = matrix_of(x, rows_all, shape.channels).row_range(first, count);
+    if (wants_x) multiply(part_dx, part_dhidden, weight_of(down, run.adapter, shape.rank, shape.channels));
+    if (!wants_weights || count == 0) continue;
     multiply(weight_of(ddown, run.adapter, shape.rank, shape.channels), part_dhidden.transposed(), part_x, 1, beta);
-    multiply(weight_of(dup, run.adapter, shape.out, shape.rank), part_dy.transposed(), part_hidden, scale, beta);
-    const bool add = seen[run.adapter];
-    if (down_bias) write_sums(sums, weight_of(ddown_bias, run.adapter, 1, shape.rank), 1.0f, add);
-    if (up_bias) sum_rows(part_dy, weight_of(dup_bias, run.adapter, 1, shape.out), static_cast<float>(scale), add);
-    seen[run.adapter] = true;
   }
   return {dx, ddown, dup, ddown_bias, dup_bias};
 }
@@ -255,7 +263,7 @@ struct QueryValue {
 
 Tensor low_rank_qv_(
     Tensor qkv, Tensor x, Tensor down_q, Tensor up_q, Tensor down_v, Tensor up_v, double scale,
-    std::vector<int64_t> adapters) {
+    std::vector<int64_t> adapters, bool keeps) {
   const char* op = "low_rank_qv_";
   const QueryValue both(op, x, down_q, up_q, down_v, up_v, adapters);
   const Shape& shape = both.shape;
@@ -266,14 +274,14 @@ Tensor low_rank_qv_(
   down_v = dense(down_v), up_v = dense(up_v);
 
   const int64_t rows_all = shape.samples * shape.tokens;
-  Tensor hidden = empty({shape.samples, shape.tokens, 2 * shape.rank}, shape.dtype);
-  if (!adapters.empty()) clear(hidden);
+  Tensor hidden = empty({keeps ? shape.samples : longest(runs), shape.tokens, 2 * shape.rank}, shape.dtype);
+  if (!adapters.empty() && keeps) clear(hidden);
   for (const Run& run : runs) {
     if (run.adapter < 0) continue;
     const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
     std::vector<char> joined = both.join(down_q, down_v, run.adapter);
     const Matrix down(joined.data(), 2 * shape.rank, shape.channels, shape.channels, shape.dtype);
-    const Matrix narrow = matrix_of(hidden, rows_all, 2 * shape.rank).row_range(first, count);
+    const Matrix narrow = matrix_of(hidden, keeps ? rows_all : count, 2 * shape.rank).row_range(keeps ? first : 0, count);
     const Matrix target = matrix_of(qkv, rows_all, 3 * shape.out).row_range(first, count);
     multiply(narrow, matrix_of(x, rows_all, shape.channels).row_range(first, count), down.transposed());
     const Matrix weight_q = weight_of(up_q, run.adapter, shape.out, shape.rank);
@@ -283,7 +291,7 @@ Tensor low_rank_qv_(
         target.column_range(2 * shape.out, shape.out), narrow.column_range(shape.rank, shape.rank),
         weight_v.transposed(), scale, 1);
   }
-  return hidden;
+  return keeps ? hidden : empty({0}, shape.dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_qv_backward(

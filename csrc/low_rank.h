@@ -21,10 +21,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_backward(
     Tensor dy, Tensor x, Tensor pre, Tensor down, Tensor up, bool down_bias, bool up_bias, int64_t activation,
     double scale, std::vector<int64_t> adapters, bool wants_x, bool wants_weights);
 
-// Adds to the query and value parts of qkv [B, T, 3 out] in place; returns the narrow hidden tensor [B, T, 2r].
+// Adds to the query and value parts of qkv [B, T, 3 out] in place; returns the narrow hidden tensor [B, T, 2r] if it
+// `keeps` it for the backward, else an empty one.
 Tensor low_rank_qv_(
     Tensor qkv, Tensor x, Tensor down_q, Tensor up_q, Tensor down_v, Tensor up_v, double scale,
-    std::vector<int64_t> adapters);
+    std::vector<int64_t> adapters, bool keeps);
 
 // Gradients of x, down_q, up_q, down_v, up_v.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_qv_backward(

@@ -26,7 +26,7 @@ STABLE_TORCH_LIBRARY(cegate, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "low_rank_qv_(Tensor(a!) qkv, Tensor x, Tensor down_q, Tensor up_q, Tensor down_v, Tensor up_v, float scale, "
-      "int[] adapters) -> Tensor");
+      "int[] adapters, bool keeps=True) -> Tensor");
   m.def(
       "low_rank_qv_backward(Tensor dqkv, Tensor x, Tensor hidden, Tensor down_q, Tensor up_q, Tensor down_v, "
       "Tensor up_v, float scale, int[] adapters, bool wants_x, bool wants_weights) "

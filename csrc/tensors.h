@@ -181,4 +181,11 @@ inline std::vector<Run> runs_of(
   return runs;
 }
 
+// Samples of the longest run: what no caller keeps is as large as that, and used again by every run.
+inline int64_t longest(const std::vector<Run>& runs) {
+  int64_t samples = 0;
+  for (const Run& run : runs) samples = std::max(samples, run.count);
+  return samples;
+}
+
 }  // namespace cegate

@@ -63,7 +63,7 @@ def refused(capsys, *argv: str) -> str:
         (["stray"], "unexpected argument 'stray'"),
         (
             ["--config", "quickstar"],
-            "config 'quickstar' is no file; shipped are quickstart; did you mean",
+            "config 'quickstar' is no file and no shipped configuration; did you mean 'quickstart'? cegate",
         ),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
     ],
@@ -128,7 +128,7 @@ def test_help_lists_every_key_with_its_text(capsys):
     assert "--resume" in text and "CONFIG" not in text
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "inspect"])
+@pytest.mark.parametrize("verb", ["train", "evaluate", "predict", "inspect", "bench"])
 def test_help_needs_no_torch(verb):
     checked = f"try: {verb}.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     code = f"import sys; from cegate import {verb}\n{checked}"

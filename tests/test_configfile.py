@@ -65,7 +65,5 @@ def test_roots_stand_for_folders():
     config = read_config({"data": sets}, [("data.roots.tiles", "/data")], training=True)
     assert (config.data.source.root, config.data.targets["b"].root) == ("/data/a", "/data/b")
     assert read_config(yaml.safe_load(to_yaml(config))) == config
-    with pytest.raises(
-        ConfigError, match=r"source\.root names \$\{tiles\}; give --data\.roots\.tiles the"
-    ):
+    with pytest.raises(ConfigError, match=r"source\.root names \$\{tiles\}; give --data\.roots\.tiles the"):
         read_config({"data": sets}, training=True)

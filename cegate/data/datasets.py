@@ -1,4 +1,4 @@
-"""Sets of images and masks behind one face: folders of any naming, LoveDA as downloaded, generated scenes.
+"""Sets of images and masks behind one face: any folders, LoveDA as downloaded, prepared sets, generated scenes.
 
 Decoded files stay in memory up to `CACHE_BYTES` per set and process, the least recently used leave first. Rasters of
 more than `LARGE_PX` pixels are never held: the part asked for is read from the file.
@@ -14,19 +14,25 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from cegate.config import IGNORE, SetConfig
-from cegate.data import climates, scenes
+from cegate.data import climates, prepared, scenes
 from cegate.data.rasters import SUFFIXES, Header, LabelMap, Window, read_header, read_image, read_mask, to_unit
 from cegate.errors import ConfigError, DataError, nearest
 
 LOVEDA_CLASSES: tuple[str, ...] = ("background", "building", "road", "water", "barren", "forest", "agricultural")
 """Train ids of LoveDA; files hold them plus one, and 0 where there is no data."""
+LOVEDA_PALETTE: tuple[str, ...] = ("#FFFFFF", "#FF0000", "#FFFF00", "#0000FF", "#9F81B7", "#00FF00", "#FFC380")
+LOVEDA_ORIGIN = "https://zenodo.org/record/5706578 (Train.zip and Val.zip)"
+LOVEDA_LAYOUT = "{Train,Val}/{Urban,Rural}/{images_png,masks_png}/<n>.png, images of 1024x1024"
 LOVEDA_SPLITS: tuple[str, ...] = ("Train/Urban", "Train/Rural", "Val/Urban", "Val/Rural")
 CACHE_BYTES = 256 * 2**20
 LARGE_PX = 2**24
+UNLABELLED = 254
+"""Label of a pixel of a set that was opened without labels."""
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
 
 
@@ -37,7 +43,7 @@ class Item:
     image: np.ndarray
     """[C, H, W] float32, 0..1."""
     label: np.ndarray
-    """[H, W] uint8, class index or 255."""
+    """[H, W] uint8, class index or 255; 254 in place of the index in unlabelled sets."""
     name: str
 
 
@@ -49,11 +55,16 @@ class SegmentationSet(ABC):
         classes: class names in the order of their indices.
         bands: 1-based bands that are read.
         value_range: per band, the (low, high) that becomes 0..1.
+        labelled: whether there are labels.
+        palette: one "#RRGGBB" per class where the set is published with colours, else nothing.
     """
+
+    labelled: ClassVar[bool] = True
 
     def __init__(self, name: str, classes: Sequence[str], labels: LabelMap, bands: Sequence[int], nan: str) -> None:
         self.name, self.classes, self.bands = name, tuple(classes), tuple(bands)
         self.value_range: tuple[tuple[float, float], ...] = ((0.0, 255.0),) * len(self.bands)
+        self.palette: tuple[str, ...] = ()
         self._labels, self._nan = labels, nan
         self._cache = _Cache(CACHE_BYTES)
 
@@ -142,11 +153,11 @@ def _part(array: np.ndarray, window: Window | None) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Pair:
-    """An image file and its mask."""
+    """An image file and its mask, if masks were looked for."""
 
     name: str
     image: Path
-    mask: Path
+    mask: Path | None
 
 
 class FileSet(SegmentationSet):
@@ -179,7 +190,8 @@ class FileSet(SegmentationSet):
         """The image's header, once image and mask are known to fit the set and each other."""
         if index not in self._headers:
             pair = self._pairs[index]
-            image, mask = read_header(pair.image), read_header(pair.mask)
+            image = read_header(pair.image)
+            mask = image if pair.mask is None else read_header(pair.mask)
             if max(self.bands) > image.bands:
                 read_image(pair.image, self.bands, window=Window(0, 0, 1, 1))  # raises, and says what to do
             if image.size != mask.size:
@@ -201,7 +213,8 @@ class FileSet(SegmentationSet):
 
     def fingerprint(self) -> str:
         facts = [
-            (p.name, p.image.name, p.image.stat().st_size, p.mask.name, p.mask.stat().st_size) for p in self._pairs
+            [p.name, *(fact for file in (p.image, p.mask) if file for fact in (file.name, file.stat().st_size))]
+            for p in self._pairs
         ]
         return _digest(facts, self._labels.codes, self.classes, self.bands, self.value_range)
 
@@ -291,22 +304,66 @@ class GeneratedSet(SegmentationSet):
         return self._labels.apply(_part(self._scene(index)[3], window))[0]
 
 
-def open_set(cfg: SetConfig, *, name: str, classes: Sequence[str] = ()) -> SegmentationSet:
+class Unlabelled(SegmentationSet):
+    """The images of a set, which is never asked for a label: a pixel's is 254, or 255 where the image has a NaN."""
+
+    labelled = False
+
+    def __init__(self, images: SegmentationSet) -> None:
+        super().__init__(images.name, images.classes, images._labels, images.bands, images._nan)
+        self.value_range, self.palette = images.value_range, images.palette
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def item_name(self, index: int) -> str:
+        return self._images.item_name(index)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._images.size(index)
+
+    def fingerprint(self) -> str:
+        return self._images.fingerprint()
+
+    def check(self) -> None:
+        self._images.check()
+
+    def _pixels(self, index: int, window: Window | None) -> np.ndarray:
+        return self._images._pixels(index, window)
+
+    def _describe(self, index: int) -> str:
+        return self._images._describe(index)
+
+    def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
+        """Which pixels there are; nothing is read."""
+        size = self.size(index) if window is None else (window.height, window.width)
+        return np.full(size, UNLABELLED, np.uint8)
+
+
+def open_set(cfg: SetConfig, *, name: str, classes: Sequence[str] = (), labelled: bool = True) -> SegmentationSet:
     """Open a set of images and masks.
 
     Args:
         cfg: where it is and how to read it.
         name: its name in the configuration ("source", "validation" or the target's name), for messages.
-        classes: class names in the order of their indices. LoveDA and generated sets know their own; others need them.
+        classes: class names in the order of their indices. Folders need them, the other kinds know their own.
+        labelled: ``False`` opens the images alone: masks need not exist, are not looked for and are never read, and
+            what the set says of its labels does not count.
 
     Returns:
         The set; pairs are found and the first is looked at, pixels are read when asked for.
 
     Raises:
         ConfigError: a key of the set is missing or wrong.
-        DataError: no pairs, files without a partner, or an unfit first pair.
+        DataError: no pairs, files without a partner, an unfit first pair, or a folder that is not what it should be.
     """
-    openers = {"folder": _open_folder, "loveda": _open_loveda, "generated": _open_generated}
+    openers = {
+        "folder": _open_folder,
+        "loveda": _open_loveda,
+        "prepared": _open_prepared,
+        "generated": _open_generated,
+    }
     if cfg.kind not in openers:
         raise ConfigError(
             f"set {name!r}: kind={cfg.kind!r} is none of {', '.join(openers)}{nearest(cfg.kind, openers)}"
@@ -317,10 +374,15 @@ def open_set(cfg: SetConfig, *, name: str, classes: Sequence[str] = ()) -> Segme
         raise ConfigError(f"set {name!r}: limit={cfg.limit} leaves nothing; use 1 or more, or no limit")
     if len(classes) >= 254 or len(set(classes)) != len(classes):
         raise ConfigError(f"data.classes has {len(classes)} names; use at most 253, each once")
-    return openers[cfg.kind](cfg, name, classes)
+    opened = openers[cfg.kind](cfg, name, classes, labelled)
+    return opened if labelled else Unlabelled(opened)
 
 
-def _labels(cfg: SetConfig, name: str, classes: Sequence[str], default: dict[str, str] | None) -> LabelMap:
+def _labels(
+    cfg: SetConfig, name: str, classes: Sequence[str], default: dict[str, str] | None, labelled: bool
+) -> LabelMap:
+    if not labelled:
+        return LabelMap((), colours=False)
     mapping = default if cfg.label_map is None else cfg.label_map
     try:
         return LabelMap.parse(mapping, classes, cfg.ignore)
@@ -329,25 +391,68 @@ def _labels(cfg: SetConfig, name: str, classes: Sequence[str], default: dict[str
         raise ConfigError(f"set {name!r}: {error}{hint}") from error
 
 
-def _open_folder(cfg: SetConfig, name: str, classes: Sequence[str]) -> SegmentationSet:
-    if not classes:
+def _open_folder(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:
+    if labelled and not classes:
         raise ConfigError(f"set {name!r}: a folder needs data.classes, the class names in the order of their indices")
-    labels = _labels(cfg, name, classes, default=None)
-    return FileSet(cfg, name, classes, labels, find_pairs(_root(cfg, name), cfg.images, cfg.masks, name)[: cfg.limit])
+    labels = _labels(cfg, name, classes, default=None, labelled=labelled)
+    pairs = find_pairs(_root(cfg, name), cfg.images, cfg.masks if labelled else None, name)
+    return FileSet(cfg, name, classes, labels, pairs[: cfg.limit])
 
 
-def _open_loveda(cfg: SetConfig, name: str, classes: Sequence[str]) -> SegmentationSet:
+def _open_loveda(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:
     if cfg.split not in LOVEDA_SPLITS:
         hint = nearest(cfg.split or "", LOVEDA_SPLITS)
         raise ConfigError(f"set {name!r}: split={cfg.split!r} is none of {', '.join(LOVEDA_SPLITS)}{hint}")
     classes = classes or LOVEDA_CLASSES
     stored = {"0": "ignore"} | {str(k + 1): class_name for k, class_name in enumerate(LOVEDA_CLASSES)}
-    labels = _labels(cfg, name, classes, default=stored)
-    pairs = find_pairs(_root(cfg, name), f"{cfg.split}/images_png/*.png", f"{cfg.split}/masks_png/*.png", name)
-    return FileSet(cfg, name, classes, labels, pairs[: cfg.limit])
+    labels = _labels(cfg, name, classes, default=stored, labelled=labelled)
+    masks = f"{cfg.split}/masks_png/*.png" if labelled else None
+    root = _root(cfg, name)
+    if not (root / cfg.split / "images_png").is_dir():
+        raise DataError(
+            f"set {name!r}: {root} has no {cfg.split}/images_png; LoveDA comes from {LOVEDA_ORIGIN}, "
+            f"unpacked it is {LOVEDA_LAYOUT}"
+        )
+    pairs = find_pairs(root, f"{cfg.split}/images_png/*.png", masks, name)
+    opened = FileSet(cfg, name, classes, labels, pairs[: cfg.limit])
+    opened.palette = _palette(classes, LOVEDA_CLASSES, LOVEDA_PALETTE)
+    return opened
 
 
-def _open_generated(cfg: SetConfig, name: str, classes: Sequence[str]) -> SegmentationSet:
+def _palette(classes: Sequence[str], known: Sequence[str], colours: Sequence[str]) -> tuple[str, ...]:
+    """The colours of classes in their order; nothing if one has none."""
+    table = dict(zip(known, colours, strict=True))
+    return tuple(table[name] for name in classes) if set(classes) <= table.keys() else ()
+
+
+def _open_prepared(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:
+    root = _root(cfg, name)
+    try:
+        manifest = prepared.read_manifest(root)
+    except DataError as error:
+        raise DataError(f"set {name!r}: {error}") from error
+    if not manifest.finished:
+        raise DataError(f"set {name!r}: preparing {root} was interrupted; run cegate data prepare again, it goes on")
+    held = [split for split, part in manifest.splits.items() if part.found.files]
+    if cfg.split not in held:
+        hint = nearest(cfg.split or "", held)
+        raise ConfigError(f"set {name!r}: split={cfg.split!r} is none of {', '.join(held)}, which {root} holds{hint}")
+    classes = classes or manifest.classes
+    labels = _labels(cfg, name, classes, default=dict(manifest.label_map), labelled=labelled)
+    masks = f"{prepared.LABELS}/{cfg.split}/*" if labelled else None
+    pairs = find_pairs(root, f"{prepared.IMAGES}/{cfg.split}/*", masks, name)
+    expected = manifest.splits[cfg.split].found.files
+    if len(pairs) != expected:
+        raise DataError(
+            f"set {name!r}: {root / prepared.IMAGES / cfg.split} holds {len(pairs)} images, but {expected} were "
+            f"prepared; cegate data check {root} tells more"
+        )
+    opened = FileSet(cfg, name, classes, labels, pairs[: cfg.limit])
+    opened.palette = _palette(classes, manifest.classes, manifest.palette)
+    return opened
+
+
+def _open_generated(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:
     if cfg.split not in climates.CLIMATES:
         hint = nearest(cfg.split or "", climates.CLIMATES)
         raise ConfigError(
@@ -359,9 +464,9 @@ def _open_generated(cfg: SetConfig, name: str, classes: Sequence[str]) -> Segmen
         )
     classes = classes or climates.CLASSES
     drawn = {str(k): class_name for k, class_name in enumerate(climates.CLASSES)}
-    labels = _labels(cfg, name, classes, default=drawn)
+    labels = _labels(cfg, name, classes, default=drawn, labelled=labelled)
     missing = [drawn[key] for key in drawn if int(key) not in dict(labels.codes)]
-    if missing or labels.colours:
+    if labelled and (missing or labels.colours):
         raise ConfigError(
             f"set {name!r}: label_map of generated scenes needs the keys {', '.join(drawn)}, "
             f"which are {', '.join(climates.CLASSES)}"
@@ -378,8 +483,8 @@ def _root(cfg: SetConfig, name: str) -> Path:
     return root
 
 
-def find_pairs(root: Path, images: str, masks: str, name: str) -> list[Pair]:
-    """Find the image and mask files of a set.
+def find_pairs(root: Path, images: str, masks: str | None, name: str) -> list[Pair]:
+    """Find the image and mask files of a set; without a glob of masks, the images alone.
 
     Two files belong together when the wildcards of their globs (``*``, ``?``, ``[...]``, ``**``) stand for the same
     text: ``*/img/*_sat.jpg`` and ``*/msk/*_gt.png`` pair ``a/img/7_sat.jpg`` with ``a/msk/7_gt.png``. The file suffix
@@ -393,6 +498,9 @@ def find_pairs(root: Path, images: str, masks: str, name: str) -> list[Pair]:
         ConfigError: the globs have different wildcards, or one is absolute.
         DataError: nothing found, two files with the same open part, or files without a partner.
     """
+    if masks is None:
+        found = _find(root, images, "images", name)
+        return [Pair(_pair_name(key, found[key]), found[key], None) for key in sorted(found, key=_natural)]
     found = [_find(root, pattern, key, name) for pattern, key in ((images, "images"), (masks, "masks"))]
     if _wildcards(images) != _wildcards(masks):
         raise ConfigError(
@@ -413,7 +521,11 @@ def find_pairs(root: Path, images: str, masks: str, name: str) -> list[Pair]:
                 f"first {first}; add the missing files or narrow the globs images={images!r}, masks={masks!r}"
             )
     keys = sorted(by_image, key=_natural)
-    return [Pair("/".join(filter(None, key)) or by_image[key].stem, by_image[key], by_mask[key]) for key in keys]
+    return [Pair(_pair_name(key, by_image[key]), by_image[key], by_mask[key]) for key in keys]
+
+
+def _pair_name(key: tuple[str, ...], image: Path) -> str:
+    return "/".join(filter(None, key)) or image.stem
 
 
 def _find(root: Path, pattern: str, key: str, name: str) -> dict[tuple[str, ...], Path]:

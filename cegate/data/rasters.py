@@ -25,6 +25,7 @@ SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", "
 # by default GDAL fills what is missing of a truncated JPEG with grey and of a truncated PNG with zeros, in silence
 _STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 _UNMAPPED = 254
+_IN_ARCHIVE = "/vsizip/"  # GDAL's spelling of a file in a zip
 _SHOWN = 6
 
 
@@ -62,7 +63,7 @@ class Header:
 def _open(path: str | Path) -> Iterator[rasterio.DatasetReader]:
     """The open file; a missing or damaged one is a DataError, a missing georeference is no news."""
     path = Path(path)
-    if not path.is_file():
+    if not path.is_file() and not path.as_posix().startswith(_IN_ARCHIVE):
         raise DataError(f"{path}: no such file")
     try:
         with rasterio.Env(**_STRICT), warnings.catch_warnings():
@@ -252,14 +253,31 @@ def read_mask(
         ConfigError: the map itself is wrong.
     """
     labels = label_map if isinstance(label_map, LabelMap) else LabelMap.parse(label_map, classes, ignore)
-    with _open(path) as src:
-        pixels = src.read(window=_raster_window(window))
-        table = _colour_table(src)
-    codes = _colour_codes(path, pixels, table) if labels.colours else _value_codes(path, pixels)
+    codes = read_codes(path, colours=labels.colours, window=window)
     label, unmapped = labels.apply(codes)
     if unmapped.any():
         raise DataError(_unmapped_message(path, codes[unmapped], labels))
     return label
+
+
+def read_codes(path: str | Path, *, colours: bool, window: Window | None = None) -> np.ndarray:
+    """What a mask holds before any map is applied.
+
+    Args:
+        path: the mask.
+        colours: read colours, else values; see `read_mask` for what they are in each kind of file.
+        window: read this part only.
+
+    Returns:
+        [H, W]: 0xRRGGBB int32, or values in the file's dtype.
+
+    Raises:
+        DataError: missing or unreadable file, colours of a file that is not 8-bit, values of a file in colours.
+    """
+    with _open(path) as src:
+        pixels = src.read(window=_raster_window(window))
+        table = _colour_table(src)
+    return _colour_codes(path, pixels, table) if colours else _value_codes(path, pixels)
 
 
 def _colour_codes(path: str | Path, pixels: np.ndarray, table: np.ndarray | None) -> np.ndarray:
@@ -346,6 +364,27 @@ def write_mask(
             if palette is not None:
                 dst.write_colormap(1, {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)})
             dst.write(mask, 1)
+
+
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write an image as PNG, byte for byte the same for the same pixels.
+
+    Args:
+        path: target, whose suffix is .png.
+        image: [C, H, W] uint8 with 1 to 4 bands.
+
+    Raises:
+        DataError: another suffix, dtype, shape or number of bands.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png" or image.dtype != np.uint8 or image.ndim != 3 or not 1 <= len(image) <= 4:
+        raise DataError(f"{path}: a PNG takes [1..4, H, W] uint8, not {list(image.shape)} {image.dtype}")
+    count, height, width = image.shape
+    profile = {"driver": "PNG", "height": height, "width": width, "count": count, "dtype": "uint8"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with rasterio.open(path, "w", **profile) as dst:
+            dst.write(image)
 
 
 def _triple(colour: str) -> tuple[int, int, int]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cegate.config import AugmentConfig
-from cegate.data.datasets import SegmentationSet
-from cegate.data.transforms import augment_from, normalise
+from cegate.config import IGNORE, AugmentConfig
+from cegate.data.datasets import UNLABELLED, SegmentationSet
+from cegate.data.transforms import augment_from, draw_class_mask, normalise
 from cegate.errors import CegateError, ConfigError
 
 
@@ -27,27 +27,39 @@ class Batch:
     image: torch.Tensor
     """[B, C, H, W] float32, normalised."""
     label: torch.Tensor
-    """[B, H, W] int64, class index or 255."""
+    """[B, H, W] int64, class index or 255; all 255 for a set without labels."""
     names: list[str]
+    valid: torch.Tensor | None = None
+    """[B, H, W] bool: not padding, not NaN. Only of a set without labels, where `label` cannot tell."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The batch on another device."""
-        move = {"device": device, "non_blocking": non_blocking}
-        return Batch(self.image.to(**move), self.label.to(**move), self.names)
+        return self._map(lambda tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from where it is copied to a GPU in the background."""
-        return Batch(self.image.pin_memory(), self.label.pin_memory(), self.names)
+        return self._map(torch.Tensor.pin_memory)
+
+    def pieces(self, size: int) -> Iterator[Batch]:
+        """The batch in parts of at most ``size`` samples, in order."""
+        for first in range(0, len(self), size):
+            part = slice(first, first + size)
+            names = self.names[part]
+            yield replace(self._map(lambda tensor, part=part: tensor[part]), names=names)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        valid = None if self.valid is None else change(self.valid)
+        return Batch(change(self.image), change(self.label), self.names, valid)
 
 
 class TrainStream:
     """Random crops of a set, without end.
 
     Args:
-        dataset: the set.
+        dataset: the set. Without labels, no crop is drawn again for its classes.
         crop: side of a crop in pixels.
         batch_size: crops per batch.
         augment: random changes.
@@ -77,6 +89,8 @@ class TrainStream:
         if not 0 < low <= high:
             raise ConfigError(f"data.augment.resize={augment.resize} is not [low, high] with 0 < low <= high")
         _check_statistics(dataset, mean, std)
+        if not dataset.labelled:
+            augment = replace(augment, max_class_share=1.0)
         self.dataset, self.crop, self.batch_size, self.augment = dataset, crop, batch_size, augment
         self.mean, self.std = tuple(mean), tuple(std)
         self._key = (seed, zlib.crc32(purpose.encode()))
@@ -86,7 +100,10 @@ class TrainStream:
         samples = [self._sample(iteration, slot) for slot in range(self.batch_size)]
         images, labels, names = zip(*samples, strict=True)
         image = torch.from_numpy(normalise(np.stack(images), self.mean, self.std))
-        return Batch(image, torch.from_numpy(np.stack(labels).astype(np.int64)), list(names))
+        label, valid = torch.from_numpy(np.stack(labels).astype(np.int64)), None
+        if not self.dataset.labelled:
+            label, valid = torch.full_like(label, IGNORE), label == UNLABELLED
+        return Batch(image, label, list(names), valid)
 
     def _sample(self, iteration: int, slot: int) -> tuple[np.ndarray, np.ndarray, str]:
         index = self._index(iteration * self.batch_size + slot)
@@ -115,6 +132,65 @@ class TrainStream:
         Closing or dropping the iterator ends the workers.
         """
         return _fetch(self.batch, range(start, stop), workers, pin_memory=pin_memory, context=context)
+
+
+@dataclass(frozen=True)
+class DomainPair:
+    """What an iteration with two domains needs."""
+
+    source: Batch
+    target: Batch | None
+    """As many crops of the target domain, without labels; ``None`` in the warm-up."""
+    pasted: torch.Tensor | None
+    """[B, H, W] bool: pixels of the source crops that are pasted onto the target's."""
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DomainPair:
+        """The pair on another device."""
+        if self.target is None:
+            return DomainPair(self.source.to(device, non_blocking=non_blocking), None, None)
+        return DomainPair(
+            self.source.to(device, non_blocking=non_blocking),
+            self.target.to(device, non_blocking=non_blocking),
+            self.pasted.to(device=device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> DomainPair:
+        """The pair in page-locked memory."""
+        if self.target is None:
+            return DomainPair(self.source.pin_memory(), None, None)
+        return DomainPair(self.source.pin_memory(), self.target.pin_memory(), self.pasted.pin_memory())
+
+
+class PairStream:
+    """Crops of a source domain, and after a warm-up as many of a target domain.
+
+    The source's are those of a run without a target. Each is joined by the target's crop of the same slot; both sets
+    are gone through in their own shuffled order, the smaller one more often.
+
+    Args:
+        source, target: streams of equal batch size.
+        warmup: first iteration with a target.
+        seed: decides on the pasted classes, beside iteration and slot.
+    """
+
+    def __init__(self, source: TrainStream, target: TrainStream, *, warmup: int, seed: int) -> None:
+        self.source, self.target, self.warmup = source, target, warmup
+        self._key = (seed, zlib.crc32(b"classmix"))
+
+    def batch(self, iteration: int) -> DomainPair:
+        """The pair of an iteration, >= 0."""
+        source = self.source.batch(iteration)
+        if iteration < self.warmup:
+            return DomainPair(source, None, None)
+        masks = [
+            draw_class_mask(label, np.random.default_rng([*self._key, iteration, slot]))
+            for slot, label in enumerate(source.label.numpy())
+        ]
+        return DomainPair(source, self.target.batch(iteration), torch.from_numpy(np.stack(masks)))
+
+    def loader(self, start: int, stop: int, workers: int = 0, *, pin_memory: bool = False) -> Iterator[DomainPair]:
+        """The pairs start..stop-1, in order; as `TrainStream.loader`."""
+        return _fetch(self.batch, range(start, stop), workers, pin_memory=pin_memory)
 
 
 class EvalStream:

@@ -162,6 +162,21 @@ def _finish(
     return image, np.pad(label, ((0, below), (0, right)), constant_values=IGNORE)
 
 
+def draw_class_mask(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pixels of half of the classes that a label shows, rounded up: what ClassMix pastes (Olsson et al., WACV 2021).
+
+    Args:
+        label: [H, W] class index, or 255 where there is none; such a pixel is never chosen.
+        rng: source of chance.
+
+    Returns:
+        [H, W] bool.
+    """
+    present = np.unique(label)
+    present = present[present != IGNORE]
+    return np.isin(label, rng.choice(present, size=(len(present) + 1) // 2, replace=False))
+
+
 def distort_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Change brightness, contrast, saturation and hue, each with probability 0.5; contrast comes before or after the
     colours at random. Saturation and hue are those of the HSV hexcone and only change three-band images.

@@ -30,13 +30,16 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, object]]:
-    """AdamW groups: weights of projections decay; norms, biases, embeddings and scalars do not."""
+    """AdamW groups: weights of projections decay; norms, biases, embeddings, scalars and whatever a module names in
+    ``no_weight_decay()`` (timm's vision transformers do) do not."""
     decay: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for module in modules:
         for part in module.modules():
+            named = part.no_weight_decay() if hasattr(part, "no_weight_decay") else ()
             for name, parameter in part.named_parameters(recurse=False):
                 exempt = isinstance(part, (*NORMS, nn.Embedding)) or name.endswith("bias") or "embed" in name
+                exempt = exempt or name in named
                 (plain if exempt or parameter.ndim < 2 else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -58,6 +58,7 @@ log = logging.getLogger(__name__)
 
 # float16 gradients of single samples underflow without it
 FISHER_LOSS_SCALE = 1024.0
+UNLABELLED_DOMAIN = "unlabelled"
 # gate methods that choose sites anew every gate.interval iterations
 CHOOSING = ("fisher", "random")
 
@@ -110,10 +111,26 @@ def describe(config: Config) -> str:
             f"backbone: {config.model.backbone}, patch {segmenter.patch}, features of layers {segmenter.layers}",
             f"toolbox: {len(counts)} sites with {sum(counts.values()):,} weights; "
             f"training {trained.get(gate.method, f'{len(starting_plan(config, segmenter.toolbox).active)} sites')}",
+            *_describe_refiner(config, segmenter),
             f"head: {config.model.head} with {sum(p.numel() for p in segmenter.head.parameters()):,} weights",
+            *_describe_adaptation(config, sets),
             f"schedule: {config.train.iterations} iterations of {config.data.batch_size} crops, {config.data.crop} px",
         ]
     )
+
+
+def _describe_refiner(config: Config, segmenter: Segmenter) -> list[str]:
+    if segmenter.refiner is None:
+        return []
+    count, refiner = sum(p.numel() for p in segmenter.refiner.parameters()), config.refiner
+    return [f"refiner: {refiner.method}, {refiner.tokens} tokens of rank {refiner.rank} a layer, {count:,} weights"]
+
+
+def _describe_adaptation(config: Config, sets: Sets) -> list[str]:
+    if sets.unlabelled is None:
+        return []
+    adapt = config.adapt
+    return [f"adapting to: {len(sets.unlabelled)} unlabelled images, {adapt.method} from iteration {adapt.warmup} on"]
 
 
 # --- what a run is made of ------------------------------------------------------------------------------------------
@@ -126,6 +143,8 @@ class Sets:
     source: SegmentationSet
     validation: SegmentationSet | None
     targets: list[SegmentationSet]
+    unlabelled: SegmentationSet | None = None
+    """Images to adapt to, opened without labels."""
 
     @property
     def evaluated(self) -> list[SegmentationSet]:
@@ -134,7 +153,7 @@ class Sets:
 
 
 def open_sets(config: Config) -> tuple[Config, Sets]:
-    """Open every set and look at all its files; classes that only the source set knows enter the configuration.
+    """Open every set and look at all its files; classes and palette that only the source set knows enter the configuration.
 
     Raises:
         ConfigError: the sets have other classes.
@@ -145,10 +164,15 @@ def open_sets(config: Config) -> tuple[Config, Sets]:
     classes = list(source.classes)
     validation = data.validation and open_set(data.validation, name=SOURCE_DOMAIN, classes=classes)
     targets = [open_set(target, name=name, classes=classes) for name, target in data.targets.items()]
-    sets = Sets(source, validation, targets)
-    for opened in (source, *sets.evaluated):
-        opened.check()
-    return replace(config, data=replace(data, classes=classes)), sets
+    unlabelled = None
+    if config.adapt.method != "none":
+        unlabelled = open_set(data.unlabelled, name=UNLABELLED_DOMAIN, classes=classes, labelled=False)
+    sets = Sets(source, validation, targets, unlabelled)
+    for opened in (source, *sets.evaluated, unlabelled):
+        if opened is not None:
+            opened.check()
+    palette = data.palette or list(source.palette)
+    return replace(config, data=replace(data, classes=classes, palette=palette)), sets
 
 
 def value_range_of(source: SegmentationSet) -> list[list[float]] | None:
@@ -171,7 +195,6 @@ class Trainer:
         self.backbone_sha256 = weight_hash(segmenter.vit)
         self.initial = {name: value.clone() for name, value in trained_weights(segmenter).items()}
         segmenter.value_range = value_range_of(sets.source)
-        self.objective = make_objective(config, segmenter, sets.source)
         self.interrupt = Interrupt()
         self.step_seconds: list[float] = []
         self.score_seconds: list[float] = []
@@ -229,11 +252,14 @@ class Trainer:
         load_trained(segmenter, self.initial, None, "the initial weights")
         plan = GatePlan() if self.stage == "before" else starting_plan(config, segmenter.toolbox)
         segmenter.toolbox.apply(plan)
+        segmenter.refine(self.stage == "after")
         segmenter.tune(config.model.tune == "full" and self.stage == "after")
         segmenter.train()
         groups = parameter_groups(segmenter.learning_modules(), config.train.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.train.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision_name == "fp16")
+        unlabelled = self.sets.unlabelled if self.stage == "after" else None
+        self.objective = make_objective(config, segmenter, self.sets.source, unlabelled)
         self.iteration, self.ever_active = 0, set(plan.active)
         self.loss_sum, self.loss_count = 0.0, 0
         if state is not None:
@@ -330,7 +356,7 @@ class Trainer:
         self.loss_sum, self.loss_count = 0.0, 0
         lr = learning_rate(self.config.train, self.iteration - 1)
         record = {"iteration": self.iteration, "split": "train", "stage": self.stage, "domain": SOURCE_DOMAIN}
-        self.folder.metrics.append({**record, "loss": mean, "lr": lr})
+        self.folder.metrics.append({**record, "loss": mean, **self.objective.journal(), "lr": lr})
         log.debug("%s iteration %d: loss %.4f, lr %.2e", self.stage, self.iteration, mean, lr)
 
     def _evaluate(self) -> str:
@@ -418,6 +444,8 @@ class Trainer:
 
     def _environment(self) -> dict[str, Any]:
         sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
+        if self.sets.unlabelled is not None:
+            sets[self.sets.unlabelled.name] = self.sets.unlabelled
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "versions": {

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cegate.errors import ConfigError
 from cegate.losses import pixel_cross_entropy
 
 FEATURES = 4
 """Maps that a head takes."""
+
+
+class QuerySource(Protocol):
+    """Gives a head its queries, such as Rein's tokens."""
+
+    @property
+    def attached(self) -> bool: ...
+    def queries(self) -> Tensor: ...  # [m, query_width]
 
 
 class Head(nn.Module, ABC):
@@ -23,6 +33,17 @@ class Head(nn.Module, ABC):
 
     No head mixes samples: a sample's logits and loss are the same in every batch, which per-sample Fisher scores need.
     """
+
+    query_width: int | None = None
+    """Width of the head's queries, where it has some that a refiner can give."""
+
+    def take_queries(self, refiner: QuerySource) -> None:
+        """Use a refiner's queries in place of the head's own while the refiner is attached.
+
+        Raises:
+            ConfigError: this head has no queries.
+        """
+        raise ConfigError(f"{type(self).__name__} has no queries that a refiner could give; use model.head=mask2former")
 
     @abstractmethod
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

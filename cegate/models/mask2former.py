@@ -28,7 +28,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from cegate.config import IGNORE
 from cegate.errors import ConfigError
 from cegate.losses import at_least_float32
-from cegate.models.head import FEATURES, Head
+from cegate.models.head import FEATURES, Head, QuerySource
 
 GROUPS = 32
 """Channel groups of the pixel decoder's normalisation; the width is a multiple of it."""
@@ -91,8 +91,17 @@ class Mask2FormerHead(Head):
             decoder_layers=decoder_layers,
             train_num_points=points,
         )
+        self.query_width = width
         self.decoder = _Decoder(config, channels)
         self.criterion = _PointLoss(config)
+
+    def take_queries(self, refiner: QuerySource) -> None:
+        """Use a refiner's queries [queries, width] as positions, and a linear map of them as contents, while it is
+        attached (Rein); the head's own tables serve otherwise."""
+        transformer = self.decoder.transformer
+        transformer.queries_embedder = _LinkedTable(transformer.queries_embedder, refiner, nn.Identity())
+        content = nn.Linear(self.query_width, self.query_width)
+        transformer.queries_features = _LinkedTable(transformer.queries_features, refiner, content)
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Logarithm of each class's share of a pixel: softmax gives the shares back, argmax the prediction.
@@ -140,6 +149,23 @@ class _Decoder(Mask2FormerPreTrainedModel):
         decoded = self.transformer(pixels.multi_scale_features, pixels.mask_features)
         class_logits = [self.class_predictor(queries.transpose(0, 1)) for queries in decoded.intermediate_hidden_states]
         return class_logits, list(decoded.masks_queries_logits)
+
+
+class _LinkedTable(nn.Module):
+    """Stands in for a table of queries, of which the library asks the weight."""
+
+    def __init__(self, table: nn.Embedding, refiner: QuerySource, change: nn.Module) -> None:
+        super().__init__()
+        self.table, self.change = table, change
+        self._refiner = (refiner,)  # a tuple, so that the refiner is no part of the head
+
+    @property
+    def weight(self) -> Tensor:
+        (refiner,) = self._refiner
+        if not refiner.attached:
+            return self.table.weight
+        with torch.autocast(self.table.weight.device.type, enabled=False):  # as precise as the table
+            return self.change(refiner.queries())
 
 
 class _PointLoss(Mask2FormerLoss):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,13 @@ from cegate.data.rasters import read_image
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.losses import pixel_cross_entropy
+from cegate.models.adapters import Adapter, AdapterBank, Chosen, Gates
+from cegate.models.head import Head
 from cegate.models.heads import build_head
 from cegate.models.sliding import slide
 from cegate.models.vit import build_vit, extract_features, feature_layers
 from cegate.palette import default_palette
+from cegate.refiners.rein import Rein
 from cegate.toolbox.toolbox import Toolbox
 
 ValueRange = Sequence[Sequence[float]]  # [low, high] per band
@@ -34,6 +39,7 @@ class Segmenter(nn.Module):
         layers: 0-based layers whose tokens the head sees.
         classes: names in the order of their indices.
         config: what it was built from; windows, bands and normalisation are read from it.
+        refiner: tokens that refine every block's output after the block's sites.
     """
 
     def __init__(
@@ -44,9 +50,11 @@ class Segmenter(nn.Module):
         layers: Sequence[int],
         classes: Sequence[str],
         config: Config,
+        refiner: Rein | None = None,
     ) -> None:
         super().__init__()
-        self.vit, self.toolbox, self.head = vit, toolbox, head
+        self.vit, self.toolbox, self.head, self.refiner = vit, toolbox, head, refiner
+        self.bank = AdapterBank()
         self.layers, self.classes, self.config = list(layers), tuple(classes), config
         self.palette = tuple(config.data.palette or default_palette(len(classes)))
         self.bands = tuple(config.data.source.bands or (1, 2, 3))
@@ -74,34 +82,98 @@ class Segmenter(nn.Module):
         """Let the backbone learn, or freeze it; it stays in evaluation mode either way."""
         self.vit.requires_grad_(on)
 
+    def refine(self, on: bool) -> None:
+        """Let the refiner take part, or leave it out; nothing happens without one."""
+        if self.refiner is not None:
+            self.refiner.attach() if on else self.refiner.unwrap()
+
     def learning_modules(self) -> list[nn.Module]:
-        """What an optimiser is given: sites, head, and the backbone if it is tuned."""
+        """What an optimiser is given: sites, head, the refiner if there is one, and the backbone if it is tuned."""
+        refiner = [self.refiner] if self.refiner is not None else []
         backbone = [self.vit] if self.config.model.tune == "full" else []
-        return [self.toolbox, self.head, *backbone]
+        return [self.toolbox, self.head, *refiner, *backbone]
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Four maps [B, C, H/patch, W/patch]; H and W must be multiples of the patch side."""
         return extract_features(self.vit, images, self.layers)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, K, H, W] of normalised float32 images [B, bands, H, W]; any size (padded to whole patches)."""
+    def forward(self, images: Tensor, *, gates: Gates | None = None, adapter: Chosen | None = None) -> Tensor:
+        """Logits of a batch, each sample as it would be alone.
+
+        Args:
+            images: [B, bands, H, W], normalised float32; any size (padded to whole patches).
+            gates: sites that run in this call, [3, L] for all samples or [B, 3, L] for each (rows spatial, semantic,
+                frequency; 0 or 1); default: those of the plan, or of each sample's adapter. What learns stays as the
+                plan of the toolbox says.
+            adapter: name or index of the adapter of all samples or of each, see :meth:`add_adapter`; default: the
+                model's own weights and head.
+
+        Returns:
+            [B, K, H, W]; channel k of a sample is class k of its adapter.
+
+        Raises:
+            ConfigError, ValueError: an adapter is unknown, adapters differ in their number of classes, or gates do not
+                fit.
+        """
         height, width = images.shape[-2:]
         images = self._whole_patches(images, 0.0)
-        return self.head(self.features(images), images.shape[-2:])[..., :height, :width]
+        size = images.shape[-2:]
+        if gates is None and adapter is None:
+            return self.head(self.features(images), size)[..., :height, :width]
+        call = self.bank.call(self.toolbox, len(images), gates, adapter)
+        with self.toolbox.dispatched(call.shares):
+            features = self.features(call.sort(images))
+        heads = [(part, self.head if index is None else self.bank.head(index)) for part, index in call.heads]
+        logits = [head([f[part] for f in features], size)[..., :height, :width] for part, head in heads]
+        return call.restore(logits)
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor, *, gates: Gates | None = None) -> Tensor:
         """Task loss of each sample alone, [B]; it does not depend on what else is in the batch.
 
         Args:
             images: [B, bands, H, W] normalised float32.
             labels: [B, H, W] int64, 255 ignored.
+            gates: as in :meth:`forward`.
         """
-        features = self.features(self._whole_patches(images, 0.0))
-        return self.head.loss(features, self._whole_patches(labels, self.ignore))
+        images, labels = self._whole_patches(images, 0.0), self._whole_patches(labels, self.ignore)
+        if gates is None:
+            return self.head.loss(self.features(images), labels)
+        call = self.bank.call(self.toolbox, len(images), gates, None)
+        with self.toolbox.dispatched(call.shares):
+            features = self.features(call.sort(images))
+        return call.restore([self.head.loss(features, call.sort(labels))])
 
     def nll(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean pixel cross entropy of each sample's semantic prediction, [B]."""
         return pixel_cross_entropy(self(images), labels)
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Name -> adapter that this model holds beside its own weights, in the order of their indices."""
+        return self.bank.adapters
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """Hold one more adapter over this backbone; ``model(images, adapter=name)`` then runs it.
+
+        Its weights are copied and frozen. Classes, head, bands and sites that are on may be its own.
+
+        Args:
+            name: new name.
+            adapter: as :func:`cegate.read_adapter` gives it.
+
+        Raises:
+            ConfigError: the name is taken.
+            CheckpointError: another backbone or toolbox, weights that do not fit or are not finite; nothing is added.
+        """
+        self.bank.add(name, adapter, self)
+
+    def delete_adapter(self, name: str) -> None:
+        """Give up an adapter; the indices of later ones move down by one.
+
+        Raises:
+            ConfigError: there is no adapter of that name.
+        """
+        self.bank.delete(name)
 
     def _whole_patches(self, pixels: Tensor, fill: float) -> Tensor:
         height, width = pixels.shape[-2:]
@@ -109,41 +181,50 @@ class Segmenter(nn.Module):
         return F.pad(pixels, (0, right, 0, below), value=fill) if below or right else pixels
 
     @torch.no_grad()
-    def predict(self, image: np.ndarray | str | Path) -> np.ndarray:
+    def predict(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> np.ndarray:
         """Class index of every pixel, (H, W) uint8, of a (bands, H, W) or (H, W, bands) array or an image file."""
-        return self._logits(image).argmax(0).to(torch.uint8).cpu().numpy()
+        return self._logits(image, adapter).argmax(0).to(torch.uint8).cpu().numpy()
 
     @torch.no_grad()
-    def predict_proba(self, image: np.ndarray | str | Path) -> np.ndarray:
+    def predict_proba(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> np.ndarray:
         """Class probabilities, (K, H, W) float32, of a (bands, H, W) or (H, W, bands) array or an image file."""
-        return self._logits(image).float().softmax(0).cpu().numpy()
+        return self._logits(image, adapter).float().softmax(0).cpu().numpy()
 
-    def _logits(self, image: np.ndarray | str | Path) -> Tensor:
-        pixels = self.normalise(image)
+    def _logits(self, image: np.ndarray | str | Path, adapter: str | int | None) -> Tensor:
+        pixels = self.normalise(image, adapter=adapter)
+        forward, data, running = self, self.config.data, nullcontext()
+        if adapter is not None:
+            forward, data = partial(self, adapter=adapter), self.bank.named(adapter).config.data
+            running = self.toolbox.dispatched(self.bank.call(self.toolbox, 1, None, adapter).shares)
         was_training = self.training
         self.eval()
         try:
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-                data = self.config.data
-                return slide(self, pixels.to(self.device)[None], crop=data.crop, stride=data.stride)[0]
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"), running:
+                return slide(forward, pixels.to(self.device)[None], crop=data.crop, stride=data.stride)[0]
         finally:
             self.train(was_training)
 
-    def normalise(self, image: np.ndarray | str | Path) -> Tensor:
+    def normalise(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> Tensor:
         """Raw pixels -> the normalised float32 tensor [bands, H, W] that the backbone takes.
 
+        Args:
+            image: (bands, H, W) or (H, W, bands) array, or an image file.
+            adapter: whose bands and value range count; default: the model's own.
+
         Raises:
+            ConfigError: there is no such adapter.
             DataError: wrong number of bands, NaN pixels, or a depth whose value range is unknown.
         """
+        given = self if adapter is None else self.bank.named(adapter)
         name = str(image) if isinstance(image, str | Path) else "image"
-        pixels = read_image(image, self.bands) if isinstance(image, str | Path) else self._bands_first(image)
+        pixels = read_image(image, given.bands) if isinstance(image, str | Path) else self._bands_first(image)
         if np.isnan(pixels).any():
             raise DataError(f"{name} has {int(np.isnan(pixels).any(0).sum())} NaN pixels; fill them before prediction")
-        if self.value_range is None and pixels.dtype != np.uint8:
+        if given.value_range is None and pixels.dtype != np.uint8:
             raise DataError(f"{name} is {pixels.dtype}, the model was trained on 8-bit images; convert it to uint8")
-        low, high = np.asarray(self.value_range or [[0, 255]] * len(self.bands), np.float32).T[:, :, None, None]
+        low, high = np.asarray(given.value_range or [[0, 255]] * len(self.bands), np.float32).T[:, :, None, None]
         unit = np.clip((pixels.astype(np.float32) - low) / (high - low), 0, 1)
-        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (self.mean, self.std))
+        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (given.mean, given.std))
         return torch.from_numpy((unit - mean) / std)
 
     def _bands_first(self, image: np.ndarray) -> np.ndarray:
@@ -179,8 +260,18 @@ def starting_plan(config: Config, toolbox: Toolbox) -> GatePlan:
     return GatePlan(chosen)
 
 
+def build_refiner(config: Config, vit: nn.Module, head: Head) -> Rein | None:
+    """The refiner of a configuration, linked to the head's queries where it has some."""
+    if config.refiner.method == "none":
+        return None
+    refiner = Rein(vit, config.refiner, query_width=head.query_width)
+    if head.query_width is not None:
+        head.take_queries(refiner)
+    return refiner
+
+
 def build(config: Config) -> Segmenter:
-    """Build backbone, toolbox and head from a configuration; equal seeds give equal weights.
+    """Build backbone, toolbox, head and refiner from a configuration; equal seeds give equal weights.
 
     Raises:
         BackboneError, ConfigError: what does not fit is named.
@@ -211,8 +302,11 @@ def build(config: Config) -> Segmenter:
                 f"image size {vit_size} is not a multiple of the ViT patch size {patch}; use {low} or {low + patch}"
             )
         torch.manual_seed(config.run.seed)  # so that head and toolbox do not depend on how the backbone was made
-        head = build_head(model.head, channels=vit.embed_dim, classes=len(data.classes))
+        linked = config.refiner.method == "rein" and model.head == "mask2former"
+        queries = {"queries": config.refiner.tokens} if linked else {}  # one for each token
+        head = build_head(model.head, channels=vit.embed_dim, classes=len(data.classes), **queries)
         toolbox = Toolbox(vit, config.toolbox)
         toolbox.apply(starting_plan(config, toolbox))
+        refiner = build_refiner(config, vit, head)
     layers = feature_layers(len(vit.blocks), model.features)
-    return Segmenter(vit, toolbox, head, layers, data.classes, config)
+    return Segmenter(vit, toolbox, head, layers, data.classes, config, refiner)

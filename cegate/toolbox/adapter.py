@@ -38,8 +38,9 @@ class Adapter(Site):
         return self.run(x, y, self._add, self._backward)
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
-        biases = {"down_bias": self.down_bias, "up_bias": self.up_bias}
-        return ops.low_rank(x, self.down, self.up, base=y, **biases, activation="gelu", scale=self.scale)
+        down, up, down_bias, up_bias = self.operands("down", "up", "down_bias", "up_bias")
+        rest = {"activation": "gelu", "scale": self.scale, "adapters": self.share.adapters}
+        return ops.low_rank(x, down, up, base=y, down_bias=down_bias, up_bias=up_bias, **rest)
 
     def _backward(self, x: Tensor, dy: Tensor) -> Tensor:
         down, up, down_bias = self.weights(x, "down", "up", "down_bias")

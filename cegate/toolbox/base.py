@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -21,6 +21,16 @@ class TokenLayout:
 
     prefix: int
     grid: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a site does in a call whose samples differ."""
+
+    adapters: Sequence[int] | None = None
+    """Adapter of each sample, or -1 where the site is off, as in :mod:`cegate.ops`; None: all samples alike."""
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    """Weights in place of the site's own, [A, ...] where ``adapters`` index them; empty: the site's own."""
 
 
 Add = Callable[[Tensor, Tensor], Tensor]
@@ -69,11 +79,13 @@ class Site(nn.Module):
     """One module kind at one layer.
 
     Subclasses add their delta through hooks on a timm block. While ``tap`` is set, they run their own backward pass,
-    which shows it every weight's gradient sample by sample.
+    which shows it every weight's gradient sample by sample. While ``share`` is set, they run on its samples with its
+    weights.
     """
 
     kind: ClassVar[Kind]
     tap: Tap | None = None
+    share: Share = Share()
 
     def __init__(self, layer: int) -> None:
         super().__init__()
@@ -97,6 +109,11 @@ class Site(nn.Module):
             return add(x, base)
         anchor = torch.ones((), device=x.device, requires_grad=True)  # below the first site x itself needs no gradient
         return _Observed.apply(anchor, x, base, add, backward)
+
+    def operands(self, *names: str) -> list[Tensor]:
+        """Weights of the current call: those lent to it, else the site's own."""
+        lent = self.share.weights
+        return [lent[name] if name in lent else getattr(self, name) for name in names]
 
     def weights(self, like: Tensor, *names: str) -> list[Tensor]:
         """Detached weights in the dtype of ``like``."""

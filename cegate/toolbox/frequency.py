@@ -49,13 +49,9 @@ class EarthAdapter(Site):
 
     def _mix(self, patches: Tensor, base: Tensor) -> Tensor:
         # the operator adds to what it reads, so base is patches once more
-        return ops.frequency_adapter(
-            patches,
-            self._tokens.grid,
-            *(getattr(self, name) for name in WEIGHTS),
-            cutoff=self.cutoff,
-            band=self.band,
-        )
+        *weights, cutoff = self.operands(*WEIGHTS, "cutoff")
+        rest = {"cutoff": cutoff, "band": self.band, "adapters": self.share.adapters}
+        return ops.frequency_adapter(patches, self._tokens.grid, *weights, **rest)
 
     def _backward(self, y: Tensor, dz: Tensor) -> Tensor:
         weights = self.weights(y, *WEIGHTS)

@@ -39,7 +39,8 @@ class Lora(Site):
         """Hook of a fused projection: u [B, T, C], qkv [B, T, 3 inner]."""
 
         def add(u: Tensor, qkv: Tensor) -> Tensor:
-            return ops.low_rank_qv_(qkv, u, self.down_q, self.up_q, self.down_v, self.up_v, self.scale)
+            weights = self.operands("down_q", "up_q", "down_v", "up_v")
+            return ops.low_rank_qv_(qkv, u, *weights, self.scale, adapters=self.share.adapters)
 
         def backward(u: Tensor, dqkv: Tensor) -> Tensor:
             dq, _, dv = dqkv.chunk(3, dim=-1)
@@ -57,8 +58,8 @@ class Lora(Site):
 
     def _add(self, part: str, u: Tensor, base: Tensor) -> Tensor:
         def add(u: Tensor, base: Tensor) -> Tensor:
-            down, up = getattr(self, f"down_{part}"), getattr(self, f"up_{part}")
-            return ops.low_rank(u, down, up, base=base, scale=self.scale)
+            down, up = self.operands(f"down_{part}", f"up_{part}")
+            return ops.low_rank(u, down, up, base=base, scale=self.scale, adapters=self.share.adapters)
 
         return self.run(u, base, add, lambda u, dy: self._backward(part, u, dy))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -13,7 +13,7 @@ from cegate.config import KINDS, ToolboxConfig
 from cegate.errors import BackboneError, ConfigError
 from cegate.gate import GatePlan, site_key
 from cegate.toolbox.adapter import Adapter
-from cegate.toolbox.base import Site, Tap, TokenLayout
+from cegate.toolbox.base import Share, Site, Tap, TokenLayout
 from cegate.toolbox.frequency import EarthAdapter
 from cegate.toolbox.lora import Lora
 
@@ -45,6 +45,8 @@ class Toolbox(nn.Module):
         self._vit = (vit,)  # a tuple, so that the backbone is no part of this module
         self._tokens = TokenLayout(prefix=getattr(vit, "num_prefix_tokens", 0))
         self._handles: list[RemovableHandle] = []
+        self._hooked: tuple[str, ...] = ()
+        self._shares: Mapping[str, Share] | None = None  # those in force
         self._unfused: list[nn.Module] = []
         self._merged: dict[nn.Parameter, Tensor] = {}
         width, inner = blocks[0].norm1.normalized_shape[0], _query_width(blocks[0].attn)
@@ -59,6 +61,11 @@ class Toolbox(nn.Module):
     def sites(self) -> list[str]:
         """All site names in (kind, layer) order."""
         return sorted(self._sites, key=site_key)
+
+    @property
+    def depth(self) -> int:
+        """Number of layers L of the backbone."""
+        return len(self._vit[0].blocks)
 
     def counts(self) -> dict[str, int]:
         """Site -> number of weights."""
@@ -82,11 +89,7 @@ class Toolbox(nn.Module):
         Raises:
             ConfigError: the plan names a site that this toolbox lacks, or spatial sites are merged.
         """
-        unknown = [site for site in plan.on if site not in self._sites]
-        if unknown:
-            raise ConfigError(f"site {unknown[0]!r} is not in this toolbox; it has {', '.join(self.sites)}")
-        if self._merged:
-            raise ConfigError("spatial sites are merged into the backbone; call toolbox.unmerge() before another plan")
+        self._check(plan.on)
         self._unhook()
         for name, site in self._sites.items():
             learns = name in plan.active
@@ -97,8 +100,57 @@ class Toolbox(nn.Module):
         self.plan = plan
         self._hook(plan.on)
 
+    def _check(self, sites: Iterable[str]) -> None:
+        """Whether the sites can be switched on now."""
+        unknown = [site for site in sites if site not in self._sites]
+        if unknown:
+            raise ConfigError(f"site {unknown[0]!r} is not in this toolbox; it has {', '.join(self.sites)}")
+        if self._merged:
+            raise ConfigError("spatial sites are merged into the backbone; call toolbox.unmerge() before another plan")
+        if self._shares is not None:
+            raise ConfigError("a call with gates or adapters of its own is running; let it end before another plan")
+
+    @contextmanager
+    def dispatched(self, shares: Mapping[str, Share]) -> Iterator[None]:
+        """Run other sites, on some samples only or with other weights, than the plan says; then the plan again.
+
+        What learns stays as it is: a site learns where it is active in the plan and runs here. Entered again with the
+        same ``shares``, it does nothing; so an outer context spares calls within it the hooking.
+
+        Args:
+            shares: site -> what it does; a site that is not named is off.
+
+        Raises:
+            ConfigError: there is no such site, spatial sites are merged, scores are being measured, or a call with
+                other shares is running (one thread at a time).
+        """
+        if shares is self._shares:
+            yield
+            return
+        self._check(shares)
+        if any(site.tap is not None for site in self._sites.values()):
+            raise ConfigError("sites are being scored; measure Fisher scores without gates or adapters of samples")
+        planned = self._hooked
+        try:
+            self._shares = shares
+            for name, share in shares.items():
+                self._sites[name].share = share
+            self._rehook(tuple(sorted(shares, key=site_key)))
+            yield
+        finally:
+            for name in shares:
+                self._sites[name].share = Share()
+            self._rehook(planned)
+            self._shares = None
+
+    def _rehook(self, sites: tuple[str, ...]) -> None:
+        if sites != self._hooked:
+            self._unhook()
+            self._hook(sites)
+
     def _hook(self, sites: tuple[str, ...]) -> None:
         vit = self._vit[0]
+        self._hooked = sites
         if any(site.startswith("frequency.") for site in sites):
             self._handles.append(vit.patch_embed.register_forward_pre_hook(self._note_grid))
         # in (kind, layer) order: the semantic delta is part of what the frequency site of its block sees
@@ -115,7 +167,7 @@ class Toolbox(nn.Module):
             handle.remove()
         for attn in self._unfused:
             attn.qkv_bias_separate = False
-        self._handles, self._unfused = [], []
+        self._handles, self._unfused, self._hooked = [], [], ()
 
     def _note_grid(self, module: nn.Module, args: tuple[Tensor]) -> None:
         self._tokens.grid = tuple(module.dynamic_feat_size(args[0].shape[-2:]))

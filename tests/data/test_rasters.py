@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cegate.data.rasters import LabelMap, Window, read_header, read_image, read_mask, to_unit, write_mask
+from cegate.data.rasters import (
+    LabelMap,
+    Window,
+    read_header,
+    read_image,
+    read_mask,
+    to_unit,
+    write_image,
+    write_mask,
+)
 from cegate.errors import ConfigError, DataError
 
 CLASSES = ("field", "road", "water")
@@ -244,3 +254,24 @@ def test_a_mask_of_another_size_or_kind_is_not_written(tmp_path):
         write_mask(tmp_path / "m.jpg", np.zeros((4, 5), np.uint8))
     with pytest.raises(DataError, match=r"not \[4, 5\] int64"):
         write_mask(tmp_path / "m.png", np.zeros((4, 5), np.int64))
+
+
+def test_an_image_is_written_as_png_and_read_back_out_of_a_zip_too(tmp_path):
+    pixels = np.arange(4 * 6 * 5, dtype=np.uint8).reshape(4, 6, 5)
+    write_image(tmp_path / "a.png", pixels)
+    assert (read_image(tmp_path / "a.png") == pixels).all()
+    with zipfile.ZipFile(tmp_path / "z z.zip", "w") as archive:
+        archive.write(tmp_path / "a.png", "in/a.png")
+    assert (read_image(f"/vsizip/{{{tmp_path}/z z.zip}}/in/a.png", [3]) == pixels[2:3]).all()
+    with pytest.raises(DataError, match=r"b\.png: cannot be read"):
+        read_header(f"/vsizip/{{{tmp_path}/z z.zip}}/in/b.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels"),
+    [("a.tif", np.zeros((3, 4, 4), np.uint8)), ("a.png", np.zeros((3, 4, 4), np.uint16)),
+     ("a.png", np.zeros((4, 4), np.uint8)), ("a.png", np.zeros((5, 4, 4), np.uint8))],
+)  # fmt: skip
+def test_what_is_no_png_is_refused(tmp_path, name, pixels):
+    with pytest.raises(DataError, match=r"a PNG takes \[1\.\.4, H, W\] uint8, not"):
+        write_image(tmp_path / name, pixels)

@@ -13,6 +13,7 @@ import cegate
 from cegate.config import FrequencyConfig, SemanticConfig, SpatialConfig, ToolboxConfig
 from cegate.errors import BackboneError, ConfigError
 from cegate.gate import GatePlan
+from cegate.toolbox.base import Share
 from cegate.toolbox.toolbox import wrap
 
 SMALL = ToolboxConfig(
@@ -200,6 +201,57 @@ def test_a_copy_of_model_and_toolbox_is_independent(images):
     randomise(toolbox)
     assert torch.equal(tokens(twin["vit"], images), before)
     assert not torch.equal(tokens(vit, images), before)
+
+
+def test_samples_with_sites_of_their_own_equal_each_alone(vit, images):
+    toolbox = wrap(vit, SMALL)
+    randomise(toolbox)
+    toolbox.apply(GatePlan(["spatial.1"]))
+    before = tokens(vit, images)
+    shares = {
+        "frequency.1": Share([-1, 0]),
+        "spatial.0": Share([0, -1]),
+        "semantic.1": Share([-1, 0]),
+        "frequency.0": Share(),
+    }
+    with toolbox.dispatched(shares):
+        together = tokens(vit, images)
+    assert torch.equal(tokens(vit, images), before)
+    for b in range(2):
+        toolbox.apply(
+            GatePlan(site for site, share in shares.items() if share.adapters is None or share.adapters[b] == 0)
+        )
+        torch.testing.assert_close(together[b : b + 1], tokens(vit, images[b : b + 1]), rtol=1e-5, atol=1e-5)
+
+
+def test_lent_weights_take_the_place_of_a_sites_own(vit, images):
+    toolbox = wrap(vit, SMALL)
+    randomise(toolbox)
+    other = copy.deepcopy(toolbox)
+    randomise(other)
+    lent = {
+        site: {
+            name: torch.stack([parameter, other.parameters_of(site)[name]]).detach()
+            for name, parameter in toolbox.parameters_of(site).items()
+        }
+        for site in toolbox.sites
+    }
+    with toolbox.dispatched({site: Share([1, 0], weights) for site, weights in lent.items()}):
+        together = tokens(vit, images)
+    toolbox.apply(GatePlan(toolbox.sites))
+    torch.testing.assert_close(together[1:], tokens(vit, images[1:]), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        for parameter, theirs in zip(toolbox.parameters(), other.parameters(), strict=True):
+            parameter.copy_(theirs)
+    torch.testing.assert_close(together[:1], tokens(vit, images[:1]), rtol=1e-5, atol=1e-5)
+
+
+def test_scoring_and_dispatching_exclude_each_other():
+    toolbox = wrap(make_vit("augreg"), SMALL)
+    with toolbox.tapped(Nothing()), pytest.raises(ConfigError, match="sites are being scored"):
+        toolbox.dispatched({"spatial.0": Share([0])}).__enter__()
+    with pytest.raises(ConfigError, match=r"spatial\.9"):
+        toolbox.dispatched({"spatial.9": Share()}).__enter__()
 
 
 def test_sites_are_listed_by_kind_then_layer_and_counted():

@@ -1,0 +1,192 @@
+"""`cegate data`: the published data sets, from a download to a folder that is trained on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cegate import cli
+from cegate.errors import ConfigError, nearest
+
+ACTIONS = {
+    "list": "the catalogue of published sets, or all about one of them",
+    "prepare": "cut a download into crops, turn colours into ids, write a folder that a configuration can name",
+    "check": "compare a prepared folder, or any labels, with what it should hold",
+    "generate": "write a miniature of a published set in the layout of its download, from generated scenes",
+}
+LIST = cli.Usage("cegate data list [NAME]", "Show the catalogue, or all about one set.", ())
+PREPARE = cli.Usage(
+    "cegate data prepare NAME",
+    "Prepare a downloaded data set: crops, ids, splits and a manifest in --out; found and published numbers are shown "
+    "side by side. What is there already is kept, so an interrupted call is simply repeated.",
+    (
+        cli.Option("root", "What was downloaded: folders or zips.", "PATH", many=True),
+        cli.Option("out", "Folder to write to.", "FOLDER"),
+        cli.Option("dry_run", "Compare and print, write nothing."),
+        cli.Option(
+            "partial", "Take what is there, even if files are missing or numbers differ from the published ones."
+        ),
+        cli.Option("workers", "Processes that convert (default: one per core, at most 8).", "N"),
+        cli.Option("crop", "Side of the crops in pixels (isprs-*, potsdam-rescue, loveda: 512, casid: 1024).", "PX"),
+        cli.Option("bands", "isprs-potsdam, potsdam-rescue: RGB, IRRG, RGBIR (default RGB,IRRG).", "NAMES"),
+        cli.Option("low_vegetation", "potsdam-rescue: ignore (default), or merge into vegetation.", "WORD"),
+        cli.Option("label_map", "mmhunan: the authors' table (dataset, the default), or mfnet.", "NAME"),
+        cli.Option("lists", "casid: folder with <domain>_train.txt and <domain>_test.txt, a name a line.", "FOLDER"),
+        cli.Option("seed", "casid: seed of the split where no list decides it (default 0).", "N"),
+        cli.Option("label_offset", "casid: subtract 0 or 1 from label ids; auto (default) looks at them.", "N"),
+    ),
+)
+CHECK = cli.Usage(
+    "cegate data check FOLDER",
+    "Check a prepared folder: numbers of files, sizes of pairs, values of labels. With --labels any folder is checked: "
+    "its labels against --allowed, and with --images the sizes of the pairs. Exit code 1 if something is wrong.",
+    (
+        cli.Option("labels", "Glob of the labels below FOLDER, as in 'ann_dir/**/*.png'.", "GLOB"),
+        cli.Option("images", "Glob of the images below FOLDER, with the same wildcards.", "GLOB"),
+        cli.Option("allowed", "Values that labels may hold, as in 0-6,255, or the name of a published set.", "VALUES"),
+        cli.Option("workers", "Processes that read (default: one per core, at most 8).", "N"),
+    ),
+)
+GENERATE = cli.Usage(
+    "cegate data generate NAME",
+    "Write a miniature of a published set (or 'climates', images and masks of the scene generator) to try things out.",
+    (
+        cli.Option("out", "New folder.", "FOLDER"),
+        cli.Option("seed", "Other scenes (default 0).", "N"),
+    ),
+)
+
+
+@cli.command
+def main(argv: Sequence[str]) -> int:
+    """Run the action in the first argument."""
+    if not argv or argv[0] in ("-h", "--help"):
+        actions = "\n".join(f"  {action:<10} {text}" for action, text in ACTIONS.items())
+        print(
+            f"usage: cegate data ACTION [options]\n\n{actions}\n\ncegate data ACTION --help lists an action's options."
+        )
+        return cli.GOOD if argv else cli.USAGE
+    action, *rest = argv
+    if action not in ACTIONS:
+        raise ConfigError(
+            f"unknown action {action!r}; cegate data knows {', '.join(ACTIONS)}{nearest(action, ACTIONS)}"
+        )
+    return {"list": _list, "prepare": _prepare, "check": _check, "generate": _generate}[action](rest)
+
+
+def _parse(argv: Sequence[str], usage: cli.Usage, what: str) -> tuple[str, dict[str, Any]]:
+    """The leading argument, "" if it is absent, and the options."""
+    leading = argv[0] if argv and not argv[0].startswith("-") else ""
+    options = cli.parse_options(argv[1:] if leading else argv, usage)
+    if what and not leading:
+        raise ConfigError(f"{what} is missing; it comes first, as in {usage.prog}")
+    return leading, options
+
+
+def _needed(options: dict[str, Any], name: str) -> Any:
+    if not options[name]:
+        raise ConfigError(f"--{name} is missing; cegate data ACTION --help tells what it takes")
+    return options[name]
+
+
+def _count(options: dict[str, Any], name: str, default: int) -> int:
+    text = options[name]
+    if text is None:
+        return default
+    if not text.isdecimal():
+        raise ConfigError(f"--{name}={text} is not accepted; expected a whole number of 0 or more")
+    return int(text)
+
+
+def _workers(options: dict[str, Any]) -> int:
+    return _count(options, "workers", min(os.cpu_count() or 1, 8))
+
+
+def _list(argv: Sequence[str]) -> int:
+    name, _ = _parse(argv, LIST, "")
+    from rich.console import Console
+
+    from cegate.data.published.catalogue import catalogue_table, describe, find_published
+
+    if name:
+        print(describe(find_published(name)))
+    else:
+        Console().print(catalogue_table())
+    return cli.GOOD
+
+
+def _prepare(argv: Sequence[str]) -> int:
+    name, options = _parse(argv, PREPARE, "the name of a data set")
+    roots, out = _needed(options, "root"), Path(_needed(options, "out"))
+    from cegate.data.published.catalogue import find_published
+    from cegate.data.published.prepare import prepare
+
+    published = find_published(name)
+    own = ("root", "out", "dry_run", "partial", "workers")
+    given = {key: value for key, value in options.items() if key not in own and value is not None}
+    prepare(
+        published,
+        roots,
+        out.expanduser(),
+        published.parse_options(given),
+        partial_data=options["partial"],
+        dry_run=options["dry_run"],
+        workers=_workers(options),
+    )
+    return cli.GOOD
+
+
+def _check(argv: Sequence[str]) -> int:
+    folder, options = _parse(argv, CHECK, "the folder to check")
+    if options["images"] and not options["labels"]:
+        raise ConfigError("--images needs --labels")
+    if bool(options["allowed"]) != bool(options["labels"]):
+        raise ConfigError("give --labels and --allowed together; a prepared folder needs neither")
+    from cegate.data.published import check
+
+    root, workers = Path(folder).expanduser(), _workers(options)
+    if options["labels"]:
+        allowed = _allowed(options["allowed"])
+        problems = check.check_files(root, options["labels"], allowed, images=options["images"], workers=workers)
+    else:
+        problems = check.check_prepared(root, workers=workers)
+    for line in check.summary(problems):
+        print(line, file=sys.stderr)
+    return cli.FAILED if problems else cli.GOOD
+
+
+def _allowed(text: str) -> set[int]:
+    """Values of "0-6,255", or those in the prepared labels of a published set."""
+    from cegate.data.published.catalogue import CATALOGUE, find_published
+
+    if text in CATALOGUE:
+        return set(find_published(text).stored)
+    values: set[int] = set()
+    for part in text.split(","):
+        low, _, high = part.strip().partition("-")
+        if not low.isdecimal() or not (high or low).isdecimal():
+            raise ConfigError(
+                f"--allowed={text} is neither values, as in 0-6,255, nor a data set{nearest(text, CATALOGUE)}"
+            )
+        values |= set(range(int(low), int(high or low) + 1))
+    return values
+
+
+def _generate(argv: Sequence[str]) -> int:
+    name, options = _parse(argv, GENERATE, "the name of a data set")
+    out, seed = Path(_needed(options, "out")).expanduser(), _count(options, "seed", 0)
+    from cegate.data.published.miniature import CLIMATE_SCENES, CROPS, generate
+
+    count = generate(name, out, seed)
+    print(f"{count} files in {out}")
+    if name != CLIMATE_SCENES:
+        crop = f" --crop {CROPS[name]}" if name in CROPS else ""
+        print(f"next: cegate data prepare {name} --root {out} --out PREPARED --partial{crop}")
+    return cli.GOOD
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,233 @@
+"""The cells of a matrix: a setting, a method and a seed each, with a run folder of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cegate.config import Config, Method
+from cegate.configfile import changed_keys, find_config, read_config, read_mapping, to_yaml
+from cegate.errors import CegateError, ConfigError
+from cegate.methods import METHODS
+from cegate.runfolder import FREE_ON_RESUME
+
+DECIDED = ("run.method", "run.seed", "run.work_dir", "run.device")
+"""Keys that the matrix sets itself."""
+Overrides = Sequence[tuple[str, str]]
+_ROOT = re.compile(r"\$\{([\w\-]+)\}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. Beside its folder lie ``seed_<k>.log``, and ``seed_<k>.error`` while its last try has failed."""
+
+    setting: str
+    method: Method
+    seed: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.setting} {self.method} seed {self.seed}"
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run is complete; such a cell is never run again."""
+        return (self.folder / "result.json").is_file()
+
+    @property
+    def is_started(self) -> bool:
+        """Whether there is a run to go on with, or a complete one."""
+        return (self.folder / "config.yaml").is_file()
+
+    @property
+    def state(self) -> str:
+        """``done``, ``unfinished`` or ``new``."""
+        return "done" if self.is_done else "unfinished" if self.is_started else "new"
+
+    @property
+    def log(self) -> Path:
+        """What the cell's processes wrote, one after another."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def error(self) -> Path:
+        """Why the last try failed, in one line."""
+        return self.folder.with_name(f"{self.folder.name}.error")
+
+    @property
+    def lock(self) -> Path:
+        """Held by whoever runs the cell."""
+        return self.folder.with_name(f".{self.folder.name}.lock")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A configuration that every method is trained with."""
+
+    name: str
+    """Its folder below the output: the name of a shipped configuration, or that of a file without suffix."""
+    config: str
+    """What `cegate train --config` takes."""
+
+
+def name_settings(given: Sequence[str]) -> list[Setting]:
+    """Settings by the names or files given, each once.
+
+    Raises:
+        ConfigError: one is neither a file nor shipped, or two files share a name.
+    """
+    settings: dict[str, Setting] = {}
+    for config in dict.fromkeys(given):
+        path = find_config(config)
+        name = path.stem if Path(config).is_file() else config
+        if name in settings:
+            raise ConfigError(
+                f"--settings {settings[name].config} and {config} would share the folder {name}; rename one file"
+            )
+        settings[name] = Setting(name, config)
+    return list(settings.values())
+
+
+def plan_cells(
+    settings: Sequence[Setting], methods: Sequence[Method], seeds: Sequence[int], output: Path
+) -> list[Cell]:
+    """Every cell once, seed by seed, so that a matrix that is stopped early holds whole seeds."""
+    return [
+        Cell(setting.name, method, seed, output / setting.name / method / f"seed_{seed}")
+        for seed in dict.fromkeys(seeds)
+        for setting in settings
+        for method in dict.fromkeys(methods)
+    ]
+
+
+def find_cells(output: Path) -> list[Cell]:
+    """The cells that were ever tried below ``output``, ordered by setting, method and seed."""
+    cells = dict.fromkeys(_search(output, output))
+    return sorted(cells, key=lambda cell: (cell.setting, list(METHODS).index(cell.method), cell.seed))
+
+
+def _search(folder: Path, output: Path) -> Iterator[Cell]:
+    for path in sorted(folder.iterdir() if folder.is_dir() else ()):
+        seed = re.fullmatch(r"(seed_(\d+))(\.error)?", path.name)
+        if seed and folder.name in METHODS and folder.parent != output:
+            yield Cell(folder.parent.relative_to(output).as_posix(), folder.name, int(seed[2]), folder / seed[1])
+        elif path.is_dir() and not path.name.startswith("."):
+            yield from _search(path, output)
+
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+
+def read_configs(
+    settings: Sequence[Setting], methods: Sequence[Method], overrides: Overrides
+) -> dict[tuple[str, Method], Config]:
+    """(setting, method) -> configuration, without seed and folder.
+
+    Raises:
+        ConfigError: an override of a key that the matrix decides, roots that were not given (all of them are named), a
+            configuration that no method fits, or one with nothing to test on.
+    """
+    for key, _ in overrides:
+        if key in DECIDED:
+            raise ConfigError(f"--{key} is not for the command line here; cegate bench sets it for every cell")
+    _refuse_missing_roots(settings, overrides)
+    configs: dict[tuple[str, Method], Config] = {}
+    problems: dict[str, list[str]] = {}
+    for setting in settings:
+        for method in methods:
+            try:
+                config = read_config(setting.config, [("run.method", method), *overrides], training=True)
+            except ConfigError as error:
+                problems.setdefault(str(error), []).append(f"{setting.name} with {method}")
+                continue
+            if not config.data.targets and config.data.validation is None:
+                problems.setdefault("there is nothing to test on; give data.targets", []).append(setting.name)
+            configs[setting.name, method] = config
+    if problems:
+        raise ConfigError("; ".join(f"{', '.join(dict.fromkeys(who))}: {text}" for text, who in problems.items()))
+    return configs
+
+
+def _refuse_missing_roots(settings: Sequence[Setting], overrides: Overrides) -> None:
+    """One message for all settings, which mostly share their roots."""
+    missing: dict[str, list[str]] = {}
+    given = [override for override in overrides if override[0].startswith("data.roots")]
+    for setting in settings:
+        data = read_mapping(find_config(setting.config)).get("data") or {}
+        roots = read_config({"data": {"roots": data.get("roots") or {}}}, given).data.roots
+        for name in dict.fromkeys(_ROOT.findall(str({**data, "roots": None}))):
+            if name not in roots:
+                missing.setdefault(name, []).append(setting.name)
+    if missing:
+        needs = "; ".join(f"--data.roots.{name} DIR for {', '.join(who)}" for name, who in missing.items())
+        raise ConfigError(f"folders of data sets are missing; give {needs}")
+
+
+def configure(cell: Cell, config: Config) -> Config:
+    """The configuration of a cell."""
+    run = replace(config.run, seed=cell.seed, work_dir=str(cell.folder))
+    return replace(config, run=run)
+
+
+def refuse_other_runs(cells: Sequence[Cell], configs: dict[tuple[str, Method], Config]) -> None:
+    """Refuse folders that hold a run of another configuration, whose numbers would mix with ours.
+
+    A finished run may have its data elsewhere; one that goes on may not.
+
+    Raises:
+        ConfigError: names the keys that differ, and up to three of the folders.
+    """
+    found: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        if cell.is_started:
+            wanted = configure(cell, configs[cell.setting, cell.method])
+            if keys := _other_keys(read_config(cell.folder / "config.yaml"), wanted, moved=cell.is_done):
+                found.setdefault(tuple(keys), []).append(cell)
+    if found:
+        raise ConfigError(
+            "; ".join(
+                f"{_some([str(cell.folder) for cell in held])} {'holds a run' if len(held) == 1 else 'hold runs'} with "
+                f"other values of {', '.join(keys)}"
+                for keys, held in found.items()
+            )
+            + "; give the values they were run with, or another --output"
+        )
+
+
+def _other_keys(old: Config, new: Config, *, moved: bool) -> list[str]:
+    """Keys that change a run's numbers and differ."""
+    free = set(FREE_ON_RESUME)
+    if not new.data.classes:  # the source set brought them along
+        free |= {"data.classes", "data.palette"}
+    return [key for key in changed_keys(old, new) if key not in free and not (moved and is_place(key))]
+
+
+def is_place(key: str) -> bool:
+    """Whether a key only says where data lie."""
+    return key.startswith("data.roots.") or key == "data.roots" or (key.startswith("data.") and key.endswith(".root"))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def training_key(config: Config) -> str:
+    """Equal for runs of one method that train alike with equal seeds: they differ only in the domains they test on."""
+    run = replace(config.run, name="run", work_dir=None, seed=0, device="auto")
+    return to_yaml(replace(config, run=run, data=replace(config.data, targets={}, roots={})))
+
+
+def read_saved_config(cell: Cell) -> Config:
+    """The configuration that a cell was run with.
+
+    Raises:
+        CegateError: it cannot be read; the file is named.
+    """
+    path = cell.folder / "config.yaml"
+    try:
+        return read_config(path)
+    except ConfigError as error:
+        raise CegateError(f"{path} cannot be read by this version: {error}") from error

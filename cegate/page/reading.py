@@ -1,0 +1,222 @@
+"""What a page knows of a run: its files, read once. No number comes from anywhere else."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cegate.checkpoint import CONFIG_FILE
+from cegate.config import KINDS, Config
+from cegate.configfile import SOURCE_DOMAIN
+from cegate.engine.results import Record, best_iteration, records_of
+from cegate.errors import CheckpointError, ConfigError
+from cegate.gate import site_key
+from cegate.runfolder import RunFolder, read_json
+
+
+@dataclass(frozen=True)
+class Round:
+    """One choice of the gate."""
+
+    iteration: int
+    scores: Mapping[str, float]
+    """Site -> score as it was compared; empty where nothing was scored."""
+    mass: Mapping[str, float]
+    """Site -> Fisher mass before normalisation; empty where nothing was scored."""
+    active: frozenset[str]
+    """Sites that are on until the next round."""
+
+
+@dataclass(frozen=True)
+class DomainFiles:
+    """What lies in eval/<domain> of a run; ``None`` for a file that is not there."""
+
+    domain: str
+    folder: Path
+    metrics: Record | None
+    confusion: np.ndarray | None
+    """[K, K] int64, rows truth."""
+    tile_names: tuple[str, ...] | None
+    tile_confusion: np.ndarray | None
+    """[T, K, K] int64, rows truth, one per image."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """A run as its folder tells it."""
+
+    label: str
+    """Name on the page; told apart from the other runs."""
+    folder: RunFolder
+    config: Config
+    config_text: str
+    environment: Mapping[str, Any]
+    """env.json; empty if there is none."""
+    rounds: tuple[Round, ...]
+    sites: tuple[str, ...]
+    """Every site that the files let one know of, in (kind, layer) order."""
+    result: Record | None
+    """result.json; ``None`` for a run that is unfinished or older than that file."""
+    iteration: int | None
+    """Iteration of the model that counts."""
+    before: Mapping[str, Record]
+    after: Mapping[str, Record]
+    """Domain -> evaluation of frozen backbone + head, and of the model that counts."""
+
+    @property
+    def metrics(self) -> list[Record]:
+        """Lines of metrics.jsonl."""
+        return self.folder.metrics.records
+
+    @property
+    def reached(self) -> int:
+        """The last iteration that the journals know of in the stage ``after``."""
+        trained = (record["iteration"] for record in self.metrics if record.get("stage", record["split"]) == "after")
+        return max([0, *trained, *(choice.iteration for choice in self.rounds)])
+
+    @property
+    def choices(self) -> tuple[Round, ...]:
+        """Rounds that switched something on; none for a run without sites."""
+        return tuple(choice for choice in self.rounds if choice.active)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, from the configuration or else from what was measured."""
+        measured = next(iter({**self.before, **self.after}.values()), {})
+        return tuple(self.config.data.classes) or tuple(measured.get("per_class", ()))
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains that were measured, the source first."""
+        found = dict.fromkeys([*self.after, *self.before])
+        return tuple(sorted(found, key=lambda domain: domain != SOURCE_DOMAIN))
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
+    """Read run folders.
+
+    Raises:
+        ConfigError: a folder is given twice, or holds a configuration that this version does not read.
+        CheckpointError: a folder is no run, or a file in it is damaged; it is named.
+    """
+    seen: dict[Path, Path] = {}
+    for path in paths:
+        if path.resolve() in seen:
+            raise ConfigError(f"--run names {path} twice; give every run once")
+        seen[path.resolve()] = path
+    folders = [RunFolder(path) for path in paths]
+    configs = [folder.config() for folder in folders]
+    labels = _labels(paths, [config.run.name for config in configs])
+    return [_read(*parts) for parts in zip(labels, folders, configs, strict=True)]
+
+
+def _labels(paths: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
+    """Run names, else folder names, else paths: the first that tell the runs apart."""
+    for labels in (names, [path.resolve().name for path in paths]):
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(path) for path in paths]
+
+
+def _read(label: str, folder: RunFolder, config: Config) -> RunFiles:
+    path = folder.result
+    result = read_json(path) if path.is_file() else None
+    if result is not None and not (isinstance(result, dict) and {"iteration", "before", "after"} <= result.keys()):
+        raise CheckpointError(f"{path} lacks iteration, before or after; finish the run with cegate train --resume")
+    records = folder.metrics.records
+    if result is None:
+        validated = config.data.validation is not None
+        counts = best_iteration(records, "after", validated=validated)
+        after = records_of(records, "after", counts)
+        before = records_of(records, "before", best_iteration(records, "before", validated=validated))
+    else:
+        counts, before, after = result["iteration"], result["before"], result["after"]
+    rounds = tuple(
+        Round(record["iteration"], record["scores"], record.get("mass", {}), frozenset(record["active"]))
+        for record in folder.gates.records
+    )
+    environment = folder.path / "env.json"
+    return RunFiles(
+        label=label,
+        folder=folder,
+        config=config,
+        config_text=folder.config_file.read_text(encoding="utf-8"),
+        environment=read_json(environment) if environment.is_file() else {},
+        rounds=rounds,
+        sites=_sites(folder, config, rounds),
+        result=result,
+        iteration=counts,
+        before=before,
+        after=after,
+    )
+
+
+def _sites(folder: RunFolder, config: Config, rounds: Iterable[Round]) -> tuple[str, ...]:
+    """All scored sites. Without scores: the configured kinds on as many layers as choices or adapter speak of."""
+    scored = {site for choice in rounds for site in choice.scores}
+    if scored:
+        return tuple(sorted(scored, key=site_key))
+    chosen = {site for choice in rounds for site in choice.active}
+    if not chosen:
+        return ()
+    adapter = folder.adapter / CONFIG_FILE
+    features = read_json(adapter).get("features", []) if adapter.is_file() else []
+    depth = 1 + max(*features, *(site_key(site)[1] for site in chosen), 0)
+    return tuple(f"{kind}.{layer}" for kind in KINDS if kind in config.toolbox.kinds for layer in range(depth))
+
+
+def read_domain(run: RunFiles, domain: str) -> DomainFiles:
+    """Read what the evaluation of a domain left.
+
+    Raises:
+        CheckpointError: a file is damaged, or counts other classes than the run has.
+    """
+    folder = run.folder.eval / domain
+    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    arrays: dict[str, np.ndarray] = {}
+    for name in ("confusion.npy", "tiles.npz"):
+        if (folder / name).is_file():
+            arrays |= _arrays(folder / name)
+    names, tiles = arrays.get("names"), arrays.get("tiles")
+    files = DomainFiles(
+        domain=domain,
+        folder=folder,
+        metrics=metrics,
+        confusion=arrays.get("confusion"),
+        tile_names=None if names is None else tuple(map(str, names)),
+        tile_confusion=tiles,
+    )
+    k = len(run.classes)
+    for name, matrix, shape in (
+        ("confusion.npy", files.confusion, (k, k)),
+        ("tiles.npz", files.tile_confusion, (len(files.tile_names or ()), k, k)),
+    ):
+        if matrix is not None and matrix.shape != shape:
+            raise CheckpointError(
+                f"{folder / name} counts {list(matrix.shape)}, but the run's {k} classes need {list(shape)}; "
+                f"{how_to_evaluate(run)}"
+            )
+    return files
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    """The array of an .npy file as ``confusion``; ``names`` and ``tiles`` of a tiles.npz."""
+    try:
+        found = np.load(path, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            return {"confusion": found}
+        with found:
+            return {"names": found["names"], "tiles": found["confusion"]}
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); evaluate the run again") from error
+
+
+def how_to_evaluate(run: RunFiles) -> str:
+    """The command that writes eval/ of a run anew."""
+    path = run.folder.path
+    return f"evaluate again with this version: cegate evaluate --run {path} --output {path / 'eval'} --overwrite"

@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cegate import bench, cli
+from cegate.configfile import to_yaml
+from cegate.matrix import runner
+from cegate.matrix.cells import configure, name_settings, plan_cells, read_configs
+
+from .conftest import draw_tiles
+
+TINY = {
+    "data": {
+        "classes": ["background", "building", "forest", "road", "water"],
+        "source": {"kind": "generated", "split": "temperate", "limit": 4, "tile": 48},
+        "targets": {
+            "arid": {"kind": "generated", "split": "arid", "limit": 3, "tile": 40},
+            "boreal": {"kind": "generated", "split": "boreal", "limit": 2, "tile": 32},
+        },
+        "crop": 32,
+        "batch_size": 2,
+        "workers": 0,
+    },
+    "model": {"weights": "none"},
+    "toolbox": {"spatial": {"rank": 2}, "semantic": {"width": 4}, "frequency": {"width": 2}},
+    "gate": {"k": 5, "interval": 3, "samples": 3},
+    "train": {"iterations": 12, "lr": 1e-2, "eval_every": 12, "log_every": 4, "checkpoint_every": 6},
+}
+WITHOUT_PICTURES = (
+    "import sys; from cegate.engine import trainer; trainer.draw_run = lambda *_, **__: None\n"
+    "from cegate import train; sys.exit(train.main(sys.argv[1:]))"
+)
+TIMES = ("step_seconds", "score_seconds", "peak_memory_bytes")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+def rows_without_times(path: Path) -> list[dict[str, str]]:
+    rows = list(csv.DictReader(path.read_text().splitlines()))
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def test_a_matrix_of_real_trainings_does_not_depend_on_jobs(tiny, tmp_path, monkeypatch, capsys):
+    command = ["--settings", str(tiny), "--methods", "frozen", "gate", "--seeds", "3", "--devices", "cpu"]
+    command += ["--train.lr", "2e-2"]
+    assert bench.main([*command, "--output", str(tmp_path / "two"), "--jobs", "2"]) == cli.GOOD
+    out, err = capsys.readouterr()
+    assert "## tiny" in out and "2 of 2 done" in err
+    for file in ("table.md", "table.tex", "figure.png", "tiny/gate/seed_3/eval/arid/tiles.npz"):
+        assert (tmp_path / "two" / file).is_file(), file
+    rows = rows_without_times(tmp_path / "two/table.csv")
+    assert [(row["method"], row["domain"]) for row in rows] == [
+        (method, domain) for method in ("gate", "frozen") for domain in ("arid", "boreal")
+    ]
+    monkeypatch.setattr(runner, "PROGRAM", (sys.executable, "-c", WITHOUT_PICTURES))
+    command.remove("frozen")  # the other one is enough
+    assert bench.main([*command, "--output", str(tmp_path / "one"), "--jobs", "1"]) == cli.GOOD
+    assert rows[:2] == rows_without_times(tmp_path / "one/table.csv")
+    assert rows[0]["score"] != rows[2]["score"] and rows[2]["trained_parameters"] == "0"
+
+
+def refused(capsys, *argv: str, code: int = cli.USAGE) -> str:
+    assert bench.main(argv) == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--settings", "TINY", "--methods", "gate"], "--output is missing"),
+        (["--output", "o", "--methods", "gate"], "--settings is missing"),
+        (["--output", "o", "--settings", "TINY"], "--methods is missing"),
+        (
+            ["--output", "o", "--settings", "TINY", "--methods", "loro"],
+            "unknown method 'loro'; methods are gate, random",
+        ),
+        (["--output", "o", "--settings", "dg/p_i2", "--methods", "gate"], "did you mean 'dg/p_i2v'"),
+        (["--output", "o", "--settings", "TINY", "--methods", "gate", "--seeds", "x"], "--seeds x is not accepted"),
+        (
+            ["--output", "o", "--settings", "TINY", "--methods", "gate", "--run.seed", "1"],
+            "--run.seed is not for the command line here; cegate bench sets it for every cell",
+        ),
+        (["--output", "o", "--settings", "TINY", "--methods", "gate", "--gate.kk", "1"], "did you mean 'gate.k'?"),
+        (
+            ["--output", "o", "--settings", "TINY", "--methods", "gate", "lora", "--toolbox.kinds", "[spatial]"],
+            "tiny with gate: run.method=gate means toolbox.kinds=['spatial', 'semantic', 'frequency'], but it is",
+        ),
+        (["--output", "o", "--settings", "TINY", "--methods", "gate", "--data.targets", "{}"], "nothing to test on"),
+        (["--output", "o", "--settings", "TINY", "--methods", "gate", "--devices", "gpu"], "--devices gpu is unknown"),
+        (
+            ["--output", "o", "--settings", "TINY", "--methods", "gate", "--devices", "cuda:0", "--jobs", "2"],
+            "--jobs is for the CPU alone; name a device twice",
+        ),
+        (["--output", "o", "--tables_only", "--dry_run"], "exclude each other"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_usage_is_one_line(capsys, tiny, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in refused(capsys, *[str(tiny) if word == "TINY" else word for word in argv])
+    assert not (tmp_path / "o").exists()
+
+
+def test_missing_roots_of_all_settings_are_named_at_once(capsys, tmp_path):
+    settings = ["dg/casid_sub2tem", "dg/casid_sub", "dg/p_i2v"]
+    argv = ["--settings", *settings, "--methods", "gate", "lora", "--output", str(tmp_path / "o")]
+    line = refused(capsys, *argv, "--data.roots.potsdam", "/potsdam")
+    assert "--data.roots.casid DIR for dg/casid_sub2tem, dg/casid_sub; --data.roots.vaihingen DIR for dg/p_i2v" in line
+    assert "potsdam" not in line
+
+
+def test_two_files_of_one_name_are_refused(capsys, tiny, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/tiny.yaml").write_text(tiny.read_text())
+    argv = ["--settings", str(tiny), str(tmp_path / "other/tiny.yaml"), "--methods", "gate", "--output", "o"]
+    assert "would share the folder tiny; rename one file" in refused(capsys, *argv)
+
+
+def test_dry_run_lists_the_cells_and_writes_nothing(capsys, tiny, tmp_path):
+    output = tmp_path / "o"
+    argv = ["--settings", str(tiny), "--methods", "gate", "lora", "gate", "--seeds", "0", "1", "0"]
+    assert bench.main([*argv, "--output", str(output), "--dry_run"]) == cli.GOOD
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["new", "tiny", method, "seed", str(seed)] for seed in (0, 1) for method in ("gate", "lora")
+    ]
+    assert not output.exists()
+
+
+def test_runs_of_another_configuration_are_not_mixed_in(capsys, tiny, tmp_path):
+    output = tmp_path / "o"
+    argv = ["--settings", str(tiny), "--methods", "gate", "--seeds", "0", "--output", str(output), "--dry_run"]
+    settings, configs = read_tiny(tiny)
+    (cell,) = plan_cells(settings, ["gate"], [0], output)
+    cell.folder.mkdir(parents=True)
+    (cell.folder / "config.yaml").write_text(to_yaml(configure(cell, configs["tiny", "gate"])))
+    assert bench.main(argv) == cli.GOOD
+    assert capsys.readouterr().out.split() == ["unfinished", "tiny", "gate", "seed", "0"]
+    line = refused(capsys, *argv, "--train.lr", "3e-4", "--gate.k", "4")
+    assert "seed_0 holds a run with other values of gate.k, train.lr; give the values they were run with" in line
+    (cell.folder / "result.json").write_text("{}")
+    assert bench.main(argv) == cli.GOOD
+    assert capsys.readouterr().out.startswith("done")
+
+
+def read_tiny(tiny: Path):
+    settings = name_settings([str(tiny)])
+    return settings, read_configs(settings, ["gate"], [])
+
+
+def test_tables_only_needs_nothing_but_the_folder(capsys, write_cell, tmp_path):
+    for method in ("gate", "lora"):
+        write_cell("x", method, 0, {"north": draw_tiles(0.8, seed=len(method))})
+    assert bench.main(["--tables_only", "--output", str(tmp_path)]) == cli.GOOD
+    out = capsys.readouterr().out
+    assert "## x" in out and str(tmp_path / "table.csv") in out
+
+
+def test_a_cell_that_cannot_be_read_makes_the_exit_code_1(capsys, write_cell, tmp_path):
+    _, bad = (write_cell("x", "gate", seed, {"north": draw_tiles(0.8)}) for seed in (0, 1))
+    (bad.folder / "result.json").write_text("{}")
+    assert bench.main(["--tables_only", "--output", str(tmp_path)]) == cli.FAILED
+    assert "x gate seed 1 is left out" in capsys.readouterr().out
+
+
+def test_threads_of_a_process_do_not_depend_on_jobs():
+    options = {"devices": ["cpu"], "jobs": None, "threads": None}
+    slots, threads = bench._slots(options)
+    assert threads == 1 and set(slots) == {"cpu"}
+    assert bench._slots({**options, "jobs": "3"}) == (["cpu"] * 3, 1)
+    assert bench._slots({**options, "jobs": "2", "threads": "4"}) == (["cpu"] * 2, 4)
+    slots, threads = bench._slots({**options, "devices": ["cuda:0", "cuda:0"]})
+    assert slots == ["cuda:0", "cuda:0"] and threads >= 1
+
+
+def test_help_lists_settings_and_methods(capsys):
+    with pytest.raises(SystemExit) as end:
+        bench.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == cli.GOOD and "dg/casid_sub2tem" in text and "earth_adapter" in text
