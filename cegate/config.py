@@ -68,6 +68,9 @@ class SetConfig:
     """Use only the first so many pairs (generated: the number of scenes, default 64)."""
     first: int = 0
     """generated: number of the first scene, so that splits do not overlap."""
+    fit: int | None = None
+    """Test on images shrunk, aspect kept, to fit a square of this side; the prediction is enlarged again and counted at
+    full size. Default: images as they are."""
     tile: int | None = None
     """generated: side of a scene in pixels; default 256."""
 

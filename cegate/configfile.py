@@ -437,7 +437,7 @@ def _class_problems(classes: Sequence[str], palette: Sequence[str]) -> Iterator[
 
 
 def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str]) -> Iterator[str]:
-    yield from _bounds(item, prefix, limit=">=1", first=">=0", tile=">=1")
+    yield from _bounds(item, prefix, limit=">=1", first=">=0", tile=">=1", fit=">=1")
     if item.kind != "generated" and not item.root:
         yield f"{prefix}.root is missing; a set of kind {item.kind} needs the folder that holds it"
     if unknown := re.search(r"\$\{([^}]*)\}", item.root or ""):

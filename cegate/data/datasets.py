@@ -45,6 +45,8 @@ class Item:
     label: np.ndarray
     """[H, W] uint8, class index or 255; 254 in place of the index in unlabelled sets."""
     name: str
+    fit: int | None = None
+    """See the set's."""
 
 
 class SegmentationSet(ABC):
@@ -57,6 +59,7 @@ class SegmentationSet(ABC):
         value_range: per band, the (low, high) that becomes 0..1.
         labelled: whether there are labels.
         palette: one "#RRGGBB" per class where the set is published with colours, else nothing.
+        fit: side of the square that a test image is shrunk to fit; None: it stays as it is.
     """
 
     labelled: ClassVar[bool] = True
@@ -65,6 +68,7 @@ class SegmentationSet(ABC):
         self.name, self.classes, self.bands = name, tuple(classes), tuple(bands)
         self.value_range: tuple[tuple[float, float], ...] = ((0.0, 255.0),) * len(self.bands)
         self.palette: tuple[str, ...] = ()
+        self.fit: int | None = None
         self._labels, self._nan = labels, nan
         self._cache = _Cache(CACHE_BYTES)
 
@@ -107,7 +111,7 @@ class SegmentationSet(ABC):
             bad = ~np.isfinite(pixels).all(0)
             if bad.any():
                 label = self._without(index, image, label, bad)
-        return Item(image, label, self.item_name(index))
+        return Item(image, label, self.item_name(index), self.fit)
 
     def _without(self, index: int, image: np.ndarray, label: np.ndarray, bad: np.ndarray) -> np.ndarray:
         """Blank the bad pixels of image in place; returns a label that ignores them."""
@@ -375,6 +379,7 @@ def open_set(cfg: SetConfig, *, name: str, classes: Sequence[str] = (), labelled
     if len(classes) >= 254 or len(set(classes)) != len(classes):
         raise ConfigError(f"data.classes has {len(classes)} names; use at most 253, each once")
     opened = openers[cfg.kind](cfg, name, classes, labelled)
+    opened.fit = cfg.fit
     return opened if labelled else Unlabelled(opened)
 
 

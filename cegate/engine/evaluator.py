@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
@@ -93,7 +94,8 @@ def evaluate(
     segmenter.eval()
     stream = EvalStream(dataset, mean=segmenter.mean, std=segmenter.std)
     for item in stream.loader(workers=workers):
-        logits = predict_logits(segmenter, item.image, crop=crop, stride=stride, batch=batch, precision=precision)
+        windows = {"crop": crop, "stride": stride, "batch": batch, "fit": dataset.fit}
+        logits = predict_logits(segmenter, item.image, precision=precision, **windows)
         loss_sum += pixel_cross_entropy(logits, item.label.to(logits.device)).item()
         tile = Confusion(segmenter.classes)
         tile.update(logits.argmax(1).cpu(), item.label)
@@ -113,9 +115,19 @@ def predict_logits(
     crop: int,
     stride: int | None = None,
     batch: int | None = None,
+    fit: int | None = None,
     precision: Precision = nullcontext,
 ) -> Tensor:
-    """Logits [1, K, H, W] float32 of one normalised image [1, C, H, W], by sliding window."""
+    """Logits [1, K, H, W] float32 of one normalised image [1, C, H, W], by sliding window.
+
+    With ``fit`` the windows slide over the image shrunk to fit a square of that side, and the logits are enlarged
+    again; a smaller image stays as it is.
+    """
+    if fit is not None and max(image.shape[-2:]) > fit:
+        size = [max(1, round(side * fit / max(image.shape[-2:]))) for side in image.shape[-2:]]
+        shrunk = F.interpolate(image, size, mode="bilinear", antialias=True)
+        logits = predict_logits(segmenter, shrunk, crop=crop, stride=stride, batch=batch, precision=precision)
+        return F.interpolate(logits, image.shape[-2:], mode="bilinear")
     device = segmenter.device
     batch = batch or (WINDOWS_ON_GPU if device.type == "cuda" else WINDOWS_ON_CPU)
     with precision():

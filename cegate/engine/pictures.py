@@ -57,5 +57,5 @@ def mask_of(segmenter: Segmenter, item: Item, precision: Precision) -> np.ndarra
     """Predicted class of every pixel of an item, [H, W] uint8."""
     data = segmenter.config.data
     image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
-    logits = predict_logits(segmenter, image, crop=data.crop, stride=data.stride, precision=precision)
+    logits = predict_logits(segmenter, image, crop=data.crop, stride=data.stride, fit=item.fit, precision=precision)
     return logits[0].argmax(0).to(torch.uint8).cpu().numpy()

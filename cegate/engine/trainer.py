@@ -153,7 +153,7 @@ class Sets:
 
 
 def open_sets(config: Config) -> tuple[Config, Sets]:
-    """Open every set and look at all its files; classes and palette that only the source set knows enter the configuration.
+    """Open every set and look at its files; classes and palette that only the source knows enter the configuration.
 
     Raises:
         ConfigError: the sets have other classes.

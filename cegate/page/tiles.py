@@ -205,7 +205,8 @@ class _Painter:
         """Pictures, and a note where the recomputed counts are not those of the evaluation."""
         segmenter, data = self.segmenter, self.segmenter.config.data
         image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
-        logits = predict_logits(segmenter, image, crop=data.crop, stride=data.stride, precision=self.precision)
+        windows = {"crop": data.crop, "stride": data.stride, "fit": item.fit}
+        logits = predict_logits(segmenter, image, precision=self.precision, **windows)
         sure, mask = (part[0].cpu().numpy() for part in logits.float().softmax(1).max(1))
         recount = Confusion(segmenter.classes)
         recount.update(mask, item.label.copy())  # the set holds it read-only

@@ -9,9 +9,10 @@ import torch
 
 import cegate
 from cegate.data.datasets import open_set
-from cegate.engine.evaluator import evaluate, evaluate_run, percent, table_of, write_evaluation
+from cegate.engine.evaluator import evaluate, evaluate_run, percent, predict_logits, table_of, write_evaluation
 from cegate.engine.trainer import Trainer, train
 from cegate.errors import CheckpointError, ConfigError
+from cegate.models.segmenter import Segmenter
 from cegate.runfolder import RunFolder
 
 
@@ -62,6 +63,22 @@ def test_written_files_agree(segmenter, arid, tmp_path):
         value = saved["per_class"][row["class"]]["IoU"]
         assert row["IoU"] == ("" if value is None else f"{value:.6f}")
     assert np.load(tmp_path / "arid/confusion.npy").dtype == np.int64
+
+
+def test_a_shrunk_image_is_counted_at_full_size(segmenter, small, monkeypatch):
+    config = small(data__targets__arid__fit="20").data
+    shrunk = open_set(config.targets["arid"], name="arid", classes=config.classes)
+    seen = []
+    monkeypatch.setattr(
+        segmenter, "forward", lambda x: seen.append(tuple(x.shape[-2:])) or Segmenter.forward(segmenter, x)
+    )
+    evaluation = evaluate(segmenter, shrunk, crop=32)
+    assert seen == [(32, 32)]  # 40 px shrunk to 20, filled up to one window
+    assert evaluation.confusion.matrix.sum() == 40 * 40
+    item = shrunk.read(0)
+    whole = predict_logits(segmenter, torch.from_numpy(item.image[None]), crop=32)
+    small_one = predict_logits(segmenter, torch.from_numpy(item.image[None]), crop=32, fit=40)
+    assert torch.equal(whole, small_one), "an image that fits stays as it is"
 
 
 def test_tiles_add_up_to_the_domain(segmenter, arid, tmp_path):
