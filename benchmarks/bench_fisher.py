@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import pytest
-import torch
 from memory import peak_bytes
-from models import make_batch, make_segmenter
+from models import Probe, make_batch, make_segmenter, perturb
 from side_by_side import note, side_by_side
 
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan
 
 SAMPLES = {"vit_t": 8, "vit_l": 2}
-
-
-@dataclass
-class Probe:
-    image: torch.Tensor
-    label: torch.Tensor
 
 
 def plain_step(model, images, labels):
@@ -40,11 +31,8 @@ def loop_over_samples(model, images, labels):
 
 @pytest.mark.parametrize("size", SAMPLES)
 def bench_fisher_pass(benchmark, size):
-    model = make_segmenter(size)
+    model = perturb(make_segmenter(size))
     images, labels = make_batch(size, SAMPLES[size])
-    with torch.no_grad():
-        for parameter in model.toolbox.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
     model.toolbox.apply(GatePlan(model.toolbox.sites))
     probe = [Probe(images, labels)]
 

@@ -7,10 +7,12 @@ from functools import partial
 import pytest
 import torch
 from frequency_layers import CHANNELS, WIDTH, check, make_layer, measure_on_cpu, on_grid
-from gpu_side_by_side import forward_backward, gpu_side_by_side, needs_gpu, rotate
+from gpu_side_by_side import forward_backward, gpu_side_by_side, needs_gpu, rotate, with_gradient
 from side_by_side import in_own_process
 
 from cegate.kernels.frequency_adapter import frequency_adapter_fft
+
+DEVICE = "cuda"
 
 
 def bench_frequency_adapter_on_the_cpu(benchmark):
@@ -27,7 +29,7 @@ def bench_frequency_adapter_on_the_cpu(benchmark):
 @pytest.mark.parametrize("side", [32, 64])
 @pytest.mark.parametrize("batch", [4, 16])
 def bench_frequency_adapter_forward_backward(benchmark, batch, side):
-    inputs = rotate(partial(make_layer, batch, side, dtype=torch.bfloat16, device="cuda"))
+    inputs = rotate(with_gradient(partial(make_layer, batch, side, dtype=torch.bfloat16, device=DEVICE)))
     project_first = torch.compile(on_grid(side, backend="torch"))
     functions = {
         "triton": on_grid(side, backend="triton"),
@@ -49,7 +51,7 @@ def bench_frequency_adapter_forward_backward(benchmark, batch, side):
 @pytest.mark.parametrize("side", [32, 64])
 @pytest.mark.parametrize("batch", [4, 16])
 def bench_frequency_adapter_forward(benchmark, batch, side):
-    inputs = rotate(partial(make_layer, batch, side, dtype=torch.bfloat16, device="cuda"))
+    inputs = rotate(partial(make_layer, batch, side, dtype=torch.bfloat16, device=DEVICE))
     ways = {"triton": torch.no_grad()(on_grid(side, backend="triton")), "copy": lambda x, *_: x.detach().clone()}
     exact = on_grid(side, frequency_adapter_fft)(*(tensor.detach().float() for tensor in inputs[0]))
     check([ways["triton"](*inputs[0])], [exact], 0.05)

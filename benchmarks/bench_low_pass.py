@@ -11,6 +11,8 @@ from side_by_side import side_by_side
 
 from cegate.kernels.low_pass import low_pass, low_pass_fft
 
+DEVICE = "cuda"
+
 
 @pytest.mark.parametrize("channels", [64, 1024])
 def bench_low_pass_on_the_cpu(benchmark, channels):
@@ -26,7 +28,7 @@ def bench_low_pass_on_the_cpu(benchmark, channels):
 @pytest.mark.parametrize("channels", [64, 1024])
 def bench_low_pass(benchmark, channels, side):
     batch, grid = 8, (side, side)
-    inputs = rotate(lambda: [torch.randn(batch, side * side, channels, device="cuda", dtype=torch.bfloat16)])
+    inputs = rotate(lambda: [torch.randn(batch, side * side, channels, device=DEVICE, dtype=torch.bfloat16)])
     ways = {
         "triton": lambda x: low_pass(x, grid, backend="triton"),
         "fft": lambda x: low_pass_fft(x.float(), grid),

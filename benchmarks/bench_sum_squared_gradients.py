@@ -12,6 +12,7 @@ from side_by_side import side_by_side
 from cegate.kernels.sum_squared_gradients import sum_squared_gradients
 
 SAMPLES, TOKENS, WIDTH, RANK = 16, 1025, 1024, 64
+DEVICE = "cuda"
 
 
 def make_pair(**options):
@@ -38,7 +39,7 @@ def bench_sum_squared_gradients_on_the_cpu(benchmark, reduce):
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduce", [False, True], ids=["diagonal", "sum"])
 def bench_sum_squared_gradients(benchmark, reduce):
-    sets = rotate(partial(make_pair, device="cuda", dtype=torch.bfloat16))
+    sets = rotate(partial(make_pair, device=DEVICE, dtype=torch.bfloat16))
     ways = {name: partial(sum_squared_gradients, reduce=reduce, backend=name) for name in ("triton", "torch")}
     ways["all at once"] = lambda a, g: all_at_once(a, g).sum() if reduce else all_at_once(a, g)
     exact = sum_squared_gradients(*(tensor.double() for tensor in sets[0]), reduce=reduce)

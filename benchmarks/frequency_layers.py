@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from gpu_side_by_side import forward_backward
+from gpu_side_by_side import forward_backward, with_gradient
 from side_by_side import seconds_of
 
 from cegate.kernels.frequency_adapter import frequency_adapter, frequency_adapter_fft
@@ -31,7 +31,7 @@ def check(ours, theirs, tolerance):
 
 def measure_on_cpu(rounds: int = 7) -> dict[str, list[float]]:
     """Seconds of each way."""
-    tensors = make_layer(4, 32)
+    tensors = with_gradient(partial(make_layer, 4, 32))()
     ways = {
         "candidate": on_grid(32),
         "torch backend": on_grid(32, backend="torch"),

@@ -15,12 +15,18 @@ from cegate.toolbox.toolbox import Toolbox
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """A layer that holds copies."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    """A layer that holds copies, on their device."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
     layer.weight.data = weight.detach().clone()
     if bias is not None:
         layer.bias.data = bias.detach().clone()
     return layer
+
+
+def in_autocast_dtype(layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    """Hook before a layer: autocast converts inside, where a hook on inputs and output gradients sees two dtypes."""
+    kind = args[0].device.type
+    return (args[0].to(torch.get_autocast_dtype(kind)),) if torch.is_autocast_enabled(kind) else None
 
 
 class TwinLayer(nn.Module):
@@ -39,6 +45,9 @@ class TwinLayer(nn.Module):
         for j in range(3):
             self.frequency[f"down{j}"] = linear(earth.down[j], earth.down_bias[j])
             self.frequency[f"up{j}"] = linear(earth.up[j], earth.up_bias[j])
+        for part in self.modules():
+            if isinstance(part, nn.Linear):
+                part.register_forward_pre_hook(in_autocast_dtype)
         self.scales = (lora.scale, adapter.scale, earth.scale.item())
         self.prefix, self.grid, self.cutoff, self.x_att = prefix, grid, earth.cutoff, None
         block.attn.qkv.register_forward_hook(self.on_qkv)
