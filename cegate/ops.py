@@ -124,7 +124,7 @@ def low_pass(
         BackendError: the named backend cannot run.
     """
     if _runs_in_cpp("low_pass", backend, {"x": x}, _learnable(cutoff)):
-        return torch.ops.cegate.low_pass(x, *_filter(x, grid, cutoff, band))
+        return native.low_pass(x, *_filter(x, grid, cutoff, band))
     return _kernel(_low_pass, x, grid, cutoff, band, tau=tau, backend=backend)
 
 
@@ -180,7 +180,7 @@ def frequency_adapter(
     weights = (down, down_bias, up, up_bias, router, router_bias, torch.as_tensor(scale, device=x.device))
     if _runs_in_cpp("frequency_adapter", backend, {"x": x}, _learnable(cutoff)):
         cast = [weight if weight.dtype == x.dtype else weight.to(x.dtype) for weight in weights]
-        return torch.ops.cegate.frequency_adapter(x, *cast, *_filter(x, grid, cutoff, band), adapters or [])[0]
+        return native.frequency_adapter(x, *cast, *_filter(x, grid, cutoff, band), adapters or [])[0]
     rest = {"cutoff": cutoff, "band": band, "tau": tau, "backend": backend}
     if not adapters:
         return _kernel(_frequency_adapter, x, grid, *weights, **rest)
@@ -261,7 +261,7 @@ def _low_rank_cpp(x, down, up, base, down_bias, up_bias, activation, scale, adap
     if x.ndim != 3:
         x = x.reshape(1, -1, x.shape[-1])
         base = None if base is None else base.reshape(1, -1, base.shape[-1])
-    y, _ = torch.ops.cegate.low_rank(x, down, up, base, down_bias, up_bias, activation, float(scale), adapters or [])
+    y, _ = native.low_rank(x, down, up, base, down_bias, up_bias, activation, float(scale), adapters or [])
     return y if len(shape) == 3 else y.view(shape)
 
 

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "products.h"
+
 namespace cegate {
 namespace {
 

@@ -1,18 +1,10 @@
-// Compiled once per instruction set (CEGATE_ISA, CEGATE_LANES). Everything but the table at the end has internal linkage,
-// and no standard header with inline code is included: the linker keeps one copy of such code, of any instruction set.
+// Compiled once per instruction set (CEGATE_ISA, CEGATE_LANES). Everything but the table at the end has internal linkage.
 #include "loops.h"
 
-#include <stdint.h>
-#include <string.h>
+#include "vectors.h"
 
 namespace cegate {
 namespace {
-
-constexpr int64_t kLanes = CEGATE_LANES;
-typedef float Vector __attribute__((vector_size(4 * CEGATE_LANES)));
-typedef int32_t Integers __attribute__((vector_size(4 * CEGATE_LANES)));
-typedef uint32_t Words __attribute__((vector_size(4 * CEGATE_LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * CEGATE_LANES)));
 
 struct Bfloat16 {
   uint16_t bits;
@@ -35,20 +27,6 @@ inline void assign(Bfloat16& target, float value) {
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
   target.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
-
-inline Vector splat(float value) {
-  Vector result;
-  for (int64_t i = 0; i < kLanes; ++i) result[i] = value;
-  return result;
-}
-
-inline Vector load_vector(const float* source) {
-  Vector result;
-  memcpy(&result, source, sizeof(result));
-  return result;
-}
-
-inline void store_vector(float* target, Vector value) { memcpy(target, &value, sizeof(value)); }
 
 inline float sum(Vector value) {
   float total = 0;
@@ -103,14 +81,6 @@ inline void normal(Vector x, Vector& distribution, Vector& density) {
   density = splat(0.398942280f) * decay;
 }
 
-// The first `count` lanes; the rest is zero. A full vector is the common case and becomes one instruction.
-inline Vector load_lanes(const float* source, int64_t count) {
-  if (count == kLanes) return load_vector(source);
-  Vector result = splat(0.0f);
-  for (int64_t i = 0; i < count; ++i) result[i] = source[i];
-  return result;
-}
-
 inline Vector load_lanes(const Bfloat16* source, int64_t count) {
   Halves halves = {};
   if (count == kLanes) {
@@ -124,11 +94,6 @@ inline Vector load_lanes(const Bfloat16* source, int64_t count) {
   return result;
 }
 
-inline void store_lanes(float* target, Vector value, int64_t count) {
-  if (count == kLanes) return store_vector(target, value);
-  for (int64_t i = 0; i < count; ++i) target[i] = value[i];
-}
-
 inline void store_lanes(Bfloat16* target, Vector value, int64_t count) {
   if (count < kLanes) {
     for (int64_t i = 0; i < count; ++i) assign(target[i], value[i]);
@@ -140,10 +105,6 @@ inline void store_lanes(Bfloat16* target, Vector value, int64_t count) {
   const Words kept = (words & 0x7fffffffu) > 0x7f800000u ? words - words + 0x7fc0u : rounded;
   const Halves halves = __builtin_convertvector(kept, Halves);
   memcpy(target, &halves, sizeof(halves));
-}
-
-inline int64_t lanes_left(int64_t position, int64_t width) {
-  return width - position < kLanes ? width - position : kLanes;
 }
 
 template <typename T>
@@ -427,13 +388,11 @@ constexpr TypedLoops typed_loops() {
 
 }  // namespace
 
-#define CEGATE_JOIN(a, b) a##b
-#define CEGATE_TABLE(isa) CEGATE_JOIN(loops_, isa)
 #define CEGATE_QUOTE(isa) #isa
 #define CEGATE_NAME(isa) CEGATE_QUOTE(isa)
 
-extern const Loops CEGATE_TABLE(CEGATE_ISA);
-const Loops CEGATE_TABLE(CEGATE_ISA) = {
+extern const Loops CEGATE_TABLE(loops);
+const Loops CEGATE_TABLE(loops) = {
     CEGATE_NAME(CEGATE_ISA), kLanes, typed_loops<float>(), typed_loops<Bfloat16>(), combine};
 
 }  // namespace cegate

@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "products.h"
+
 namespace cegate {
 namespace {
 
@@ -246,17 +248,6 @@ struct QueryValue {
     check_weight(op, "down_v", down_v, shape, stacked, {shape.rank, shape.channels});
     check_weight(op, "up_v", up_v, shape, stacked, {shape.out, shape.rank});
   }
-
-  // [2r, C]: one product with x gives both hidden halves.
-  std::vector<char> join(const Tensor& down_q, const Tensor& down_v, int64_t adapter) const {
-    const int64_t half = shape.rank * shape.channels * bytes_of(shape.dtype);
-    std::vector<char> joined(2 * half);
-    if (half) {
-      std::memcpy(joined.data(), data_of(down_q) + adapter * half, half);
-      std::memcpy(joined.data() + half, data_of(down_v) + adapter * half, half);
-    }
-    return joined;
-  }
 };
 
 }  // namespace
@@ -279,17 +270,18 @@ Tensor low_rank_qv_(
   for (const Run& run : runs) {
     if (run.adapter < 0) continue;
     const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
-    std::vector<char> joined = both.join(down_q, down_v, run.adapter);
-    const Matrix down(joined.data(), 2 * shape.rank, shape.channels, shape.channels, shape.dtype);
     const Matrix narrow = matrix_of(hidden, keeps ? rows_all : count, 2 * shape.rank).row_range(keeps ? first : 0, count);
     const Matrix target = matrix_of(qkv, rows_all, 3 * shape.out).row_range(first, count);
-    multiply(narrow, matrix_of(x, rows_all, shape.channels).row_range(first, count), down.transposed());
-    const Matrix weight_q = weight_of(up_q, run.adapter, shape.out, shape.rank);
-    const Matrix weight_v = weight_of(up_v, run.adapter, shape.out, shape.rank);
-    multiply(target.column_range(0, shape.out), narrow.column_range(0, shape.rank), weight_q.transposed(), scale, 1);
-    multiply(
-        target.column_range(2 * shape.out, shape.out), narrow.column_range(shape.rank, shape.rank),
-        weight_v.transposed(), scale, 1);
+    const Matrix part_x = matrix_of(x, rows_all, shape.channels).row_range(first, count);
+    const std::pair<const Tensor*, const Tensor*> halves[] = {{&down_q, &up_q}, {&down_v, &up_v}};
+    for (int64_t half = 0; half < 2; ++half) {
+      const Matrix hidden_half = narrow.column_range(half * shape.rank, shape.rank);
+      const auto [down, up] = halves[half];
+      multiply(hidden_half, part_x, weight_of(*down, run.adapter, shape.rank, shape.channels).transposed());
+      multiply(
+          target.column_range(2 * half * shape.out, shape.out), hidden_half,
+          weight_of(*up, run.adapter, shape.out, shape.rank).transposed(), scale, 1);
+    }
   }
   return keeps ? hidden : empty({0}, shape.dtype);
 }
@@ -331,8 +323,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_qv_backward(
     multiply(dnarrow_q, dq, weight_of(up_q, run.adapter, shape.out, shape.rank), scale, 0);
     multiply(dnarrow_v, dv, weight_of(up_v, run.adapter, shape.out, shape.rank), scale, 0);
     if (wants_x) {
-      std::vector<char> joined = both.join(down_q, down_v, run.adapter);
-      multiply(part_dx, dnarrow, Matrix(joined.data(), 2 * shape.rank, shape.channels, shape.channels, shape.dtype));
+      multiply(part_dx, dnarrow_q, weight_of(down_q, run.adapter, shape.rank, shape.channels));
+      multiply(part_dx, dnarrow_v, weight_of(down_v, run.adapter, shape.rank, shape.channels), 1, 1);
     }
     if (!wants_weights) continue;
     const double beta = seen[run.adapter] ? 1 : 0;

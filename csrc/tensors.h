@@ -1,4 +1,4 @@
-// Tensors through LibTorch's stable ABI: views of memory, matrix products by ATen's BLAS, checks that name their values.
+// Tensors through LibTorch's stable ABI: views of memory, checks that name their values.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -31,12 +31,31 @@ void check(bool good, const Parts&... parts) {
   throw std::runtime_error(message.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
+// Written out only into a message: a check that holds costs no string.
+struct ShapeOf {
+  const Tensor& tensor;
+};
+
+inline ShapeOf shape_of(const Tensor& tensor) { return {tensor}; }
+
+inline std::ostream& operator<<(std::ostream& text, const ShapeOf& shape) {
   text << '[';
-  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
-  text << ']';
-  return text.str();
+  for (int64_t i = 0; i < shape.tensor.dim(); ++i) text << (i ? ", " : "") << shape.tensor.size(i);
+  return text << ']';
+}
+
+struct ExpectedShape {
+  const std::vector<int64_t>& sizes;
+};
+
+inline std::ostream& operator<<(std::ostream& text, const ExpectedShape& expected) {
+  text << '[';
+  for (size_t i = 0; i < expected.sizes.size(); ++i) {
+    text << (i ? ", " : "");
+    if (expected.sizes[i] < 0) text << '*';
+    else text << expected.sizes[i];
+  }
+  return text << ']';
 }
 
 // Checks device, layout, dtype and shape; -1 in `shape` takes any size.
@@ -47,13 +66,7 @@ inline void check_tensor(
   check(tensor.scalar_type() == dtype, op, ": ", name, " is ", toString(tensor.scalar_type()), ", expected ", toString(dtype));
   bool same = tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] < 0 || tensor.size(i) == shape[i];
-  std::ostringstream expected;
-  for (size_t i = 0; i < shape.size(); ++i) {
-    expected << (i ? ", " : "");
-    if (shape[i] < 0) expected << '*';
-    else expected << shape[i];
-  }
-  check(same, op, ": ", name, " has shape ", shape_of(tensor), ", expected [", expected.str(), "]");
+  check(same, op, ": ", name, " has shape ", shape_of(tensor), ", expected ", ExpectedShape{shape});
 }
 
 inline ScalarType check_dtype(const char* op, const char* name, const Tensor& tensor) {
@@ -129,33 +142,6 @@ struct Matrix {
 // Any tensor whose last axis is dense and whose leading axes collapse into one row axis.
 inline Matrix matrix_of(const Tensor& tensor, int64_t rows, int64_t columns) {
   return Matrix(data_of(tensor), rows, columns, columns, tensor.scalar_type());
-}
-
-inline Tensor view_of(const Matrix& m) {
-  const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.row_stride, m.column_stride};
-  return torch::stable::from_blob(
-      m.data, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2), torch::headeronly::IntHeaderOnlyArrayRef(strides, 2),
-      torch::stable::Device(torch::headeronly::DeviceType::CPU), m.dtype);
-}
-
-// out = beta * out + alpha * a b. With beta 0, what out held is not read.
-inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b, double alpha = 1, double beta = 0) {
-  if (out.rows == 0 || out.columns == 0) return;
-  const Tensor target = view_of(out), left = view_of(a), right = view_of(b);
-  if (alpha == 1 && beta == 0) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), left.get(), right.get()));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(target.get(), target.get(), left.get(), right.get(), beta, alpha));
-  }
-}
-
-// out = base + alpha * a b.
-inline void multiply_add(const Matrix& out, const Matrix& base, const Matrix& a, const Matrix& b, double alpha) {
-  if (out.rows == 0 || out.columns == 0) return;
-  const Tensor target = view_of(out), start = view_of(base), left = view_of(a), right = view_of(b);
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(target.get(), start.get(), left.get(), right.get(), 1.0, alpha));
 }
 
 // Consecutive samples with one adapter; adapter -1 is off.

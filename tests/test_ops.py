@@ -163,30 +163,32 @@ def test_empty_tensors_pass(shape):
 
 THREADS = """
     import sys, torch
-    from cegate import ops
+    from cegate import native, ops
     torch.set_num_threads(int(sys.argv[1]))
     torch.manual_seed(0)
     x = torch.randn(3, 77, 40)
-    y = ops.low_pass(x, (7, 11), 0.6, backend="cpp")
-    kept = ops._filter(x, (7, 11), 0.6, "official")
-    # a width of one channel leaves the BLAS nothing to split: what differs would be our loops
-    shapes = [(3, 32, 1), (3, 32), (3, 1, 32), (3, 1), (3, 1), (3,)]
-    weights = [torch.randn(shape) for shape in shapes] + [torch.tensor(0.5)]
-    parts = [tensor.requires_grad_() for tensor in (torch.randn(3, 77, 1), *weights)]
-    z = ops.frequency_adapter(parts[0], (7, 11), *parts[1:], 0.6, backend="cpp")
-    low = [torch.randn(shape).requires_grad_() for shape in ((9, 1), (1, 9), (9,), (1,))]
-    biases = {"down_bias": low[2], "up_bias": low[3]}
-    w = ops.low_rank(torch.randn(1, 5000, 1), low[0], low[1], **biases, activation="gelu", backend="cpp")
-    gradients = torch.autograd.grad(z.square().sum(), parts) + torch.autograd.grad(w.square().sum(), low[2:])
-    sys.stdout.buffer.write(b"".join(t.detach().numpy().tobytes() for t in (y, z, w, *gradients)))
+    results = [ops.low_pass(x, (7, 11), 0.6, backend="cpp")]
+    # products of our own at any width; where they are a BLAS's, one channel leaves it nothing to split
+    channels = 1 if native.EXTENSION.cpu_capability() == "portable" else 300
+    make = lambda *shape: torch.randn(shape).mul_(0.1).requires_grad_()
+    shapes = [(3, 77, channels), (3, 32, channels), (3, 32), (3, channels, 32), (3, channels), (3, channels), (3,), ()]
+    parts = [make(*shape) for shape in shapes]
+    results.append(ops.frequency_adapter(parts[0], (7, 11), *parts[1:], 0.6, backend="cpp"))
+    low = [make(*shape) for shape in ((1, 5000, channels), (9, channels), (channels, 9), (9,), (channels,))]
+    biases = {"down_bias": low[3], "up_bias": low[4]}
+    results.append(ops.low_rank(*low[:3], **biases, activation="gelu", backend="cpp"))
+    wanted = [*parts, *low] if channels > 1 else [*parts, *low[3:]]
+    results += torch.autograd.grad(sum(y.square().sum() for y in results[1:]), wanted)
+    sys.stdout.buffer.write(b"".join(t.detach().numpy().tobytes() for t in results))
 """
 
 
 @needs_cpp
-def test_own_loops_are_bitwise_equal_with_1_2_and_4_threads():
-    command = [sys.executable, "-c", textwrap.dedent(THREADS)]
+@pytest.mark.parametrize("isa", ["portable", "avx512"])
+def test_results_are_bitwise_equal_with_1_2_and_4_threads(isa):
+    command, env = [sys.executable, "-c", textwrap.dedent(THREADS)], {**os.environ, "CEGATE_CPU": isa}
     outputs = {
-        threads: subprocess.run([*command, str(threads)], capture_output=True, check=True).stdout
+        threads: subprocess.run([*command, str(threads)], capture_output=True, check=True, env=env).stdout
         for threads in (1, 2, 4)
     }
     assert len(outputs[1]) > 1000
@@ -194,7 +196,7 @@ def test_own_loops_are_bitwise_equal_with_1_2_and_4_threads():
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", ["portable", "avx2"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set_computes_the_same(isa):
     code = """
         import sys, torch
@@ -202,19 +204,25 @@ def test_every_instruction_set_computes_the_same(isa):
         torch.manual_seed(0)
         shapes = (2, 35, 19), (3, 5, 19), (3, 5), (3, 19, 5), (3, 19), (3, 19), (3,), ()
         tensors = [torch.randn(shape) for shape in shapes]
-        down, up = torch.randn(4, 19), torch.randn(19, 4)
+        # below, at and above a vector, a tile of rows or columns, and a block of the depth
+        sizes = [(1, 1, 1, 1), (3, 7, 2, 5), (8, 16, 8, 32), (9, 33, 17, 49), (5, 256, 3, 24), (130, 300, 64, 257)]
+        low = [[torch.randn(s) for s in ((1, t, c), (r, c), (o, r), (1, t, o))] for t, c, r, o in sizes]
         ours, plain = [], []
         for found, backend in ((ours, "cpp"), (plain, "torch")):
             found.append(ops.frequency_adapter(tensors[0], (5, 7), *tensors[1:], 0.9, backend=backend))
-            found.append(ops.low_rank(tensors[0], down, up, activation="gelu", backend=backend))
-        torch.testing.assert_close(ours, plain)
+            for x, down, up, base in low:
+                parts = [part.requires_grad_() for part in (x, down, up, base)]
+                y = ops.low_rank(x, down, up, base=base, activation="gelu", scale=0.1, backend=backend)
+                found += [y, *torch.autograd.grad(y.square().sum(), parts)]
+        for a, b in zip(ours, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * float(b.abs().max()))
         print(native.EXTENSION.cpu_capability())
     """
     env = {**os.environ, "CEGATE_CPU": isa}
     out = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, check=True
     )
-    assert out.stdout.strip() in (isa, "portable")  # a CPU without AVX2 has the portable loops only
+    assert out.stdout.strip() in (isa, "avx2", "portable")  # the best this CPU has, up to the one asked for
 
 
 def grad_tensors(*tensors: torch.Tensor, place: torch.device | str = "cpu") -> list[torch.Tensor]:

@@ -1,0 +1,34 @@
+// Tiles of float32 matrix products. No torch here: tiles.cpp is compiled for AVX2 and AVX-512, like loops.cpp.
+#pragma once
+
+#include <cstdint>
+
+namespace cegate {
+
+// out = (adds ? base : 0) + alpha * a b for one tile. All strides are in elements.
+struct Tile {
+  const float* a;  // [rows, depth], any strides: its elements are broadcast
+  int64_t a_row, a_column;
+  const float* panel;  // [depth, Tiles::columns], a block of b as `pack` writes it
+  int64_t depth;
+  const float* base;
+  int64_t base_row, base_column;
+  float* out;
+  int64_t out_row, out_column;
+  int64_t rows, columns;  // at most those of Tiles
+  float alpha;
+  bool adds;
+};
+
+struct Tiles {
+  int64_t rows, columns;  // of a whole tile: as many accumulators as the registers hold
+
+  // panel [depth, Tiles::columns] = b [depth, count] of any strides, zero behind the last column.
+  void (*pack)(float* panel, const float* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t count);
+  void (*multiply)(const Tile& tile);
+};
+
+// Those of the instruction set that loops() runs with; null for the portable one, where a BLAS is faster.
+const Tiles* tiles();
+
+}  // namespace cegate
