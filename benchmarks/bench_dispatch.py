@@ -193,10 +193,10 @@ def bench_eight_samples_with_four_adapters(benchmark, kind, size):
         with torch.no_grad():
             return function(*inputs, *stacked, adapters=ADAPTERS, backend=backend)
 
-    def loop() -> Tensor:
+    def loop(backend: str = "cpp") -> Tensor:
         with torch.no_grad():
             rows = [
-                function(*(t[b : b + 1] for t in inputs), *mine[adapter], backend="cpp")
+                function(*(t[b : b + 1] for t in inputs), *mine[adapter], backend=backend)
                 for b, adapter in enumerate(ADAPTERS)
             ]
             return torch.cat(rows)
@@ -207,7 +207,11 @@ def bench_eight_samples_with_four_adapters(benchmark, kind, size):
 
     if kind != "spatial":  # in place: two calls would add twice
         torch.testing.assert_close(together(), loop(), rtol=1e-4, atol=1e-5)
-    ways = {"loop over samples": repeated(loop, 10), "uniform batch": repeated(uniform, 10)}
+    ways = {
+        "loop over samples": repeated(loop, 10),
+        "loop over samples, torch backend": repeated(partial(loop, "torch"), 10),
+        "uniform batch": repeated(uniform, 10),
+    }
     target = {"loop over samples": "<= 0.33", "uniform batch": "<= 1.1"}
     side_by_side(benchmark, repeated(together, 10), ways, rounds=9, target=target)
     note_peaks(benchmark, lambda backend: partial(together, backend))

@@ -10,12 +10,13 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cegate import __version__
 from cegate.errors import BackendError
@@ -69,6 +70,12 @@ def _like(tensor: Tensor, wanted: bool = True) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else tensor.new_empty(0)
 
 
+def _refuse_second_derivatives(op: str) -> None:
+    """Gradients are on within a backward exactly if its own gradient is wanted, and that would be silently zero."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise BackendError(f"{op}: the C++ form has no second derivatives; use backend='torch'")
+
+
 def _low_pass_setup(ctx, inputs, output) -> None:
     _, *tensors, ctx.coupled = inputs
     ctx.save_for_backward(*tensors)
@@ -79,7 +86,8 @@ def _low_pass_backward(ctx, dy: Tensor):
 
 
 def _frequency_setup(ctx, inputs, output) -> None:
-    x, down, _, up, up_bias, router, _, scale, *filters, ctx.coupled, ctx.adapters = inputs
+    x, down, _, up, up_bias, router, _, scale, *filters, ctx.coupled, adapters = inputs
+    ctx.adapters = list(adapters)
     ctx.save_for_backward(x, output[1], down, up, up_bias, router, scale, *filters)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -88,6 +96,7 @@ def _frequency_setup(ctx, inputs, output) -> None:
 def _frequency_backward(ctx, dy: Tensor | None, _):
     if dy is None:
         return (None,) * 14
+    _refuse_second_derivatives("frequency_adapter")
     wants_x, wants_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:8])
     gradients = torch.ops.cegate.frequency_adapter_backward(
         dy, *ctx.saved_tensors, ctx.coupled, ctx.adapters, wants_x, wants_weights
@@ -97,7 +106,8 @@ def _frequency_backward(ctx, dy: Tensor | None, _):
 
 
 def _low_rank_setup(ctx, inputs, output) -> None:
-    x, down, up, _, _, _, ctx.activation, ctx.scale, ctx.adapters = inputs
+    x, down, up, _, _, _, ctx.activation, ctx.scale, adapters = inputs
+    ctx.adapters = list(adapters)
     ctx.save_for_backward(x, output[1], down, up)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -106,6 +116,7 @@ def _low_rank_setup(ctx, inputs, output) -> None:
 def _low_rank_backward(ctx, dy: Tensor | None, _):
     if dy is None:
         return (None,) * 9
+    _refuse_second_derivatives("low_rank")
     wants_x, wants_down, wants_up, wants_base, wants_down_bias, wants_up_bias, *_ = ctx.needs_input_grad
     dx, ddown, dup, ddown_bias, dup_bias = torch.ops.cegate.low_rank_backward(
         dy,
@@ -165,11 +176,12 @@ class LowRankQV(torch.autograd.Function):
         hidden = torch.ops.cegate.low_rank_qv_(qkv, x, down_q, up_q, down_v, up_v, scale, adapters)
         ctx.mark_dirty(qkv)
         ctx.save_for_backward(x, hidden, down_q, up_q, down_v, up_v)
-        ctx.scale, ctx.adapters = scale, adapters
+        ctx.scale, ctx.adapters = scale, list(adapters)
         return qkv
 
     @staticmethod
     def backward(ctx, dqkv):
+        _refuse_second_derivatives("low_rank_qv_")
         _, wants_x, *wants = ctx.needs_input_grad[:6]
         gradients = torch.ops.cegate.low_rank_qv_backward(
             dqkv, *ctx.saved_tensors, ctx.scale, ctx.adapters, wants_x, any(wants)
@@ -220,7 +232,7 @@ def _register_fakes() -> None:
         return (_like(x, wants_x), *(_like(weight, wants) for weight in (down_q, up_q, down_v, up_v)))
 
 
-def obstacles(tensors: dict[str, Tensor], adapters: Sequence[int] | None = None) -> list[str]:
+def obstacles(tensors: dict[str, Tensor]) -> list[str]:
     """Every reason why the operators cannot take these tensors; empty if they can."""
     if EXTENSION is None:
         return [REASON]
@@ -235,6 +247,8 @@ def obstacles(tensors: dict[str, Tensor], adapters: Sequence[int] | None = None)
             reasons.append(f"{name} is {tensor.dtype} and {first_name} {first.dtype}".replace("torch.", ""))
     if torch._C._are_functorch_transforms_active():
         reasons.append("torch.func transforms are active")
+    if forward_ad._current_level >= 0:
+        reasons.append("forward-mode differentiation is active")
     return reasons
 
 

@@ -12,6 +12,7 @@ is the index of sample b's adapter, or -1 where the operator is off for it (see 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Literal
 
@@ -55,10 +56,15 @@ def _runs_in_cpp(op: str, backend: str, tensors: dict[str, Tensor], limits: Sequ
     return not reasons
 
 
-def _kernel(function: Callable, *args, **options):
-    """Call an operator of ``kernels/``, which knows nothing of cegate's errors."""
+def _kernel(function: Callable, x: Tensor, *args, **options):
+    """Call an operator of ``kernels/``, which knows nothing of cegate's errors.
+
+    Triton launches on the current device, whichever the tensors are on; a compiled graph sees to that itself.
+    """
+    elsewhere = x.is_cuda and not torch.compiler.is_compiling()
     try:
-        return function(*args, **options)
+        with torch.cuda.device(x.device) if elsewhere else nullcontext():
+            return function(x, *args, **options)
     except KernelUnavailableError as error:
         raise BackendError(str(error)) from error
 
@@ -298,12 +304,16 @@ def low_rank_qv_(
     """
     weights = (down_q, up_q, down_v, up_v)
     in_place = not torch.compiler.is_compiling()  # the compiler has no in-place autograd functions
-    if in_place and x.ndim == 3 and _runs_in_cpp("low_rank_qv_", backend, {"qkv": qkv, "x": x}):
+    if qkv.is_leaf and qkv.requires_grad and torch.is_grad_enabled():
+        raise ValueError("low_rank_qv_: qkv is a leaf that wants a gradient and cannot be changed in place; clone it")
+    limits = () if x.ndim == 3 else (f"x has {x.ndim} axes, it takes [B, T, C]",)
+    if in_place and _runs_in_cpp("low_rank_qv_", backend, {"qkv": qkv, "x": x}, limits):
         cast = [weight if weight.dtype == x.dtype else weight.to(x.dtype) for weight in weights]
         rest = (float(scale), adapters or [])
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, x, *cast)):
             return native.LowRankQV.apply(qkv, x, *cast, *rest)
         torch.ops.cegate.low_rank_qv_(qkv, x, *cast, *rest, keeps=False)
+        torch.autograd.graph.increment_version(qkv)
         return qkv
     chosen = "auto" if backend == "cpp" else backend
     if not adapters:

@@ -94,8 +94,8 @@ void for_each(int64_t count, const Body& body) {
   });
 }
 
-// target [M, 3d+3] = source [M, C] times experts [3d, C] and three more rows [3, C]. A product 3d + 3 wide costs a BLAS a
-// quarter more than one 3d wide, so the last three columns are our own.
+// target [M, 3d+3] = source [M, C] times experts [3d, C] and three more rows [3, C]. A product 3d + 3 wide costs a quarter
+// more than one 3d wide, in a BLAS and in tiles, so the last three columns are loops.
 void project(const Matrix& target, const Matrix& source, const Matrix& experts, const char* last) {
   const int64_t wide = target.columns - 3, size = bytes_of(target.dtype), rows_per_task = 64;
   multiply(target.column_range(0, wide), source, experts);
@@ -349,11 +349,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
 
   const int64_t size = bytes_of(shape.dtype), rows_all = shape.samples * shape.tokens;
   const int64_t c = shape.channels, d = shape.width, a = shape.stacked;
-  const Tensor nothing = empty({0}, shape.dtype);
-  Tensor dx = wants_x ? empty_as(x) : nothing;
+  Tensor dx = wants_x ? empty_as(x) : nothing(shape.dtype);
   // gradients of the packed weights: enter [A, 3d+3, C], leave [A, C, 3d+3]
-  Tensor denter = wants_weights ? empty({a, shape.hidden, c}, shape.dtype) : nothing;
-  Tensor dleave = wants_weights ? empty({a, c, shape.hidden}, shape.dtype) : nothing;
+  Tensor denter = wants_weights ? empty({a, shape.hidden, c}, shape.dtype) : nothing(shape.dtype);
+  Tensor dleave = wants_weights ? empty({a, c, shape.hidden}, shape.dtype) : nothing(shape.dtype);
   std::vector<float> dbias(wants_weights ? a * (shape.hidden + 1) : 0, 0.0f);
   std::vector<bool> seen(a, false);
   if (!adapters.empty() || rows_all == 0)
@@ -361,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
       if (gradient->numel()) std::memset(data_of(*gradient), 0, gradient->numel() * size);
 
   Tensor dmixed = empty({longest(runs), shape.tokens, shape.hidden}, shape.dtype);
-  Tensor mixed = wants_weights ? empty_as(dmixed) : nothing;
+  Tensor mixed = wants_weights ? empty_as(dmixed) : nothing(shape.dtype);
   for (const Run& run : runs) {
     const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
     if (count == 0) continue;
@@ -387,7 +386,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
     seen[run.adapter] = true;
     for (int64_t i = 0; i <= shape.hidden; ++i) dbias[run.adapter * (shape.hidden + 1) + i] += sums[i];
   }
-  if (!wants_weights) return {dx, nothing, nothing, nothing, nothing, nothing, nothing, nothing};
+  if (!wants_weights) {
+    const ScalarType t = shape.dtype;
+    return {dx, nothing(t), nothing(t), nothing(t), nothing(t), nothing(t), nothing(t), nothing(t)};
+  }
 
   Tensor ddown = empty_as(down), dup = empty_as(up), dup_bias = empty_as(up_bias), drouter = empty_as(router);
   Tensor dscale = empty_as(scale);

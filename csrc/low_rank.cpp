@@ -111,7 +111,9 @@ std::tuple<Tensor, Tensor> low_rank(
   }
   x = dense(x), down = dense(down), up = dense(up);
   // a part of a fused qkv output needs no copy: its rows are evenly spaced
-  if (base && !(base->stride(2) == 1 && base->stride(0) == shape.tokens * base->stride(1))) base = dense(*base);
+  const bool even = base && (shape.out == 1 || base->stride(2) == 1) &&
+                    (shape.samples == 1 || shape.tokens == 1 || base->stride(0) == shape.tokens * base->stride(1));
+  if (base && !even) base = dense(*base);
 
   const TypedLoops& typed = loops_of(shape.dtype);
   const int64_t size = bytes_of(shape.dtype), rows_all = shape.samples * shape.tokens;
@@ -121,7 +123,8 @@ std::tuple<Tensor, Tensor> low_rank(
   Tensor hidden = keeps_pre ? empty({longest(runs), shape.tokens, shape.rank}, shape.dtype) : pre;
   const Matrix all_y = matrix_of(y, rows_all, shape.out), all_x = matrix_of(x, rows_all, shape.channels);
   const Matrix all_pre = matrix_of(pre, rows_all, shape.rank);
-  const int64_t base_stride = base ? base->stride(1) : 0;
+  // the stride of an axis of one element means nothing
+  const int64_t base_stride = !base ? 0 : shape.tokens > 1 ? base->stride(1) : base->stride(0);
 
   for (const Run& run : runs) {
     const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
@@ -176,11 +179,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_backward(
 
   const TypedLoops& typed = loops_of(shape.dtype);
   const int64_t size = bytes_of(shape.dtype), rows_all = shape.samples * shape.tokens;
-  const Tensor nothing = empty({0}, shape.dtype);
   // an adapter may come in several runs, or in none
   const bool adds = !adapters.empty();
   auto gradient_of = [&](bool wanted, std::vector<int64_t> sizes) {
-    if (!wanted || !wants_weights) return nothing;
+    if (!wanted || !wants_weights) return nothing(shape.dtype);
     if (down.dim() == 3) sizes.insert(sizes.begin(), shape.stacked);
     const Tensor gradient = empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()), shape.dtype);
     if (adds || rows_all == 0) clear(gradient);
@@ -217,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_backward(
     }
   }
 
-  Tensor dx = wants_x ? empty_as(x) : nothing, ddown = gradient_of(true, {shape.rank, shape.channels});
+  Tensor dx = wants_x ? empty_as(x) : nothing(shape.dtype), ddown = gradient_of(true, {shape.rank, shape.channels});
   for (const Run& run : runs) {
     const int64_t first = run.first * shape.tokens, count = run.count * shape.tokens;
     const Matrix part_dx = matrix_of(dx, rows_all, shape.channels).row_range(first, count);
@@ -274,13 +276,14 @@ Tensor low_rank_qv_(
     const Matrix target = matrix_of(qkv, rows_all, 3 * shape.out).row_range(first, count);
     const Matrix part_x = matrix_of(x, rows_all, shape.channels).row_range(first, count);
     const std::pair<const Tensor*, const Tensor*> halves[] = {{&down_q, &up_q}, {&down_v, &up_v}};
+    auto hidden_half = [&](int64_t half) { return narrow.column_range(half * shape.rank, shape.rank); };
+    for (int64_t half = 0; half < 2; ++half) {  // x may be qkv itself: it is read before that changes
+      const Matrix down = weight_of(*halves[half].first, run.adapter, shape.rank, shape.channels);
+      multiply(hidden_half(half), part_x, down.transposed());
+    }
     for (int64_t half = 0; half < 2; ++half) {
-      const Matrix hidden_half = narrow.column_range(half * shape.rank, shape.rank);
-      const auto [down, up] = halves[half];
-      multiply(hidden_half, part_x, weight_of(*down, run.adapter, shape.rank, shape.channels).transposed());
-      multiply(
-          target.column_range(2 * half * shape.out, shape.out), hidden_half,
-          weight_of(*up, run.adapter, shape.out, shape.rank).transposed(), scale, 1);
+      const Matrix up = weight_of(*halves[half].second, run.adapter, shape.out, shape.rank);
+      multiply(target.column_range(2 * half * shape.out, shape.out), hidden_half(half), up.transposed(), scale, 1);
     }
   }
   return keeps ? hidden : empty({0}, shape.dtype);
@@ -299,11 +302,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_qv_backward(
   up_q = dense(up_q), down_v = dense(down_v), up_v = dense(up_v);
 
   const int64_t size = bytes_of(shape.dtype), rows_all = shape.samples * shape.tokens;
-  const Tensor nothing = empty({0}, shape.dtype);
-  Tensor dx = wants_x ? empty_as(x) : nothing;
-  Tensor ddown_q = wants_weights ? empty_as(down_q) : nothing, dup_q = wants_weights ? empty_as(up_q) : nothing;
-  Tensor ddown_v = wants_weights ? empty_as(down_v) : nothing, dup_v = wants_weights ? empty_as(up_v) : nothing;
-  if (both.stacked || rows_all == 0)
+  auto gradient_of = [&](const Tensor& tensor, bool wanted) { return wanted ? empty_as(tensor) : nothing(shape.dtype); };
+  Tensor dx = gradient_of(x, wants_x);
+  Tensor ddown_q = gradient_of(down_q, wants_weights), dup_q = gradient_of(up_q, wants_weights);
+  Tensor ddown_v = gradient_of(down_v, wants_weights), dup_v = gradient_of(up_v, wants_weights);
+  if (!adapters.empty() || rows_all == 0)
     for (const Tensor* gradient : {&ddown_q, &dup_q, &ddown_v, &dup_v}) clear(*gradient);
 
   Tensor dhidden = empty_as(hidden);

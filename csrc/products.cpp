@@ -22,13 +22,13 @@ struct Product {
   const Matrix& a;
   const Matrix& b;
   float alpha;
+  const Tiles& set = *tiles();
 
   int64_t depth() const { return a.columns; }
   int64_t depth_blocks() const { return std::max<int64_t>(blocks_of(depth(), kDepth), 1); }  // none still writes out
 
   // The tile at a row and column, in a block of the depth, with the panel of both.
   void tile(int64_t row, int64_t column, int64_t depth_block, const float* panel) const {
-    const Tiles& set = *tiles();
     const int64_t from = depth_block * kDepth;
     const Matrix* start = depth_block ? &out : base;
     set.multiply({
@@ -42,7 +42,6 @@ struct Product {
   }
 
   void pack(float* panel, int64_t column, int64_t depth_block) const {
-    const Tiles& set = *tiles();
     const int64_t from = depth_block * kDepth;
     set.pack(
         panel, element(b, from, column), b.row_stride, b.column_stride, std::min(kDepth, depth() - from),
@@ -52,7 +51,7 @@ struct Product {
 
 // b is a weight, small beside a: packed whole, then blocks of a's rows, each with all panels.
 void by_rows(const Product& product) {
-  const Tiles& set = *tiles();
+  const Tiles& set = product.set;
   const int64_t panels = blocks_of(product.out.columns, set.columns), depth_blocks = product.depth_blocks();
   const int64_t row_tiles = blocks_of(product.out.rows, set.rows);
   const int64_t stride = std::min(kDepth, product.depth()) * set.columns;
@@ -77,7 +76,7 @@ void by_rows(const Product& product) {
 
 // a is narrow and the depth is long, as in a weight's gradient: panels of b, each packed where it is used.
 void by_columns(const Product& product) {
-  const Tiles& set = *tiles();
+  const Tiles& set = product.set;
   const int64_t panels = blocks_of(product.out.columns, set.columns), depth_blocks = product.depth_blocks();
   const int64_t panel_work = product.out.rows * set.columns * std::max<int64_t>(product.depth(), 1);
   torch::stable::parallel_for(0, panels, std::max<int64_t>(kWorth / panel_work, 1), [&](int64_t begin, int64_t end) {
@@ -94,7 +93,7 @@ void by_columns(const Product& product) {
 
 void multiply_single(const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, float alpha) {
   // a b^T summed over tokens: both lie token by token
-  const bool over_tokens = a.row_stride == 1 && a.column_stride != 1 && b.column_stride == 1;
+  const bool over_tokens = a.row_stride == 1 && b.column_stride == 1 && a.columns > a.rows;
   if (!over_tokens) return by_rows({out, base, a, b, alpha});
   if (out.rows <= out.columns) return by_columns({out, base, a, b, alpha});
   const Matrix turned = out.transposed(), turned_base = base ? base->transposed() : turned;

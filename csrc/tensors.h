@@ -105,6 +105,10 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
 // Contiguous, whatever the strides of `tensor`.
 inline Tensor empty_as(const Tensor& tensor) { return empty(tensor.sizes(), tensor.scalar_type()); }
 
+// What an operator returns for a gradient that nobody wants: each its own, since outputs must not share memory.
+inline Tensor nothing(ScalarType dtype) { return empty({0}, dtype); }
+
+// Contiguous; the stride of an axis of one element is whatever it was.
 inline Tensor dense(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
