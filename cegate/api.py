@@ -29,19 +29,20 @@ def build(config: Config | Mapping[str, Any] | str | Path) -> Segmenter:
     return segmenter.build(config if isinstance(config, Config) else read_config(config))
 
 
-def load(path: str | Path, device: str | torch.device | None = None) -> Segmenter:
+def load(path: str | Path, device: str | torch.device | None = None, *, weights: str | Path | None = None) -> Segmenter:
     """Load a run folder or an adapter folder, strictly.
 
     Args:
         path: folder with ``adapter_config.json``, or a run folder with ``adapter/``.
         device: where to put it; default: a GPU if there is one.
+        weights: backbone weights, where the file used in training lies elsewhere here.
 
     Raises:
         CheckpointError: no such folder, another backbone, or missing or extra weights.
     """
     from cegate.checkpoint import load_adapter
 
-    return load_adapter(Path(path), device)
+    return load_adapter(Path(path), device, weights=None if weights is None else str(weights))
 
 
 def load_many(

@@ -44,9 +44,12 @@ USAGE = cli.Usage(
             "N",
         ),
         cli.Option("tables_only", "Run nothing; make the tables of every finished cell in --output."),
-        cli.Option("dry_run", "Check settings and folders, list the cells, and stop."),
+        cli.Option(
+            "dry_run", "Check configurations and run folders, list the cells, and stop; the data are not looked at."
+        ),
     ),
     sections=tuple(configfile.SECTIONS),
+    bare="settings",
 )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from cegate import __version__
 from cegate.config import Config
 from cegate.configfile import read_config
-from cegate.errors import CheckpointError, ConfigError
+from cegate.errors import CheckpointError, ConfigError, nearest
 from cegate.gate import GatePlan
 from cegate.models.adapters import Adapter, misfits
 from cegate.models.segmenter import Segmenter, build
@@ -60,6 +60,10 @@ class State:
     """Losses since the last line of metrics.jsonl."""
     objective: dict[str, Any] = field(default_factory=dict)
     """What the objective carries from iteration to iteration."""
+    step_seconds: list[float] = field(default_factory=list)
+    score_seconds: list[float] = field(default_factory=list)
+    """How long each iteration and each scoring of this stage took."""
+    peak_memory_bytes: int | None = None
     value_range: list[list[float]] | None = None
     backbone_sha256: str = ""
     classes: list[str] = field(default_factory=list)
@@ -374,7 +378,8 @@ def load_checkpoint(run: RunFolder, which: str, config: Config, device: str | to
 
     Args:
         run: the run.
-        which: ``best``, ``last``, or the path of a checkpoint. Without a best one (no validation set) the last is best.
+        which: ``best``, ``last``, or the path of a checkpoint. As long as there is no best one, the last of the stage
+            ``after`` is best.
         config: the run's configuration, perhaps with other data.
         device: where to put it.
 
@@ -383,9 +388,17 @@ def load_checkpoint(run: RunFolder, which: str, config: Config, device: str | to
     """
     named = {"best": run.checkpoints / "best.pt", "last": run.last}
     path = named.get(which, Path(which))
-    if which == "best" and not path.is_file():
+    if which not in named and not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {which}; use best, last or a path{nearest(which, named)}")
+    falls_back = which == "best" and not path.is_file() and run.last.is_file()
+    if falls_back:
         path = run.last
     state = load_state(path)
+    if falls_back and state.stage != "after":
+        raise CheckpointError(
+            f"{run.path} has no best checkpoint yet, its last is the frozen backbone and head of the baseline after "
+            f"{state.iteration} iterations; finish the run with --resume, or use the checkpoint last"
+        )
     segmenter = build(config)
     restore(segmenter, state, path)
     return segmenter.to(device).eval()

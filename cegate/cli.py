@@ -42,6 +42,8 @@ class Usage:
     description: str
     options: tuple[Option, ...]
     sections: tuple[str, ...] = ()
+    bare: str = ""
+    """Option that a first argument without one was probably meant for."""
 
 
 def command(function: Callable[[Sequence[str]], int]) -> Main:
@@ -89,12 +91,21 @@ def parse_options(argv: Sequence[str], usage: Usage) -> dict[str, Any]:
         values, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from error
-    if stray := [] if usage.sections else rest:
-        raise ConfigError(f"unexpected argument {stray[0]!r}; {usage.prog} --help lists what is accepted")
+    if usage.sections:
+        parse_overrides(argv, usage)  # the rest is theirs; it is refused here, before a missing option is
+    elif rest:
+        raise _unexpected(rest[0], argv, usage)
     return vars(values)
 
 
-def parse_config(argv: Sequence[str], usage: Usage, *, base: str | Path, training: bool = False) -> Config:
+def parse_config(
+    argv: Sequence[str],
+    usage: Usage,
+    *,
+    base: str | Path,
+    training: bool = False,
+    more: Sequence[tuple[str, str]] = (),
+) -> Config:
     """The configuration of a command line: defaults, then the base, then dotted overrides.
 
     Args:
@@ -102,11 +113,12 @@ def parse_config(argv: Sequence[str], usage: Usage, *, base: str | Path, trainin
         usage: says which sections take overrides.
         base: configuration file or name of a shipped one.
         training: see `cegate.configfile.read_config`.
+        more: further overrides, as (key, text), of options with names of their own.
 
     Raises:
         ConfigError: unknown key or bad value, in the file or among the overrides; the nearest valid one is named.
     """
-    return configfile.read_config(base, parse_overrides(argv, usage), training=training)
+    return configfile.read_config(base, [*parse_overrides(argv, usage), *more], training=training)
 
 
 def parse_overrides(argv: Sequence[str], usage: Usage) -> list[tuple[str, str]]:
@@ -125,8 +137,14 @@ def parse_overrides(argv: Sequence[str], usage: Usage) -> list[tuple[str, str]]:
     except argparse.ArgumentError as error:
         raise ConfigError(f"{str(error).removeprefix('argument ')}") from error
     if stray:
-        raise ConfigError(f"unexpected argument {stray[0]!r}; {usage.prog} --help lists what is accepted")
+        raise _unexpected(stray[0], argv, usage)
     return getattr(values, "overrides", [])
+
+
+def _unexpected(stray: str, argv: Sequence[str], usage: Usage) -> ConfigError:
+    meant = usage.bare and (stray == argv[0] or Path(stray).exists())
+    guess = f"did you mean --{usage.bare} {stray}? " if meant else ""
+    return ConfigError(f"unexpected argument {stray!r}; {guess}{usage.prog} --help lists what is accepted")
 
 
 class _Keep(argparse.Action):

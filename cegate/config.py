@@ -59,7 +59,8 @@ class SetConfig:
     bands: list[int] | None = None
     """1-based bands to read, in the order the backbone takes them; default: the first three."""
     value_range: list[float] | None = None
-    """[low, high] mapped to 0..1; default: 0..255 for 8-bit files, else each band's 1st..99th percentile in the set."""
+    """[low, high] mapped to 0..1; default: the source's. The source's own: 0..255 for 8-bit files,
+    else each band's 1st..99th percentile over the set."""
     nan: Literal["error", "ignore"] = "error"
     """NaN pixels: refuse the file, or set them to the range's low end and their label to ignore."""
     ignore: int = IGNORE
@@ -69,8 +70,8 @@ class SetConfig:
     first: int = 0
     """generated: number of the first scene, so that splits do not overlap."""
     fit: int | None = None
-    """Test on images shrunk, aspect kept, to fit a square of this side; the prediction is enlarged again and counted at
-    full size. Default: images as they are."""
+    """Evaluate on images shrunk, aspect kept, to fit a square of this side; the prediction is enlarged again and
+    counted at full size. Evaluation only: training and cegate predict take images as they are, as all do by default."""
     tile: int | None = None
     """generated: side of a scene in pixels; default 256."""
 
@@ -100,7 +101,8 @@ class DataConfig:
     unlabelled: SetConfig | None = None
     """Images of the target domain to adapt to (adapt.method); masks are never read."""
     validation: SetConfig | None = None
-    """Held-out part of the source domain, evaluated as 'source'; it picks the best checkpoint (without: the last)."""
+    """Held-out part of the source domain, evaluated as 'source'; it alone picks the best checkpoint (without: the
+    last), and targets are never used for a choice."""
     roots: dict[str, str] = field(default_factory=dict)
     """Name -> folder, for sets whose root is written as ${name}."""
     classes: list[str] = field(default_factory=list)
@@ -201,7 +203,8 @@ class GateConfig:
     samples: int = 16
     """Training samples M of one scoring."""
     normalize: Literal["kind", "layer", "mean", "none"] = "kind"
-    """Divide a score by the sum over its kind (paper), over its layer, by its number of weights, or not."""
+    """Divide a site's Fisher mass by the sum over all layers of its kind (paper), by the sum over the kinds of its
+    layer, by its number of weights, or not at all."""
     estimator: Literal["per_sample", "batch"] = "per_sample"
     """Square every sample's gradient (Fisher), or the batch's mean gradient."""
     loss: Literal["task", "nll"] = "task"
@@ -253,7 +256,7 @@ class TrainConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay; none on norms, biases and embeddings."""
     schedule: Literal["poly", "cosine", "constant"] = "poly"
-    """Decay of the learning rate to zero."""
+    """Course of the learning rate after the warm-up: poly and cosine fall to zero, constant stays at lr."""
     power: float = 0.9
     """Exponent of the poly schedule."""
     warmup: int = 0

@@ -50,9 +50,9 @@ def read_config(
     else:
         path = find_config(source)
         mapping, where = read_mapping(path), f"{path}: "
-    config, problems = _build(Config, mapping, "")
+    before, problems = _build(Config, mapping, "")
     _refuse(where, problems)
-    for key, value in METHODS.get(config.run.method, {}).items():
+    for key, value in METHODS.get(before.run.method, {}).items():
         if _get(mapping, key) is None:
             mapping = _replaced(mapping, key.split("."), value)
     for key, text in overrides:
@@ -62,9 +62,34 @@ def read_config(
     for key, text in overrides:
         mapping = _replaced(mapping, key.split("."), _Text(text))
     config, problems = _build(Config, mapping, "")
+    _refuse("", problems or list(_idle_roots(config, before, overrides, training)))
     config = _with_roots(config)
-    _refuse("", problems or find_problems(config, training=training))
+    _refuse("", find_problems(config, training=training))
     return config
+
+
+def _idle_roots(config: Config, before: Config, overrides: Sequence[tuple[str, str]], training: bool) -> Iterator[str]:
+    """Roots given in vain: the sets of a run's config.yaml hold folders, not names of roots.
+
+    Args:
+        config: with the overrides, its roots unresolved.
+        before: what the source says.
+        overrides: (dotted key, text) pairs.
+        training: one list of roots may serve several settings, so that a name that no set uses is no mistake.
+    """
+    data = config.data
+    sets = {"source": data.source, "validation": data.validation, "unlabelled": data.unlabelled}
+    sets |= {f"targets.{name}": target for name, target in data.targets.items()}
+    roots = {f"--data.{name}.root": item.root for name, item in sets.items() if item and item.root}
+    for key, text in overrides:
+        name, old = key.removeprefix("data.roots."), before.data.roots.get(key.removeprefix("data.roots."))
+        used = name == key or any(f"${{{name}}}" in root for root in roots.values())
+        below = [option for option, root in roots.items() if old and root.startswith(old)]
+        if not used and old != text and (below or (roots and not training)):
+            yield (
+                f"{key}={text} changes nothing, for no set has a root with ${{{name}}} (those of a run are resolved); "
+                f"give {', '.join(below or roots)} instead"
+            )
 
 
 def _with_roots(config: Config) -> Config:
@@ -94,19 +119,26 @@ def _refuse(where: str, problems: Sequence[str]) -> None:
         raise ConfigError(where + "; ".join(problems))
 
 
-def find_config(name: str | Path) -> Path:
+def find_config(name: str | Path, folder: Path | None = None) -> Path:
     """Path of a configuration file, or of the shipped configuration of that name.
+
+    Args:
+        name: file or name.
+        folder: what a relative file is relative to; default: the working directory.
 
     Raises:
         ConfigError: neither exists.
     """
-    if Path(name).is_file():
-        return Path(name)
+    path = (folder or Path()) / name
+    if path.is_file():
+        return path
     shipped = shipped_configs()
     if str(name) in shipped:
         return shipped[str(name)]
-    near = _near_configs(str(name), list(shipped))
+    near = _near_configs(re.sub(r"\.ya?ml$", "", str(name)), list(shipped))
     guess = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    if Path(name).suffix in (".yaml", ".yml"):
+        raise ConfigError(f"config {str(name)!r}: no such file{'; ' + guess.strip() if near else ''}")
     raise ConfigError(
         f"config {str(name)!r} is no file and no shipped configuration; {guess}cegate bench --help lists all of them"
     )
@@ -131,7 +163,8 @@ def shipped_configs() -> dict[str, Path]:
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping, on top of what its key ``base`` names.
 
-    ``base`` is a file, relative to this one, or a list of files; later ones win over earlier ones.
+    ``base`` is a file, relative to this one, or the name of a shipped configuration, or a list of these; later ones win
+    over earlier ones.
 
     Raises:
         ConfigError: a file is unreadable, no YAML, no mapping, or its own base; the line is named.
@@ -146,7 +179,11 @@ def _read_on_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     bases = mapping.pop("base", [])
     merged: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merged(merged, _read_on_base(path.parent / base, (*readers, path.resolve())))
+        try:
+            found = find_config(str(base), path.parent)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: base: {error}") from error
+        merged = _merged(merged, _read_on_base(found, (*readers, path.resolve())))
     return _merged(merged, mapping)
 
 
@@ -213,7 +250,8 @@ def _get(mapping: Any, key: str) -> Any:
 
 
 def _replaced(mapping: Any, parts: Sequence[str], value: Any) -> dict[str, Any]:
-    """A copy of a nested mapping with one dotted key replaced."""
+    """A copy of a nested mapping with one dotted key replaced; a mapping typed as text before it keeps its others."""
+    mapping = _loaded(mapping)
     mapping = dict(mapping) if isinstance(mapping, Mapping) else {}
     name, *rest = parts
     mapping[name] = _replaced(mapping.get(name), rest, value) if rest else value
@@ -225,7 +263,8 @@ def _build(cls: type, mapping: Any, key: str) -> tuple[Any, list[str]]:
     mapping = _loaded(mapping)
     hints = typing.get_type_hints(cls)
     if not isinstance(mapping, Mapping | None):
-        return cls(), [f"{key}={mapping!r} is not accepted; expected a mapping of {', '.join(hints)}"]
+        guess = f"; did you mean --{key}.root {mapping}?" if cls is SetConfig and isinstance(mapping, str) else ""
+        return cls(), [f"{key}={mapping!s} is not accepted; expected a mapping of {', '.join(hints)}{guess}"]
     values: dict[str, Any] = {}
     problems: list[str] = []
     for name, value in (mapping or {}).items():
@@ -234,7 +273,8 @@ def _build(cls: type, mapping: Any, key: str) -> tuple[Any, list[str]]:
             values[name], found = _value(hints[name], value, dotted)
             problems += found
         else:
-            problems.append(f"unknown key {dotted!r}{_suggest(str(name), key, hints)}")
+            guess = _colon_hint([name], [value]) or _suggest(str(name), key, hints)
+            problems.append(f"unknown key {dotted!r}{guess}")
     return cls(**values), problems
 
 
@@ -261,7 +301,18 @@ def _leaf(hint: Any, value: Any, key: str) -> tuple[Any, list[str]]:
         except (argparse.ArgumentError, TypeError, ValueError):
             continue
     expected = f"expected {_describe(hint)}{nearest(str(value), list(_choices(hint)))}"
-    return None, [f"{key}={value!s} is not accepted; {expected}"]
+    loaded = _loaded(value)
+    guess = _colon_hint(loaded, loaded.values()) if isinstance(loaded, Mapping) else ""
+    return None, [f"{key}={value!s} is not accepted; {expected}{guess}"]
+
+
+def _colon_hint(names: Iterable[Any], values: Iterable[Any]) -> str:
+    """What to do about ``{0:road}``, which YAML reads as the name ``0:road`` without a value."""
+    for name, value in zip(names, values, strict=True):
+        if value is None and ":" in str(name):
+            before, _, after = str(name).partition(":")
+            return f"; put a space after the colon: '{before}: {after}'"
+    return ""
 
 
 def _loaded(value: Any) -> Any:
@@ -408,6 +459,9 @@ def _data_problems(config: Config, training: bool) -> Iterator[str]:
     needed = training and data.source.kind == "folder"  # the other kinds bring their classes along
     if data.classes or needed:
         yield from _class_problems(data.classes, data.palette)
+    for colour in data.palette:
+        if not re.fullmatch(r"#[0-9a-fA-F]{6}", colour):
+            yield f"data.palette: {colour!r} is no '#RRGGBB'"
     low_high = data.augment.resize
     if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] < math.inf:
         yield f"data.augment.resize={low_high} must be [low, high] with 0 < low <= high"
@@ -431,9 +485,6 @@ def _class_problems(classes: Sequence[str], palette: Sequence[str]) -> Iterator[
         yield f"data.classes names {', '.join(twice)} more than once"
     if palette and len(palette) != len(classes):
         yield f"data.palette has {len(palette)} colours for {len(classes)} classes; give one per class or none"
-    for colour in palette:
-        if not re.fullmatch(r"#[0-9a-fA-F]{6}", colour):
-            yield f"data.palette: {colour!r} is no '#RRGGBB'"
 
 
 def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str]) -> Iterator[str]:
@@ -448,7 +499,8 @@ def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str]) -> Itera
         yield f"{prefix}.bands={item.bands} must be one or more band numbers counted from 1"
     if item.value_range is not None and (len(item.value_range) != 2 or not item.value_range[0] < item.value_range[1]):
         yield f"{prefix}.value_range={item.value_range} must be [low, high] with low < high"
-    for value, name in (item.label_map or {}).items():
+    for value, meaning in (item.label_map or {}).items():
+        name = str(meaning)
         known = name in classes or name == "ignore" or (name.isdecimal() and int(name) < max(len(classes), 1))
         if classes and not known:
             yield f"{prefix}.label_map.{value}={name!r} is no class{nearest(name, [*classes, 'ignore'])}"
@@ -478,8 +530,19 @@ def _adapt_problems(config: Config, training: bool) -> Iterator[str]:
     adapt = config.adapt
     yield from _bounds(config.refiner, "refiner", tokens=">=2", rank=">=1")
     yield from _bounds(adapt, "adapt", warmup=">=0", ema="0..1", weight=">=0", confidence="0..1")
-    if training and adapt.method != "none" and config.data.unlabelled is None:
+    if not training:
+        return
+    if adapt.method == "none":
+        if config.data.unlabelled is not None:
+            yield "data.unlabelled is used by nothing; give adapt.method, such as dacs, or leave it out (null)"
+        return
+    if config.data.unlabelled is None:
         yield f"adapt.method={adapt.method} needs data.unlabelled, the images of the target domain"
+    if adapt.warmup >= config.train.iterations:
+        yield (
+            f"adapt.warmup={adapt.warmup} leaves {adapt.method} nothing of train.iterations={config.train.iterations}; "
+            "use fewer"
+        )
 
 
 def _gate_problems(config: Config) -> Iterator[str]:

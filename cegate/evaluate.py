@@ -17,9 +17,11 @@ USAGE = cli.Usage(
         cli.Option("run", "Run folder.", "DIR"),
         cli.Option("checkpoint", "best, last, or the path of a checkpoint; default best.", "NAME"),
         cli.Option("output", "Also write DIR/<domain>/metrics.json, confusion.npy and per_class.csv.", "DIR"),
+        cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
         cli.Option("overwrite", "Replace files below --output."),
     ),
     sections=("data", "run"),
+    bare="run",
 )
 
 
@@ -36,7 +38,8 @@ def main(argv: Sequence[str]) -> int:
 
     run = RunFolder(Path(options["run"]))
     run.config()
-    config = cli.parse_config(argv, USAGE, base=run.config_file)
+    weights = [("model.weights", options["weights"])] if options["weights"] else []
+    config = cli.parse_config(argv, USAGE, base=run.config_file, more=weights)
     output = Path(options["output"]) if options["output"] else None
     evaluations = evaluator.evaluate_run(
         run, config, checkpoint=options["checkpoint"] or "best", output=output, overwrite=options["overwrite"]

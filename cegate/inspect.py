@@ -23,6 +23,7 @@ USAGE = cli.Usage(
         cli.Option("adapter", "Adapter folder.", "DIR"),
         cli.Option("backends", "Show which operator backends are loaded, and why the others are not."),
     ),
+    bare="run",
 )
 
 

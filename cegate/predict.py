@@ -22,6 +22,7 @@ USAGE = cli.Usage(
         cli.Option("device", "auto, cpu or cuda:<index>; default auto.", "NAME"),
         cli.Option("overwrite", "Replace existing masks."),
     ),
+    bare="input",
 )
 
 

@@ -21,9 +21,11 @@ USAGE = cli.Usage(
         cli.Option("run", "Run folders, the main one first.", "DIR", many=True),
         cli.Option("output", "The page; default report.html in the folder of the first run.", "FILE.html"),
         cli.Option("tiles", f"Best and worst tiles of a domain, each; 0 for none, default {TILES}.", "N"),
+        cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
         cli.Option("overwrite", "Replace an existing page."),
     ),
     sections=("data", "run"),
+    bare="run",
 )
 
 
@@ -39,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
 
     folders = [Path(folder) for folder in options["run"]]
     runs = read_runs(folders)
-    config = cli.parse_config(argv, USAGE, base=runs[0].folder.config_file)
+    weights = [("model.weights", options["weights"])] if options["weights"] else []
+    config = cli.parse_config(argv, USAGE, base=runs[0].folder.config_file, more=weights)
     page = Path(options["output"]) if options["output"] else folders[0] / "report.html"
     check_output(page, overwrite=options["overwrite"])
     write_page(runs, config, page, tiles=tiles)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
+import logging
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +18,14 @@ from typing import Any
 from cegate.config import Config
 from cegate.configfile import changed_keys, read_config, to_yaml
 from cegate.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+LOCK = ".lock"
+# what training alone writes: files of the run folder, and folders below it
+_OWN_FILES = ("config.yaml", "env.json", "result.json", "nan_batch.json", "metrics.jsonl", "gates.jsonl")
+_OWN_FOLDERS = ("checkpoints", "adapter", "figures")
+_ASIDE = re.compile(r"\.(?P<stem>.+)\.[a-z0-9_]{8}(?P<suffix>\.\w+)")  # as `written_aside` calls its files
 
 # a resumed run may differ in these and still give the same numbers
 FREE_ON_RESUME = (
@@ -51,6 +63,13 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def _leftovers(folder: Path) -> list[Path]:
+    """What the writes of a training that was killed have left aside in its run folder."""
+    places = [place for place in (folder, *(folder / name for name in _OWN_FOLDERS)) if place.is_dir()]
+    found = [(path, match) for place in places for path in place.iterdir() if (match := _ASIDE.fullmatch(path.name))]
+    return [path for path, name in found if path.parent != folder or name["stem"] + name["suffix"] in _OWN_FILES]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -95,10 +114,12 @@ class Journal:
         self.records: list[dict[str, Any]] = list(read_journal(path))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line."""
+        """Add one line, which is on the disk when this returns."""
         record = _without_nan(dict(record))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         self.records.append(record)
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
@@ -108,10 +129,11 @@ class Journal:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a journal; a last line that a crash cut short is left out."""
+    """Lines of a journal; a last line that a crash cut short, be it within a character, is left out."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    # not splitlines: a record may hold other line separators of Unicode
+    lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
@@ -165,7 +187,9 @@ def check_folder(config: Config, *, resume: bool = False, overwrite: bool = Fals
     """
     path = folder_of(config)
     is_run = (path / "config.yaml").is_file()
-    taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    # a run that was killed before it had a config.yaml is none
+    trifles = {path / LOCK, *_leftovers(path)}
+    taken = path.exists() and (not path.is_dir() or any(file not in trifles for file in path.iterdir()))
     if resume and not is_run:
         raise CheckpointError(f"there is no run in {path} to resume; leave out --resume to start one")
     if taken and not is_run:
@@ -178,8 +202,9 @@ def check_folder(config: Config, *, resume: bool = False, overwrite: bool = Fals
     return path
 
 
-def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    """Prepare the folder of a run and save the resolved configuration in it.
+@contextlib.contextmanager
+def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> Iterator[RunFolder]:
+    """Prepare the folder of a run, save the resolved configuration in it, and let nobody else train there meanwhile.
 
     Args:
         config: the run.
@@ -187,17 +212,72 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
         overwrite: move an existing run aside, to the next free ``<folder>.old-<n>``, and start in an empty folder.
 
     Raises:
-        CheckpointError: see `check_folder`; or the run was started with another configuration.
+        CheckpointError: see `check_folder`; another process is training in the folder; or the run was started with
+            another configuration.
     """
     path = check_folder(config, resume=resume, overwrite=overwrite)
-    if resume:
-        _refuse_changes(RunFolder(path).config(), config, path)
-    elif (path / "config.yaml").is_file():
-        path.rename(_free_name(path))
-    path.mkdir(parents=True, exist_ok=True)
-    run = RunFolder(path)
-    write_text(run.config_file, to_yaml(config))
-    return run
+    with contextlib.ExitStack() as held:
+        held.enter_context(_locked(path))
+        check_folder(config, resume=resume, overwrite=overwrite)  # another process may just have been here
+        if resume:
+            _refuse_changes(RunFolder(path).config(), config, path)
+        elif (path / "config.yaml").is_file():
+            path.rename(_free_name(path))
+            held.enter_context(_locked(path))
+            check_folder(config)
+        for file in _leftovers(path):
+            file.unlink()
+        run = RunFolder(path)
+        write_text(run.config_file, to_yaml(config))
+        yield run
+
+
+def take_lock(path: Path) -> int | None:
+    """An open file that nobody else holds until it is closed, here and in the processes that inherited it; or None."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            os.close(handle)
+            raise
+        log.warning("%s: this file system has no locks; see to it that no other process writes there", path)
+    return handle
+
+
+_held: set[int] = set()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Be the only one who trains in a folder, which is made if needed."""
+    handle = take_lock(folder / LOCK)
+    if handle is None:
+        raise CheckpointError(
+            f"{folder} is in use: another process is training there; wait until it ends, or give another run.name or "
+            "run.work_dir"
+        )
+    _held.add(handle)
+    try:
+        yield
+    finally:
+        if handle in _held:
+            _held.remove(handle)
+            os.close(handle)
+
+
+def _let_go() -> None:
+    """A forked data worker may outlive its killed parent for seconds, in which the run could not be resumed."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _refuse_changes(old: Config, new: Config, path: Path) -> None:

@@ -22,6 +22,7 @@ USAGE = cli.Usage(
         cli.Option("print_config", "Print the resolved configuration and stop."),
     ),
     sections=tuple(configfile.SECTIONS),
+    bare="config",
 )
 
 

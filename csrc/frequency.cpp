@@ -94,8 +94,8 @@ void for_each(int64_t count, const Body& body) {
   });
 }
 
-// target [M, 3d+3] = source [M, C] times experts [3d, C] and three more rows [3, C]. A product 3d + 3 wide costs a quarter
-// more than one 3d wide, in a BLAS and in tiles, so the last three columns are loops.
+// target [M, 3d+3] = source [M, C] times experts [3d, C] and three more rows [3, C]. A product 3d + 3 wide costs a BLAS a
+// quarter more than one 3d wide, so the last three columns are our own.
 void project(const Matrix& target, const Matrix& source, const Matrix& experts, const char* last) {
   const int64_t wide = target.columns - 3, size = bytes_of(target.dtype), rows_per_task = 64;
   multiply(target.column_range(0, wide), source, experts);

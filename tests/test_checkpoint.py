@@ -10,11 +10,20 @@ import torch
 
 import cegate
 from cegate import checkpoint
-from cegate.checkpoint import State, keep_newest, load_adapter, load_state, restore, save_adapter, save_state
+from cegate.checkpoint import (
+    State,
+    keep_newest,
+    load_adapter,
+    load_checkpoint,
+    load_state,
+    restore,
+    save_adapter,
+    save_state,
+)
 from cegate.errors import BackboneError, CheckpointError
 from cegate.gate import GatePlan
-from cegate.models.vit import weight_hash
-from cegate.runfolder import Journal, written_aside
+from cegate.models.vit import tiny_vit, weight_hash
+from cegate.runfolder import Journal, RunFolder, written_aside
 
 MAPPING = {
     "data": {"classes": ["land", "water"], "crop": 32},
@@ -113,6 +122,18 @@ def test_an_adapter_that_does_not_fit_is_refused(folder, changes, message):
     assert message in str(error.value)
 
 
+def test_backbone_weights_may_lie_elsewhere_than_in_training(tmp_path):
+    safetensors.torch.save_file(tiny_vit(32).state_dict(), tmp_path / "old.safetensors")
+    mapping = MAPPING | {"model": MAPPING["model"] | {"weights": str(tmp_path / "old.safetensors")}}
+    segmenter = cegate.build(mapping)
+    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
+    (tmp_path / "old.safetensors").rename(tmp_path / "new.safetensors")
+    with pytest.raises(BackboneError, match=r"old\.safetensors does not exist; .*--weights FILE, or cegate\.load\("):
+        cegate.load(tmp_path / "adapter", "cpu")
+    loaded = cegate.load(tmp_path / "adapter", "cpu", weights=tmp_path / "new.safetensors")
+    assert weight_hash(loaded.vit) == weight_hash(segmenter.vit)
+
+
 def test_a_description_without_a_key_names_it(folder):
     description = json.loads((folder / "adapter_config.json").read_text())
     del description["mean"], description["bands"]
@@ -148,6 +169,27 @@ def test_a_state_restores_weights_and_plan(segmenter, tmp_path):
     for key, value in checkpoint.trained_weights(segmenter).items():
         assert torch.equal(value, checkpoint.trained_weights(fresh)[key])
     assert set(fresh.toolbox.plan.active) == set(SITES)
+
+
+def test_a_state_without_times_and_memory_is_read(segmenter, tmp_path):
+    values = dict(vars(state_of(segmenter)))
+    for name in ("step_seconds", "score_seconds", "peak_memory_bytes"):  # as older versions wrote it
+        del values[name]
+    torch.save(values, tmp_path / "last.pt")
+    state = load_state(tmp_path / "last.pt")
+    assert (state.iteration, state.step_seconds, state.peak_memory_bytes) == (3, [], None)
+
+
+def test_the_baseline_is_never_taken_for_the_best(segmenter, tmp_path):
+    run, config = RunFolder(tmp_path), segmenter.config
+    save_state(run.last, state_of(segmenter, stage="before"))
+    with pytest.raises(CheckpointError, match=r"no best checkpoint yet.* after 3 iterations; .* the checkpoint last"):
+        load_checkpoint(run, "best", config, "cpu")
+    assert load_checkpoint(run, "last", config, "cpu").classes == segmenter.classes
+    save_state(run.last, state_of(segmenter))
+    assert set(load_checkpoint(run, "best", config, "cpu").toolbox.plan.active) == set(SITES)
+    with pytest.raises(CheckpointError, match=r"no checkpoint bst; use best, last or a path; did you mean 'best'\?"):
+        load_checkpoint(run, "bst", config, "cpu")
 
 
 def test_a_state_of_other_classes_or_another_backbone_is_refused(segmenter):
@@ -234,6 +276,11 @@ def test_a_journal_survives_a_cut_line_and_is_strict_json(tmp_path):
     again.keep(lambda record: record["iteration"] < 2)
     again.append({"iteration": 2, "loss": 0.2})
     assert [json.loads(line)["iteration"] for line in path.read_text().splitlines()] == [1, 2]
+    path.write_bytes('{"domain": "caf\u2028é"}\n{"domain": "é'.encode()[:-1])  # cut within the character
+    again = Journal(path)
+    assert again.records == [{"domain": "caf\u2028é"}]
+    again.keep(lambda record: True)
+    assert Journal(path).records == again.records
     path.write_text("oops\n{}\n")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 1 is no JSON"):
         Journal(path)

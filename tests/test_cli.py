@@ -66,6 +66,13 @@ def refused(capsys, *argv: str) -> str:
             "config 'quickstar' is no file and no shipped configuration; did you mean 'quickstart'? cegate",
         ),
         (["--resume", "--overwrite"], "--resume and --overwrite exclude each other"),
+        (["mine.yaml"], "unexpected argument 'mine.yaml'; did you mean --config mine.yaml? cegate train --help"),
+        (["--config", "mine.yaml"], "config 'mine.yaml': no such file"),
+        (["--config", "dg/p_i2v.yaml"], "config 'dg/p_i2v.yaml': no such file; did you mean 'dg/p_i2v'?"),
+        (["--data.targets.tgt", "/dir"], "targets.tgt=/dir is not accepted; expected a mapping of kind, root, images"),
+        (["--data.targets.tgt", "/dir"], "did you mean --data.targets.tgt.root /dir?"),
+        (["--data.source.label_map", "{1:road,0:bg}"], "; put a space after the colon: '1: road'"),
+        (["--data.augment", "{flip:false}"], "unknown key 'data.augment.flip:false'; put a space after the colon"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -104,6 +111,15 @@ def test_overrides_go_on_top_of_the_file_in_order(tmp_path):
     assert config.data.targets["a"] == SetConfig(kind="generated", split="arid", limit=5)
     assert config.data.targets["b"].limit is None
     assert config.data.source.label_map == {"0": "road"}
+
+
+def test_an_override_of_one_key_keeps_a_mapping_given_before():
+    argv = ["--data.augment", "{flip: false, resize: [1.0, 1.0]}", "--data.augment.photometric", "false"]
+    augment = cli.parse_config(argv, train.USAGE, base="quickstart").data.augment
+    assert (augment.flip, augment.resize, augment.photometric) == (False, [1.0, 1.0], False)
+    argv = ["--data.source.label_map", "{0: road}", "--data.source.label_map.1", "water"]
+    source = cli.parse_config(argv, train.USAGE, base="quickstart").data.source
+    assert source.label_map == {"0": "road", "1": "water"}
 
 
 def test_a_mapping_replaces_what_the_file_says():
@@ -189,12 +205,23 @@ def test_our_own_bugs_keep_their_traceback():
         (predict.main, ["--run", "a", "--output", "b"], "--input is missing"),
         (predict.main, ["--run", "a", "--train.lr", "1"], "does not take --train.lr; it takes no configuration keys"),
         (inspect.main, [], "give one of --run, --adapter and --backends"),
-        (inspect.main, ["--backends", "stray"], "unexpected argument 'stray'"),
+        (inspect.main, ["--backends", "stray"], "unexpected argument 'stray'; cegate inspect --help"),
+        (evaluate.main, ["runs/x"], "did you mean --run runs/x?"),
     ],
 )
 def test_other_commands_refuse_wrong_usage(capsys, command, argv, message):
     assert command(argv) == cli.USAGE
     assert message in capsys.readouterr().err
+
+
+def test_evaluate_takes_weights_that_have_moved(tmp_path, monkeypatch):
+    from cegate.engine import evaluator
+
+    (tmp_path / "config.yaml").write_text(to_yaml(read_config({"data": GOOD_DATA})))
+    seen = []
+    monkeypatch.setattr(evaluator, "evaluate_run", lambda run, config, **_: seen.append(config) or [])
+    assert evaluate.main(["--run", str(tmp_path), "--weights", "moved/vit.pth"]) == cli.GOOD
+    assert seen[0].model.weights == "moved/vit.pth"
 
 
 @pytest.mark.parametrize(
@@ -258,6 +285,7 @@ def test_every_leaf_is_listed():
         ({"data": {"classes": ["a"]}}, "data.classes has 1 names; give 2 to 255"),
         ({"data": {"classes": ["a", "b"], "palette": ["#000000"]}}, "1 colours for 2 classes"),
         ({"data": {"classes": ["a", "b"], "palette": ["#000000", "red"]}}, "'red' is no '#RRGGBB'"),
+        ({"data": {"source": {"kind": "generated"}, "palette": ["red"]}}, "'red' is no '#RRGGBB'"),
         ({"data": {"augment": {"resize": [2.0, 0.5]}}}, "data.augment.resize=[2.0, 0.5] must be [low, high]"),
         ({"data": {"augment": {"max_class_share": 1.5}}}, "data.augment.max_class_share=1.5 is out of range"),
         ({"data": {"targets": {"source": {"root": "x"}}}}, "'source' cannot name a target"),
@@ -268,6 +296,10 @@ def test_every_leaf_is_listed():
         (
             {"data": {"classes": ["road", "water"], "targets": {"a": {"root": "x", "label_map": {3: "watr"}}}}},
             "data.targets.a.label_map.3='watr' is no class; did you mean 'water'?",
+        ),
+        (
+            {"data": {"classes": ["road", "water"], "targets": {"a": {"root": "x", "label_map": {3: 2}}}}},
+            "data.targets.a.label_map.3='2' is no class",
         ),
         ({"model": {"features": [1, 2, 2, 3]}}, "model.features=[1, 2, 2, 3] must be four increasing"),
         ({"toolbox": {"kinds": []}}, "toolbox.kinds=[] must name one or more"),
@@ -290,6 +322,22 @@ def test_training_needs_a_source_and_classes():
     with pytest.raises(ConfigError, match=r"data\.classes has 0 names.*data\.source\.root is missing"):
         read_config({}, training=True)
     assert read_config({"data": GOOD_DATA}, training=True).data.source.root == "somewhere"
+
+
+def test_a_label_map_takes_class_indices():
+    classes = {"classes": ["road", "water"], "source": {"root": "x", "label_map": {"0": 1, "4": 0}}}
+    assert read_config({"data": classes}, training=True).data.source.label_map == {"0": 1, "4": 0}
+
+
+def test_adaptation_needs_images_and_iterations():
+    data = GOOD_DATA | {"unlabelled": {"kind": "generated", "split": "arid"}}
+    with pytest.raises(ConfigError, match=r"data\.unlabelled is used by nothing; give adapt\.method"):
+        read_config({"data": data}, training=True)
+    adapted = {"data": data, "adapt": {"method": "dacs", "warmup": 50}, "train": {"iterations": 50}}
+    with pytest.raises(ConfigError, match=r"adapt\.warmup=50 leaves dacs nothing of train\.iterations=50; use fewer"):
+        read_config(adapted, training=True)
+    assert read_config(adapted, [("adapt.warmup", "49")], training=True).adapt.warmup == 49
+    assert read_config(adapted).adapt.warmup == 50  # nothing is trained
 
 
 def test_broken_files_are_named(tmp_path):

@@ -30,8 +30,15 @@ def test_a_file_that_is_its_own_base_is_refused(tmp_path):
 
 
 def test_a_missing_base_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: base: config 'nowhere\.yaml': no such file"):
         read_config(write(tmp_path / "a.yaml", base="nowhere.yaml"))
+
+
+def test_a_base_may_be_a_shipped_configuration(tmp_path):
+    config = read_config(
+        write(tmp_path / "a.yaml", base="dg/casid_sub2tem", gate={"k": 3}), [("data.roots.casid", "/c")]
+    )
+    assert config.gate.k == 3 and config.data.source.split == "SubMs/train"
 
 
 def test_a_wrong_key_of_a_base_is_refused_with_the_file(tmp_path):
@@ -67,3 +74,19 @@ def test_roots_stand_for_folders():
     assert read_config(yaml.safe_load(to_yaml(config))) == config
     with pytest.raises(ConfigError, match=r"source\.root names \$\{tiles\}; give --data\.roots\.tiles the"):
         read_config({"data": sets}, training=True)
+
+
+def test_a_root_that_is_resolved_already_cannot_be_given_again():
+    sets = {"source": {"root": "${tiles}/a"}, "targets": {"b": {"root": "${tiles}/b"}, "c": {"root": "/c"}}}
+    saved = to_mapping(read_config({"data": {**sets, "roots": {"tiles": "/data"}, "classes": ["x", "y"]}}))
+    for training in (False, True):
+        assert read_config(saved, [("data.roots.tiles", "/data")], training=training).data.roots == {"tiles": "/data"}
+        with pytest.raises(ConfigError) as error:
+            read_config(saved, [("data.roots.tiles", "/new")], training=training)
+        assert "data.roots.tiles=/new changes nothing" in str(error.value)
+        assert str(error.value).endswith("give --data.source.root, --data.targets.b.root instead")
+    moved = [("data.targets.b.root", "${other}/b"), ("data.roots.other", "/new")]
+    assert read_config(saved, moved).data.targets["b"].root == "/new/b"
+    with pytest.raises(ConfigError, match=r"data\.roots\.other=/new changes nothing"):
+        read_config(saved, moved[1:])
+    assert read_config(saved, moved[1:], training=True)  # a matrix gives the roots of all its settings to each

@@ -155,6 +155,8 @@ def _check(argv: Sequence[str]) -> int:
         problems = check.check_prepared(root, workers=workers)
     for line in check.summary(problems):
         print(line, file=sys.stderr)
+    if not problems:
+        print(f"{root}: all is well")
     return cli.FAILED if problems else cli.GOOD
 
 

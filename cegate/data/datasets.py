@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,7 +19,17 @@ import numpy as np
 
 from cegate.config import IGNORE, SetConfig
 from cegate.data import climates, prepared, scenes
-from cegate.data.rasters import SUFFIXES, Header, LabelMap, Window, read_header, read_image, read_mask, to_unit
+from cegate.data.pairs import Pair, find_pairs
+from cegate.data.rasters import (
+    EIGHT_BIT,
+    Header,
+    LabelMap,
+    Window,
+    read_header,
+    read_image,
+    read_mask,
+    to_unit,
+)
 from cegate.errors import ConfigError, DataError, nearest
 
 LOVEDA_CLASSES: tuple[str, ...] = ("background", "building", "road", "water", "barren", "forest", "agricultural")
@@ -33,6 +42,8 @@ CACHE_BYTES = 256 * 2**20
 LARGE_PX = 2**24
 UNLABELLED = 254
 """Label of a pixel of a set that was opened without labels."""
+DEFAULT_BANDS = (1, 2, 3)
+BandRange = tuple[float, float]
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
 
 
@@ -66,7 +77,7 @@ class SegmentationSet(ABC):
 
     def __init__(self, name: str, classes: Sequence[str], labels: LabelMap, bands: Sequence[int], nan: str) -> None:
         self.name, self.classes, self.bands = name, tuple(classes), tuple(bands)
-        self.value_range: tuple[tuple[float, float], ...] = ((0.0, 255.0),) * len(self.bands)
+        self.value_range: tuple[BandRange, ...] = (EIGHT_BIT,) * len(self.bands)
         self.palette: tuple[str, ...] = ()
         self.fit: int | None = None
         self._labels, self._nan = labels, nan
@@ -90,6 +101,43 @@ class SegmentationSet(ABC):
     @abstractmethod
     def check(self) -> None:
         """Look at the header of every file; raises the first DataError, which names the file."""
+
+    def choose_range(self, given: Sequence[float] | None, like: Sequence[Sequence[float]] | None) -> None:
+        """Settle `value_range`.
+
+        Args:
+            given: (low, high) of every band.
+            like: what counts where nothing is given: the range of each band in the set that this one goes with.
+                Without it, 8-bit pixels are 0..255, and others are scaled by their percentiles in the set.
+
+        Raises:
+            ConfigError: given is no range.
+            DataError: pixels are not of the depth that the other set's range is for.
+        """
+        if given is not None:
+            if len(given) != 2 or not given[0] < given[1]:
+                raise ConfigError(f"set {self.name!r}: value_range={list(given)} is not [low, high] with low < high")
+            self.value_range = ((float(given[0]), float(given[1])),) * len(self.bands)
+            return
+        dtype = self._dtype_of_all()
+        if like is None:
+            self.value_range = (EIGHT_BIT,) * len(self.bands) if dtype == "uint8" else self._percentiles()
+            return
+        self.value_range = tuple((float(low), float(high)) for low, high in like)
+        highest = max(high for _, high in self.value_range)
+        of_bytes = all(pair == EIGHT_BIT for pair in self.value_range)
+        if of_bytes != (dtype == "uint8") and (of_bytes or highest > EIGHT_BIT[1]):
+            raise DataError(
+                f"set {self.name!r}: pixels are {dtype}, but the model learns from "
+                f"{'8-bit pixels' if of_bytes else f'pixels of up to {highest:g}'}; give the set a value_range"
+            )
+
+    def _dtype_of_all(self) -> str:
+        """Of the files, which then must agree."""
+        return "uint8"
+
+    def _percentiles(self) -> tuple[BandRange, ...]:
+        raise NotImplementedError
 
     @abstractmethod
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
@@ -155,24 +203,15 @@ def _part(array: np.ndarray, window: Window | None) -> np.ndarray:
     return array if window is None else array[..., *window.slices]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """An image file and its mask, if masks were looked for."""
-
-    name: str
-    image: Path
-    mask: Path | None
-
-
 class FileSet(SegmentationSet):
     """Pairs of files. A pair's mask has the size of its image."""
 
     def __init__(self, cfg: SetConfig, name: str, classes: Sequence[str], labels: LabelMap, pairs: list[Pair]) -> None:
-        super().__init__(name, classes, labels, cfg.bands or (1, 2, 3), cfg.nan)
+        super().__init__(name, classes, labels, cfg.bands or DEFAULT_BANDS, cfg.nan)
         self._pairs = pairs
         self._headers: dict[int, Header] = {}
         self._dtype: str | None = None  # of every file, where the range was not given
-        self.value_range = self._choose_range(cfg.value_range)
+        self._header(0)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -238,38 +277,42 @@ class FileSet(SegmentationSet):
             return read_mask(path, self._labels, window=window)
         return _part(self._cache.get(("label", index), lambda: read_mask(path, self._labels)), window)
 
-    def _choose_range(self, given: Sequence[float] | None) -> tuple[tuple[float, float], ...]:
-        header = self._header(0)
-        if given is not None:
-            if len(given) != 2 or not given[0] < given[1]:
-                raise ConfigError(f"set {self.name!r}: value_range={list(given)} is not [low, high] with low < high")
-            return ((float(given[0]), float(given[1])),) * len(self.bands)
-        self._dtype = header.dtype
-        if self._dtype == "uint8":
-            return ((0.0, 255.0),) * len(self.bands)
-        return self._percentiles()
+    def _dtype_of_all(self) -> str:
+        self._dtype = self._header(0).dtype
+        return self._dtype
 
-    def _percentiles(self) -> tuple[tuple[float, float], ...]:
-        """1st and 99th percentile of each band, of evenly spread pixels of evenly spread files."""
+    def _percentiles(self) -> tuple[BandRange, ...]:
+        """1st and 99th percentile of each band, of evenly spread pixels of evenly spread files.
+
+        Pixels of the value that a file's tag calls nodata do not count, unless the band has no others.
+        """
         chosen = np.unique(np.linspace(0, len(self) - 1, _RANGE_FILES).round().astype(int))
-        samples = []
+        samples, kept = [], []
         for index in chosen:
-            self._header(index)
+            tags = self._header(index).nodata
             pixels = read_image(self._pairs[index].image, self.bands).reshape(len(self.bands), -1)
-            pixels = pixels[:, :: -(-pixels.shape[1] // _RANGE_PX)].astype(np.float64)
-            samples.append(pixels[:, np.isfinite(pixels).all(0)])
-        values = np.concatenate(samples, axis=1)
+            pixels = pixels[:, :: -(-pixels.shape[1] // _RANGE_PX)]
+            pixels = pixels[:, np.isfinite(pixels).all(0)]
+            samples.append(pixels.astype(np.float64))
+            kept.append(np.stack([_differs(row, tags[band - 1]) for row, band in zip(pixels, self.bands, strict=True)]))
+        values, counts = np.concatenate(samples, axis=1), np.concatenate(kept, axis=1)
         if not values.size:
             raise DataError(f"{self._describe(0)}: no finite pixel in bands {list(self.bands)}; set value_range")
-        low, high = np.percentile(values, (1, 99), axis=1)
-        return tuple(zip(low.tolist(), high.tolist(), strict=True))
+        rows = (row[mask] if mask.any() else row for row, mask in zip(values, counts, strict=True))
+        return tuple(tuple(np.percentile(row, (1, 99)).tolist()) for row in rows)
+
+
+def _differs(values: np.ndarray, tag: float | None) -> np.ndarray:
+    """Where values are not the nodata tag, compared in their own dtype: GDAL prints a float32 with too many digits."""
+    with np.errstate(over="ignore"):
+        return np.ones(values.shape, bool) if tag is None else values != tag
 
 
 class GeneratedSet(SegmentationSet):
     """Procedural scenes of one climate."""
 
     def __init__(self, cfg: SetConfig, name: str, classes: Sequence[str], labels: LabelMap) -> None:
-        super().__init__(name, classes, labels, cfg.bands or (1, 2, 3), cfg.nan)
+        super().__init__(name, classes, labels, cfg.bands or DEFAULT_BANDS, cfg.nan)
         if max(self.bands) > 3:
             raise ConfigError(f"set {name!r}: bands={list(self.bands)}, but generated scenes have bands 1, 2 and 3")
         self.climate = climates.CLIMATES[cfg.split]
@@ -345,7 +388,14 @@ class Unlabelled(SegmentationSet):
         return np.full(size, UNLABELLED, np.uint8)
 
 
-def open_set(cfg: SetConfig, *, name: str, classes: Sequence[str] = (), labelled: bool = True) -> SegmentationSet:
+def open_set(
+    cfg: SetConfig,
+    *,
+    name: str,
+    classes: Sequence[str] = (),
+    labelled: bool = True,
+    like: Sequence[Sequence[float]] | None = None,
+) -> SegmentationSet:
     """Open a set of images and masks.
 
     Args:
@@ -354,13 +404,15 @@ def open_set(cfg: SetConfig, *, name: str, classes: Sequence[str] = (), labelled
         classes: class names in the order of their indices. Folders need them, the other kinds know their own.
         labelled: ``False`` opens the images alone: masks need not exist, are not looked for and are never read, and
             what the set says of its labels does not count.
+        like: (low, high) of each band in the set that a model learns from; counts where `cfg` has no value_range.
 
     Returns:
         The set; pairs are found and the first is looked at, pixels are read when asked for.
 
     Raises:
         ConfigError: a key of the set is missing or wrong.
-        DataError: no pairs, files without a partner, an unfit first pair, or a folder that is not what it should be.
+        DataError: no pairs, files without a partner, an unfit first pair, a folder that is not what it should be, or
+            pixels of another depth than `like` is for.
     """
     openers = {
         "folder": _open_folder,
@@ -380,6 +432,7 @@ def open_set(cfg: SetConfig, *, name: str, classes: Sequence[str] = (), labelled
         raise ConfigError(f"data.classes has {len(classes)} names; use at most 253, each once")
     opened = openers[cfg.kind](cfg, name, classes, labelled)
     opened.fit = cfg.fit
+    opened.choose_range(cfg.value_range, like)
     return opened if labelled else Unlabelled(opened)
 
 
@@ -486,99 +539,6 @@ def _root(cfg: SetConfig, name: str) -> Path:
     if not root.is_dir():
         raise DataError(f"set {name!r}: root {root} is not a folder; give the folder that holds the set")
     return root
-
-
-def find_pairs(root: Path, images: str, masks: str | None, name: str) -> list[Pair]:
-    """Find the image and mask files of a set; without a glob of masks, the images alone.
-
-    Two files belong together when the wildcards of their globs (``*``, ``?``, ``[...]``, ``**``) stand for the same
-    text: ``*/img/*_sat.jpg`` and ``*/msk/*_gt.png`` pair ``a/img/7_sat.jpg`` with ``a/msk/7_gt.png``. The file suffix
-    does not count.
-    A glob that ends in a wildcard takes raster files only.
-
-    Returns:
-        Pairs sorted by name, numbers in their natural order.
-
-    Raises:
-        ConfigError: the globs have different wildcards, or one is absolute.
-        DataError: nothing found, two files with the same open part, or files without a partner.
-    """
-    if masks is None:
-        found = _find(root, images, "images", name)
-        return [Pair(_pair_name(key, found[key]), found[key], None) for key in sorted(found, key=_natural)]
-    found = [_find(root, pattern, key, name) for pattern, key in ((images, "images"), (masks, "masks"))]
-    if _wildcards(images) != _wildcards(masks):
-        raise ConfigError(
-            f"set {name!r}: images={images!r} and masks={masks!r} have different wildcards, so files cannot be paired; "
-            "use the same wildcards in the same order"
-        )
-    by_image, by_mask = found
-    for lonely, kind, pattern in (
-        (by_image.keys() - by_mask.keys(), "image", masks),
-        (by_mask.keys() - by_image.keys(), "mask", images),
-    ):
-        if lonely:
-            files = by_image if kind == "image" else by_mask
-            first = files[min(lonely, key=_natural)]
-            other = "mask" if kind == "image" else "image"
-            raise DataError(
-                f"set {name!r}: {len(lonely)} of {len(files)} {kind}s have no {other} in {root / pattern}, "
-                f"first {first}; add the missing files or narrow the globs images={images!r}, masks={masks!r}"
-            )
-    keys = sorted(by_image, key=_natural)
-    return [Pair(_pair_name(key, by_image[key]), by_image[key], by_mask[key]) for key in keys]
-
-
-def _pair_name(key: tuple[str, ...], image: Path) -> str:
-    return "/".join(filter(None, key)) or image.stem
-
-
-def _find(root: Path, pattern: str, key: str, name: str) -> dict[tuple[str, ...], Path]:
-    """Files that match a glob, by the text of its wildcards."""
-    if Path(pattern).is_absolute() or not pattern:
-        raise ConfigError(f"set {name!r}: {key}={pattern!r} is not a glob below root {root}")
-    expression = re.compile(_expression(pattern))
-    files: dict[tuple[str, ...], Path] = {}
-    for path in sorted(p for p in root.glob(pattern) if p.is_file()):
-        match = expression.fullmatch(path.relative_to(root).as_posix())
-        if match is None:
-            continue
-        part = tuple(text or "" for text in match.groups())
-        if pattern.endswith("*"):
-            if path.suffix.lower() not in SUFFIXES:
-                continue
-            part = (*part[:-1], part[-1].removesuffix(path.suffix))
-        if part in files:
-            raise DataError(
-                f"set {name!r}: {files[part]} and {path} are both {key[:-1]} {'/'.join(part)!r}; keep one of them"
-            )
-        files[part] = path
-    if not files:
-        raise DataError(
-            f"set {name!r}: no {key} match {root / pattern}; check root={str(root)!r} and {key}={pattern!r}"
-        )
-    return files
-
-
-def _wildcards(pattern: str) -> list[str]:
-    return re.findall(r"\*\*|\*|\?|\[[^]]*\]", pattern)
-
-
-def _expression(pattern: str) -> str:
-    """A glob as a regular expression with one group per wildcard."""
-    groups = {"**/": "(?:(.+)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
-
-    def translate(token: str) -> str:
-        if token.startswith("[") and len(token) > 2:
-            return f"({token.replace('[!', '[^', 1)})"
-        return groups.get(token) or re.escape(token)
-
-    return "".join(translate(token) for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]*\]|[^*?\[]+|\[", pattern))
-
-
-def _natural(key: Sequence[str]) -> list[list[tuple[int, str]]]:
-    """Sorts 'a2' before 'a10'."""
-    return [[(int(t), "") if t.isdecimal() else (-1, t) for t in re.split(r"(\d+)", text)] for text in key]
 
 
 def _digest(*facts: object) -> str:

@@ -1,12 +1,12 @@
 """Images and masks on disk, through rasterio: PNG, JPEG, TIFF and GeoTIFF, any number of bands, 8 or 16 bit or float.
 
-Nodata tags are never applied: a set whose background happens to carry the nodata value would lose that class.
+Nodata tags are never applied to pixels: a set whose background happens to carry the nodata value would lose that class.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
+from rasterio.io import DatasetWriter, MemoryFile
 from rasterio.windows import Window as RasterWindow
 
 from cegate.config import IGNORE
@@ -25,6 +26,8 @@ SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", "
 # by default GDAL fills what is missing of a truncated JPEG with grey and of a truncated PNG with zeros, in silence
 _STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 _UNMAPPED = 254
+EIGHT_BIT = (0.0, 255.0)
+"""The range of a band of 8-bit pixels."""
 _IN_ARCHIVE = "/vsizip/"  # GDAL's spelling of a file in a zip
 _SHOWN = 6
 
@@ -52,6 +55,8 @@ class Header:
     bands: int
     """Bands as read: a palette image counts as three."""
     dtype: str
+    nodata: tuple[float | None, ...] = ()
+    """The tag of each band; a palette image has none."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,14 +94,15 @@ def _colour_table(src: rasterio.DatasetReader) -> np.ndarray | None:
 
 
 def read_header(path: str | Path) -> Header:
-    """Size, bands and dtype of a raster.
+    """Size, bands, dtype and nodata tags of a raster.
 
     Raises:
         DataError: the file is missing or unreadable.
     """
     with _open(path) as src:
-        bands = 3 if _colour_table(src) is not None else src.count
-        return Header(src.height, src.width, bands, src.dtypes[0])
+        if _colour_table(src) is not None:
+            return Header(src.height, src.width, 3, src.dtypes[0], (None,) * 3)
+        return Header(src.height, src.width, src.count, src.dtypes[0], src.nodatavals)
 
 
 def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: Window | None = None) -> np.ndarray:
@@ -118,9 +124,10 @@ def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: 
         count = src.count if table is None else 3
         bands = range(1, count + 1) if bands is None else bands
         if max(bands) > count:
-            wanted = ", ".join(map(str, bands))
+            absent = [band for band in bands if band > count]
             raise DataError(
-                f"{path}: {count} band{'s' * (count != 1)}, but {len(bands)} are to be read (bands {wanted}); "
+                f"{path} has {count} band{'s' * (count != 1)}, band{'s' * (len(absent) > 1)} "
+                f"{', '.join(map(str, absent))} {'is' if len(absent) == 1 else 'are'} not there; "
                 f"set bands to numbers from 1 to {count}, e.g. [{', '.join(str(min(b, count)) for b in bands)}]"
             )
         area = _raster_window(window)
@@ -321,8 +328,9 @@ def to_unit(image: np.ndarray, value_range: Sequence[tuple[float, float]]) -> np
     low, high = np.array(value_range, np.float32).T.reshape(2, -1, 1, 1)
     scale = np.divide(1, high - low, out=np.zeros_like(high), where=high > low)
     unit = image.astype(np.float32)
-    unit -= low
-    unit *= scale
+    with np.errstate(over="ignore"):  # of huge values that stand for no data; they are clipped
+        unit -= low
+        unit *= scale
     return np.clip(unit, 0, 1, out=unit)
 
 
@@ -334,11 +342,13 @@ def write_mask(
     Args:
         path: target; its suffix decides the format: .png, .tif or .tiff.
         mask: [H, W] uint8.
-        like: a raster of the same size whose coordinate system and transform the mask takes over.
+        like: a raster of the same size whose coordinate system and transform a TIFF takes over; a PNG has no place for
+            them.
         palette: "#RRGGBB" per class, stored as colour table; 255 is black.
 
     Raises:
         DataError: another suffix, dtype or shape, or a size that differs from that of `like`.
+        OSError: the file cannot be written, as on a full disk.
     """
     path = Path(path)
     drivers = {".png": "PNG", ".tif": "GTiff", ".tiff": "GTiff"}
@@ -356,14 +366,24 @@ def write_mask(
         with _open(like) as src:
             if src.shape != mask.shape:
                 raise DataError(f"{path}: the mask is {width}x{height}, but {like} is {src.width}x{src.height} pixels")
-            if src.crs is not None or not src.transform.is_identity:
+            if profile["driver"] == "GTiff" and (src.crs is not None or not src.transform.is_identity):
                 profile |= {"crs": src.crs, "transform": src.transform}
-    with warnings.catch_warnings():
+
+    def fill(dst: DatasetWriter) -> None:
+        if palette is not None:
+            dst.write_colormap(1, {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)})
+        dst.write(mask, 1)
+
+    _write(path, profile, fill)
+
+
+def _write(path: Path, profile: Mapping[str, object], fill: Callable[[DatasetWriter], None]) -> None:
+    """Encode in memory, then write the bytes: GDAL says nothing when a disk is full, Python raises OSError."""
+    with warnings.catch_warnings(), MemoryFile() as memory:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(path, "w", **profile) as dst:
-            if palette is not None:
-                dst.write_colormap(1, {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)})
-            dst.write(mask, 1)
+        with memory.open(**profile) as dst:
+            fill(dst)
+        path.write_bytes(memory.getbuffer())
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
@@ -375,16 +395,14 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
 
     Raises:
         DataError: another suffix, dtype, shape or number of bands.
+        OSError: the file cannot be written, as on a full disk.
     """
     path = Path(path)
     if path.suffix.lower() != ".png" or image.dtype != np.uint8 or image.ndim != 3 or not 1 <= len(image) <= 4:
         raise DataError(f"{path}: a PNG takes [1..4, H, W] uint8, not {list(image.shape)} {image.dtype}")
     count, height, width = image.shape
     profile = {"driver": "PNG", "height": height, "width": width, "count": count, "dtype": "uint8"}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with rasterio.open(path, "w", **profile) as dst:
-            dst.write(image)
+    _write(path, profile, lambda dst: dst.write(image))
 
 
 def _triple(colour: str) -> tuple[int, int, int]:

@@ -97,7 +97,7 @@ def draw_crop(
     crop: int,
     cfg: AugmentConfig,
 ) -> tuple[Crop, np.ndarray]:
-    """Draw a scale, then a crop in which no class covers too much.
+    """Draw a scale, then a crop with labelled pixels in which no class covers too much.
 
     Args:
         size: (H, W) of the picture.
@@ -119,7 +119,7 @@ def draw_crop(
         box = Crop(size, scaled, top, left, height, width)
         label = box.resample_label(read_label(box.window()))
         counts = np.bincount(label.ravel(), minlength=256)[:IGNORE]
-        if counts.max() <= cfg.max_class_share * counts.sum():
+        if 0 < counts.max() <= cfg.max_class_share * counts.sum():
             break
     return box, label
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from cegate.checkpoint import load_checkpoint
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
-from cegate.data.datasets import SegmentationSet, open_set
+from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import EvalStream
 from cegate.engine.runtime import Precision, pick_device, precision_of
+from cegate.engine.sets import open_evaluated
 from cegate.errors import CheckpointError, ConfigError
 from cegate.losses import pixel_cross_entropy
 from cegate.metrics import Confusion, Scores
@@ -152,19 +153,18 @@ def evaluate_run(
         DataError: a set cannot be read.
     """
     data = config.data
-    sets = [open_set(target, name=name, classes=data.classes) for name, target in data.targets.items()]
-    if data.validation is not None:
-        sets.insert(0, open_set(data.validation, name=SOURCE_DOMAIN, classes=data.classes))
-    if not sets:
+    domains = [*([SOURCE_DOMAIN] if data.validation is not None else []), *data.targets]
+    if not domains:
         raise ConfigError("there is nothing to evaluate on; give --data.targets.<name>.root DIR")
-    for dataset in sets:
-        dataset.check()
-        if output is not None and (output / dataset.name).exists() and not overwrite:
-            raise CheckpointError(
-                f"{output / dataset.name} exists; give another --output, or --overwrite to replace it"
-            )
+    for domain in domains if output is not None and not overwrite else ():
+        if (output / domain).exists():
+            raise CheckpointError(f"{output / domain} exists; give another --output, or --overwrite to replace it")
     device = pick_device(config.run.device)
     segmenter = load_checkpoint(run, checkpoint, config, device)
+    validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range)
+    sets = [*([validation] if validation is not None else []), *targets]
+    for dataset in sets:
+        dataset.check()
     _, precision = precision_of(config.run.precision, device)
     workers = data.workers if device.type == "cuda" else 0
     evaluations = [

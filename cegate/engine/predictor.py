@@ -99,10 +99,15 @@ def predict_files(segmenter: Segmenter, masks: dict[Path, Path]) -> Iterator[Pat
         Mask files as they are written.
 
     Raises:
-        DataError: an image cannot be read or does not fit the model; the masks before it stay.
+        DataError: an image cannot be read or does not fit the model, or a mask cannot be written; the masks before it
+            stay, and so does an older one in its place.
     """
     for image, mask in masks.items():
         like = image if mask.suffix.lower() != ".png" and is_georeferenced(image) else None
-        with written_aside(mask) as aside:
-            write_mask(aside, segmenter.predict(image), like=like, palette=segmenter.palette)
+        classes = segmenter.predict(image)
+        try:
+            with written_aside(mask) as aside:
+                write_mask(aside, classes, like=like, palette=segmenter.palette)
+        except OSError as error:
+            raise DataError(f"{mask} cannot be written ({error.strerror or error}); give another --output") from error
         yield mask

@@ -27,7 +27,7 @@ Precision = Callable[[], AbstractContextManager[Any]]
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU without one.
+    """``auto`` is the first GPU, or the CPU without one. A GPU with an index becomes the current one.
 
     Raises:
         ConfigError: the device is not there.
@@ -38,7 +38,10 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(
             f"run.device={name} is not there; this machine has {torch.cuda.device_count()} GPUs, use cpu or auto"
         )
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
+    return device
 
 
 def precision_of(name: str, device: torch.device) -> tuple[str, Precision]:

@@ -7,7 +7,6 @@ import math
 import platform
 import statistics
 import time
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from cegate.checkpoint import (
 )
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
-from cegate.data.datasets import SegmentationSet, open_set
 from cegate.engine import evaluator, results
 from cegate.engine.evaluator import Evaluation, evaluate, percent
 from cegate.engine.objective import Term, make_objective
@@ -47,6 +45,7 @@ from cegate.engine.runtime import (
     seed_everything,
 )
 from cegate.engine.schedule import learning_rate, parameter_groups
+from cegate.engine.sets import Sets, open_sets, value_range_of
 from cegate.errors import CheckpointError, TrainingError
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan, draw_k, normalize, select_top_k
@@ -58,7 +57,6 @@ log = logging.getLogger(__name__)
 
 # float16 gradients of single samples underflow without it
 FISHER_LOSS_SCALE = 1024.0
-UNLABELLED_DOMAIN = "unlabelled"
 # gate methods that choose sites anew every gate.interval iterations
 CHOOSING = ("fisher", "random")
 
@@ -84,8 +82,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
     device = pick_device(config.run.device)
     config, sets = open_sets(config)
     segmenter = build(config)
-    run = open_run(config, resume=resume, overwrite=overwrite)
-    with logging_to(run.path / "train.log", console), deterministic(config.run.deterministic):
+    with (
+        open_run(config, resume=resume, overwrite=overwrite) as run,
+        logging_to(run.path / "train.log", console),
+        deterministic(config.run.deterministic),
+    ):
         log.info("run folder %s, device %s", run.path, device)
         return Trainer(config, run, sets, segmenter.to(device), console).run()
 
@@ -133,54 +134,6 @@ def _describe_adaptation(config: Config, sets: Sets) -> list[str]:
     return [f"adapting to: {len(sets.unlabelled)} unlabelled images, {adapt.method} from iteration {adapt.warmup} on"]
 
 
-# --- what a run is made of ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sets:
-    """The data of a run."""
-
-    source: SegmentationSet
-    validation: SegmentationSet | None
-    targets: list[SegmentationSet]
-    unlabelled: SegmentationSet | None = None
-    """Images to adapt to, opened without labels."""
-
-    @property
-    def evaluated(self) -> list[SegmentationSet]:
-        """Validation set (domain ``source``), then targets."""
-        return [*([self.validation] if self.validation is not None else []), *self.targets]
-
-
-def open_sets(config: Config) -> tuple[Config, Sets]:
-    """Open every set and look at its files; classes and palette that only the source knows enter the configuration.
-
-    Raises:
-        ConfigError: the sets have other classes.
-        DataError: a set is empty, or a file in it is unfit.
-    """
-    data = config.data
-    source = open_set(data.source, name=SOURCE_DOMAIN, classes=data.classes)
-    classes = list(source.classes)
-    validation = data.validation and open_set(data.validation, name=SOURCE_DOMAIN, classes=classes)
-    targets = [open_set(target, name=name, classes=classes) for name, target in data.targets.items()]
-    unlabelled = None
-    if config.adapt.method != "none":
-        unlabelled = open_set(data.unlabelled, name=UNLABELLED_DOMAIN, classes=classes, labelled=False)
-    sets = Sets(source, validation, targets, unlabelled)
-    for opened in (source, *sets.evaluated, unlabelled):
-        if opened is not None:
-            opened.check()
-    palette = data.palette or list(source.palette)
-    return replace(config, data=replace(data, classes=classes, palette=palette)), sets
-
-
-def value_range_of(source: SegmentationSet) -> list[list[float]] | None:
-    """(low, high) per band; ``None`` where it is that of 8-bit images, so that others are refused at prediction."""
-    ranges = [list(pair) for pair in source.value_range]
-    return None if all(pair == [0, 255] for pair in ranges) else ranges
-
-
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
@@ -196,8 +149,8 @@ class Trainer:
         self.initial = {name: value.clone() for name, value in trained_weights(segmenter).items()}
         segmenter.value_range = value_range_of(sets.source)
         self.interrupt = Interrupt()
-        self.step_seconds: list[float] = []
-        self.score_seconds: list[float] = []
+        self.peak_memory: int | None = None  # bytes
+        self.warned_of_zeros = False
 
     def run(self) -> Result:
         """Run every stage that is not done, then write adapter and figures.
@@ -262,12 +215,14 @@ class Trainer:
         self.objective = make_objective(config, segmenter, self.sets.source, unlabelled)
         self.iteration, self.ever_active = 0, set(plan.active)
         self.loss_sum, self.loss_count = 0.0, 0
+        self.step_seconds, self.score_seconds = [], []
         if state is not None:
             restore(segmenter, state, self.folder.last, backbone_sha256=self.backbone_sha256)
             self.optimizer.load_state_dict(state.optimizer)
             self.scaler.load_state_dict(state.scaler)
             self.iteration, self.ever_active = state.iteration, set(state.ever_active)
             self.loss_sum, self.loss_count = state.loss_sum, state.loss_count
+            self.step_seconds, self.score_seconds = state.step_seconds, state.score_seconds
             self.objective.load_state(state.objective)
         elif self.stage == "after" and config.gate.method not in CHOOSING:
             self.folder.gates.append({"iteration": 0, "scores": {}, "active": list(plan.active)})
@@ -314,11 +269,13 @@ class Trainer:
     def _score(self) -> None:
         gate, toolbox, started = self.config.gate, self.segmenter.toolbox, time.perf_counter()
         mass = self._measure() if gate.method == "fisher" else {}
-        if mass:
-            scores = normalize(mass, gate.normalize, toolbox.counts())
+        scores = normalize(mass, gate.normalize, toolbox.counts())
+        if not mass:
+            plan = draw_k(toolbox.sites, gate.k, seed=self.config.run.seed, iteration=self.iteration)
+        elif any(mass.values()):
             plan = select_top_k(scores, gate.k)
         else:
-            scores, plan = {}, draw_k(toolbox.sites, gate.k, seed=self.config.run.seed, iteration=self.iteration)
+            plan = self._plan_without_scores()
         self.ever_active |= set(plan.active)
         if gate.inactive == "frozen":
             plan = GatePlan(plan.active, self.ever_active)
@@ -330,6 +287,17 @@ class Trainer:
         kinds = [site.partition(".")[0] for site in plan.active]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         log.debug("iteration %d: gate chose %s (%d new)", self.iteration, counts, changed)
+
+    def _plan_without_scores(self) -> GatePlan:
+        """The plan of a round in which every Fisher mass is zero, which says nothing about the sites."""
+        plan, samples = self.segmenter.toolbox.plan, self.config.gate.samples
+        why = f"all Fisher scores of iteration {self.iteration} are 0, as if its {samples} crops had no labels"
+        if not plan.active:
+            raise TrainingError(f"{why}; raise gate.samples, or look at the masks and the label_map of data.source")
+        if not self.warned_of_zeros:
+            log.warning("%s; the gate stays as it is (said once)", why)
+            self.warned_of_zeros = True
+        return plan
 
     def _measure(self) -> dict[str, float]:
         """Site -> Fisher mass, not normalised."""
@@ -399,6 +367,7 @@ class Trainer:
     def _save(self, first: str, *copies: str) -> None:
         """Save the state under a name, and copy it under others."""
         plan = self.segmenter.toolbox.plan
+        self.peak_memory = max(self.peak_memory or 0, peak_memory(self.device))
         state = State(
             stage=self.stage,
             iteration=self.iteration,
@@ -411,6 +380,9 @@ class Trainer:
             loss_sum=self.loss_sum,
             loss_count=self.loss_count,
             objective=self.objective.state(),
+            step_seconds=self.step_seconds,
+            score_seconds=self.score_seconds,
+            peak_memory_bytes=self.peak_memory,
             value_range=self.segmenter.value_range,
             backbone_sha256=self.backbone_sha256,
             classes=list(self.segmenter.classes),
@@ -431,6 +403,7 @@ class Trainer:
             write_json(path, environment)
         else:
             self._refuse_other_data(environment["data"])
+            self.peak_memory = state.peak_memory_bytes
             log.info("going on from iteration %d of stage %s", state.iteration, state.stage)
         position = (-1, -1) if state is None else state.position
 
@@ -531,6 +504,6 @@ class Trainer:
                 "head_parameters": sum(p.numel() for p in segmenter.head.parameters()),
                 "step_seconds": statistics.median(self.step_seconds) if self.step_seconds else None,
                 "score_seconds": statistics.median(self.score_seconds) if self.score_seconds else None,
-                "peak_memory_bytes": peak_memory(self.device),
+                "peak_memory_bytes": self.peak_memory,
             },
         )

@@ -142,7 +142,7 @@ def read_configs(
             except ConfigError as error:
                 problems.setdefault(str(error), []).append(f"{setting.name} with {method}")
                 continue
-            if not config.data.targets and config.data.validation is None:
+            if not config.data.targets:
                 problems.setdefault("there is nothing to test on; give data.targets", []).append(setting.name)
             configs[setting.name, method] = config
     if problems:

@@ -80,7 +80,7 @@ def read_cell(cell: Cell) -> CellResult:
     result = read_json(path)
     environment = read_json(cell.folder / "env.json")
     try:
-        return CellResult(
+        found = CellResult(
             cell=cell,
             config=read_saved_config(cell),
             iteration=result["iteration"],
@@ -97,6 +97,9 @@ def read_cell(cell: Cell) -> CellResult:
             f"{path} is not what this version writes ({type(error).__name__}: {error}); move the folder aside and run "
             "the cell again"
         ) from error
+    if not found.targets:
+        raise CheckpointError(f"{path} holds no target domain to compare; run the cell again with data.targets")
+    return found
 
 
 def _read_domain(cell: Cell, name: str, record: Mapping[str, Any]) -> Domain:

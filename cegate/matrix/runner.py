@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -19,7 +18,7 @@ from types import FrameType
 from cegate.config import Config, Method
 from cegate.matrix.cells import Cell, Overrides, Setting
 from cegate.matrix.display import Display
-from cegate.runfolder import write_text
+from cegate.runfolder import take_lock, write_text
 
 PROGRAM = (sys.executable, "-m", "cegate.train")
 POLL_SECONDS, PROGRESS_SECONDS = 0.1, 2.0
@@ -195,18 +194,6 @@ class Runner:
         stages = 2 if train.baseline else 1
         before = 1 if train.baseline and record.get("stage", record.get("split")) == "after" else 0
         return min(1.0, (before + record.get("iteration", 0) / train.iterations) / stages)
-
-
-def take_lock(path: Path) -> int | None:
-    """An open file that nobody else holds until it is closed, here and in the processes that inherited it; or None."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
 
 
 class _Signals:

@@ -15,6 +15,8 @@ from scipy import stats
 
 LEVEL = 0.95
 REPLICATES = 2000
+NO_VARIANCE = 1e-24
+"""Variances of shares up to this are rounding."""
 BLOCK_COUNTS = 2**23
 """Numbers held at once while tiles are drawn; it does not change them."""
 
@@ -96,9 +98,11 @@ def resample_tiles(
 ) -> np.ndarray:
     """Score every model on resampled test sets.
 
-    A replicate draws as many tiles as there are, with replacement, adds up their pixel counts and scores the sum. The
-    draws depend on the tiles' names alone: all models, seeds and settings that are tested on the same tiles get the
-    same ones, which is what makes differences paired.
+    A replicate draws T - 1 of the T tiles with replacement (T - 1, so that the spread of the scores is that of T new
+    tiles: T of T are too much alike, by the factor (T - 1) / T of the variance), adds up their pixel counts and scores
+    the sum. The draws depend on the tiles alone, by name and true pixels of each class: all models, seeds and settings
+    that are tested on the same tiles get the same ones, which is what makes differences paired; domains of other tiles
+    get others, even where names are equal.
 
     Args:
         names: [T] names of the tiles.
@@ -111,12 +115,13 @@ def resample_tiles(
     """
     models, tiles, classes = confusions.shape[:3]
     flat = confusions.reshape(models, tiles, classes * classes).astype(float)  # exact up to 2^53 pixels
-    rng = _generator("tiles", *names)
+    truth = np.ascontiguousarray(confusions[:1].sum(-1), np.int64)
+    rng = _generator("tiles", *names, truth.tobytes().hex())
     scores = []
     step = max(1, BLOCK_COUNTS // max(tiles, 1))
     for first in range(0, replicates, step):
         rows = min(step, replicates - first)
-        drawn = rng.integers(0, tiles, (rows, tiles))
+        drawn = rng.integers(0, tiles, (rows, max(tiles - 1, 1)))
         cells = drawn + tiles * np.arange(rows)[:, None]
         counts = np.bincount(cells.ravel(), minlength=rows * tiles).reshape(rows, tiles).astype(float)
         pooled = (counts @ flat).reshape(models, rows, classes, classes)
@@ -128,8 +133,8 @@ def difference(groups: Sequence[Paired]) -> Difference:
     """Weighted sum of the mean differences of independent groups, with a hierarchical bootstrap over seeds and tiles.
 
     A replicate draws, in each group, n - 1 of its n seeds with replacement (n - 1, so that the spread of the drawn
-    means is that of a mean of n), the same for both methods; and, in each domain, as many tiles as it has with
-    replacement, the same for both methods and all seeds, because every seed is tested on the same tiles
+    means is that of a mean of n), the same for both methods; and, in each domain, T - 1 of its T tiles with replacement
+    for the same reason, the same for both methods and all seeds, because every seed is tested on the same tiles
     (`resample_tiles`). Noise that belongs to one seed on one tile enters both draws: intervals err on the wide side.
 
     The standard error is the standard deviation over replicates. Percentiles of the replicates are not used: of three
@@ -149,7 +154,7 @@ def difference(groups: Sequence[Paired]) -> Difference:
     of_tiles = (max(0.0, variance - sum(part for part, _ in of_seeds)), min(group.tiles for group in groups) - 1)
     seeds = min(len(group.observed) for group in groups)
     freedom = _degrees_of_freedom([*of_seeds, of_tiles])
-    if freedom is None or not variance > 0:
+    if freedom is None or not variance > NO_VARIANCE:
         return Difference(value, None, None, None, seeds)
     error = math.sqrt(variance)
     half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
@@ -171,7 +176,7 @@ def _mean_variance(values: np.ndarray) -> float:
 
 def _degrees_of_freedom(parts: Sequence[tuple[float, int]]) -> float | None:
     """Welch and Satterthwaite's, of (variance, degrees of freedom) pairs; ``None`` where nothing varies."""
-    varying = [(variance, freedom) for variance, freedom in parts if variance > 0 and freedom > 0]
+    varying = [(variance, freedom) for variance, freedom in parts if variance > NO_VARIANCE and freedom > 0]
     if not varying:
         return None
     return sum(v for v, _ in varying) ** 2 / sum(v * v / freedom for v, freedom in varying)

@@ -312,26 +312,36 @@ def check_fit(segmenter: Segmenter, adapter: Adapter, backbone_sha256: str) -> N
     Raises:
         CheckpointError: it was not; every difference is named with both values.
     """
-    if adapter.backbone_sha256 != backbone_sha256:
-        raise CheckpointError(
-            f"{adapter.source} was trained on a backbone with sha256 {adapter.backbone_sha256[:12]}, this one "
-            f"({segmenter.config.model.backbone}) has {backbone_sha256[:12]}; adapters share one backbone"
-        )
     theirs, ours = adapter.config, segmenter.config
+    sizes = {
+        "model.image_size": (theirs.model.image_size or theirs.data.crop, ours.model.image_size or ours.data.crop),
+        "model.patch_size": (theirs.model.patch_size or segmenter.patch, segmenter.patch),
+    }
+    if adapter.backbone_sha256 != backbone_sha256:
+        names = {"model.backbone": (theirs.model.backbone, ours.model.backbone)}
+        bands = {"the number of bands": (len(adapter.bands), len(segmenter.bands))}
+        hashes = {"its sha256": (adapter.backbone_sha256[:12], backbone_sha256[:12])}
+        why = _differences(names | sizes | bands) or _differences(hashes)
+        raise CheckpointError(
+            f"{adapter.source} was trained on another backbone: {'; '.join(why)}; adapters share one backbone"
+        )
     values = {
         "model.tune": (theirs.model.tune, "frozen"),
         "model.features": (feature_layers(segmenter.toolbox.depth, theirs.model.features), segmenter.layers),
-        "model.image_size": (theirs.model.image_size or theirs.data.crop, ours.model.image_size or ours.data.crop),
-        "model.patch_size": (theirs.model.patch_size or segmenter.patch, segmenter.patch),
         "refiner.method": (theirs.refiner.method, "none"),
-    } | _toolbox_values(theirs, ours)
-    problems = [f"{key} is {their}, not {our}" for key, (their, our) in values.items() if their != our]
+    }
+    problems = _differences(values | sizes | _toolbox_values(theirs, ours))
     if unknown := [site for site in adapter.plan.on if site not in segmenter.toolbox.sites]:
         problems.append(f"it has the sites {some(unknown)}, which the toolbox lacks")
     if segmenter.refiner is not None:
         problems.append("this model has a refiner, which would change what every adapter sees")
     if problems:
         raise CheckpointError(f"{adapter.source} does not fit this model: {'; '.join(problems)}")
+
+
+def _differences(values: Mapping[str, tuple[object, object]]) -> list[str]:
+    """Key -> (theirs, ours) that differ, one text each."""
+    return [f"{key} is {their}, not {our}" for key, (their, our) in values.items() if their != our]
 
 
 def _toolbox_values(theirs: Config, ours: Config) -> dict[str, tuple[object, object]]:

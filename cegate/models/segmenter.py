@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.config import IGNORE, Config
-from cegate.data.rasters import read_image
+from cegate.data.rasters import EIGHT_BIT, read_image, to_unit
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.losses import pixel_cross_entropy
@@ -66,6 +66,11 @@ class Segmenter(nn.Module):
     def patch(self) -> int:
         """Patch side in pixels."""
         return self.vit.patch_embed.patch_size[0]
+
+    @property
+    def pixel_range(self) -> ValueRange:
+        """(low, high) of each band that becomes 0..1."""
+        return self.value_range or [EIGHT_BIT] * len(self.bands)
 
     @property
     def device(self) -> torch.device:
@@ -222,8 +227,14 @@ class Segmenter(nn.Module):
             raise DataError(f"{name} has {int(np.isnan(pixels).any(0).sum())} NaN pixels; fill them before prediction")
         if given.value_range is None and pixels.dtype != np.uint8:
             raise DataError(f"{name} is {pixels.dtype}, the model was trained on 8-bit images; convert it to uint8")
-        low, high = np.asarray(given.value_range or [[0, 255]] * len(self.bands), np.float32).T[:, :, None, None]
-        unit = np.clip((pixels.astype(np.float32) - low) / (high - low), 0, 1)
+        value_range = given.value_range or [EIGHT_BIT] * len(given.bands)
+        highest = max(high for _, high in value_range)
+        if pixels.dtype == np.uint8 and highest > EIGHT_BIT[1]:
+            raise DataError(
+                f"{name} is uint8, the model was trained on pixels of up to {highest:g}; give the image "
+                "as it was before it was scaled to 8 bits"
+            )
+        unit = to_unit(pixels, value_range)
         mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (given.mean, given.std))
         return torch.from_numpy((unit - mean) / std)
 

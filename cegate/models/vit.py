@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -50,9 +51,9 @@ def build_vit(
         log.warning("backbone %s has RANDOM weights (model.weights=none)", name)
     elif name == TINY and weights == "auto":
         with resources.as_file(resources.files("cegate") / "weights" / TINY_WEIGHTS) as path:
-            load_weights(vit, path)
+            load_weights(vit, path, name)
     elif weights != "auto":
-        load_weights(vit, Path(weights))
+        load_weights(vit, Path(weights), name)
     return vit.eval().requires_grad_(False)
 
 
@@ -60,8 +61,7 @@ def _create(name: str, pretrained: bool, image_size: int, patch_size: int | None
     if name == TINY:
         return tiny_vit(image_size, patch_size or 8, in_chans)
     if not timm.is_model(name):
-        close = nearest(name, [TINY, *timm.list_models()])
-        raise BackboneError(f"model.backbone={name!r} is neither tiny nor a timm model{close}")
+        raise BackboneError(f"model.backbone={name!r} is neither tiny nor a timm model{_near_vits(name)}")
     own_size = timm.get_pretrained_cfg(name).input_size[-1] if timm.get_pretrained_cfg(name) else None
     options: dict[str, object] = {"img_size": image_size, "in_chans": in_chans, "num_classes": 0}
     if patch_size is not None:
@@ -80,6 +80,14 @@ def _create(name: str, pretrained: bool, image_size: int, patch_size: int | None
         raise BackboneError(
             f"cannot build {name} with image_size={image_size}, patch_size={patch_size}{own}: {_line(error)}"
         ) from error
+
+
+def _near_vits(name: str) -> str:
+    """Vision transformers that hold every part of a name, shortest first, else the one spelt most alike."""
+    vits = [TINY, *timm.list_models(module="vision_transformer")]
+    parts = re.findall(r"[a-z0-9]+", name.lower())
+    holding = sorted((vit for vit in vits if all(part in vit for part in parts)), key=lambda vit: (len(vit), vit))
+    return f"; did you mean {' or '.join(map(repr, holding[:2]))}?" if holding else nearest(name, vits)
 
 
 def _create_any_size(name: str, pretrained: bool, options: dict[str, object]) -> nn.Module:
@@ -111,18 +119,51 @@ def tiny_vit(image_size: int, patch_size: int = 8, in_chans: int = 3) -> VisionT
     )
 
 
-def load_weights(vit: nn.Module, path: Path) -> None:
+def load_weights(vit: nn.Module, path: Path, name: str = "this backbone") -> None:
     """Load a weight file, resampling patch and position embeddings to the model's sizes.
+
+    Args:
+        vit: the model.
+        path: .pth or .safetensors file.
+        name: of the backbone, for messages.
 
     Raises:
         BackboneError: missing file, unreadable file, or keys or shapes that do not fit (they are named).
     """
-    if not path.is_file():
-        raise BackboneError(f"model.weights={path} does not exist; give a .pth or .safetensors file, 'auto' or 'none'")
+    own = {key: value for key, value in vit.state_dict().items() if not key.startswith(HEAD_KEYS)}
+    given = _read_weights(path)
     try:
-        state = timm.models.load_state_dict(str(path))
+        state = _converted(given, vit)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        # timm's conversion stumbles over weights of another architecture; resampling changes the two embeddings alone
+        resampled = ("patch_embed.proj.weight", "pos_embed")
+        problems = _misfits(given, {key: value for key, value in own.items() if key not in resampled})
+        raise _unfit(path, name, problems or [_line(error)]) from error
+    # intermediate features never pass the final norm, and some conversions drop it
+    state = {key: own[key] for key in ("norm.weight", "norm.bias") if key in own} | state
+    if problems := _misfits(state, own):
+        raise _unfit(path, name, problems)
+    vit.load_state_dict(state, strict=False)
+
+
+def _read_weights(path: Path) -> dict[str, object]:
+    """What a weight file holds, by name."""
+    if not path.is_file():
+        raise BackboneError(
+            f"model.weights={path} does not exist; give a .pth or .safetensors file, 'auto' or 'none'; where the file "
+            "of the training lies elsewhere now: --weights FILE, or cegate.load(folder, weights=FILE)"
+        )
+    try:
+        return timm.models.load_state_dict(str(path))
     except Exception as error:  # torch raises whatever the pickle or zip reader raises
-        raise BackboneError(f"{path} is no weight file ({_line(error)}); give a .pth or .safetensors file") from error
+        raise BackboneError(
+            f"{path} is no weight file that PyTorch or safetensors reads ({type(error).__name__}); give a .pth or "
+            ".safetensors file of weights by name"
+        ) from error
+
+
+def _converted(state: dict[str, object], vit: nn.Module) -> dict[str, Tensor]:
+    """Weights by the model's names, without classifiers, embeddings resampled."""
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         state = convert(state, vit)
@@ -130,20 +171,25 @@ def load_weights(vit: nn.Module, path: Path) -> None:
     conv = state.get("patch_embed.proj.weight")
     if conv is not None and conv.shape[1] != vit.patch_embed.proj.in_channels:
         state["patch_embed.proj.weight"] = adapt_input_conv(vit.patch_embed.proj.in_channels, conv)
-    own = {key: value for key, value in vit.state_dict().items() if not key.startswith(HEAD_KEYS)}
-    # intermediate features never pass the final norm, and some conversions drop it
-    state = {key: own[key] for key in ("norm.weight", "norm.bias") if key in own} | state
-    misfits = {
-        "missing": own.keys() - state.keys(),
-        "unexpected": state.keys() - own.keys(),
-        "of wrong shape": {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
+    return state
+
+
+def _misfits(state: Mapping[str, object], own: Mapping[str, Tensor]) -> list[str]:
+    """What is missing, left over or of another shape, one text each; classifiers and the final norm do not count."""
+    found = {key: list(getattr(value, "shape", [])) for key, value in state.items()}
+    other = [key for key in own if key in found and found[key] != list(own[key].shape)]
+    problems = {
+        "missing": sorted(own.keys() - found.keys() - {"norm.weight", "norm.bias"}),
+        "unexpected": sorted(key for key in found.keys() - own.keys() if not key.startswith(HEAD_KEYS)),
+        "of wrong shape": [f"{key} {found[key]} for {list(own[key].shape)}" for key in other],
     }
-    problems = [f"{label}: {_some(sorted(keys))}" for label, keys in misfits.items() if keys]
-    if problems:
-        raise BackboneError(
-            f"{path} does not fit the backbone ({'; '.join(problems)}); check model.backbone and model.patch_size"
-        )
-    vit.load_state_dict(state, strict=False)
+    return [f"{label}: {_some(keys)}" for label, keys in problems.items() if keys]
+
+
+def _unfit(path: Path, name: str, problems: Sequence[str]) -> BackboneError:
+    return BackboneError(
+        f"{path} does not fit the backbone {name} ({'; '.join(problems)}); check model.backbone and model.patch_size"
+    )
 
 
 def _some(keys: Sequence[str]) -> str:

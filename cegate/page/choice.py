@@ -29,6 +29,10 @@ SCORES = {
     "none": "Fisher mass",
 }
 """gate.normalize -> what a score is."""
+ABOUT_JACCARD = (
+    "The Jaccard index of two choices is the share of the sites in either that are in both: 1 for equal choices, 0 for "
+    "choices without a common site."
+)
 MOST_DOTS = 60
 
 
@@ -197,6 +201,8 @@ def stability_part(runs: Sequence[RunFiles], siblings: Sequence[RunFiles]) -> St
         grids.append(_chosen_grid(same))
     if len(choosing) > 1:
         grids += _matrices(choosing)
+    if several or len(choosing) > 1:
+        sentences.append(ABOUT_JACCARD)
     return StabilityPart(sentences, _agreement_chart(several) if several else None, grids)
 
 

@@ -111,16 +111,26 @@ def read_runs(paths: Sequence[Path]) -> list[RunFiles]:
         seen[path.resolve()] = path
     folders = [RunFolder(path) for path in paths]
     configs = [folder.config() for folder in folders]
-    labels = _labels(paths, [config.run.name for config in configs])
+    labels = _labels(paths, configs)
     return [_read(*parts) for parts in zip(labels, folders, configs, strict=True)]
 
 
-def _labels(paths: Sequence[Path], names: Sequence[str]) -> Sequence[str]:
-    """Run names, else folder names, else paths: the first that tell the runs apart."""
+def _labels(paths: Sequence[Path], configs: Sequence[Config]) -> Sequence[str]:
+    """Run names (of cells of a matrix what they are), else folder names, else paths: the first to tell runs apart."""
+    names = [
+        _cell_title(path.resolve(), config) or config.run.name for path, config in zip(paths, configs, strict=True)
+    ]
     for labels in (names, [path.resolve().name for path in paths]):
         if len(set(labels)) == len(labels):
             return labels
     return [str(path) for path in paths]
+
+
+def _cell_title(path: Path, config: Config) -> str | None:
+    """``setting / method / seed k`` of a run where `cegate bench` put it, in <setting>/<method>/seed_<k>."""
+    if path.parent.name != config.run.method or path.name != f"seed_{config.run.seed}":
+        return None
+    return f"{path.parent.parent.name} / {config.run.method} / seed {config.run.seed}"
 
 
 def _read(label: str, folder: RunFolder, config: Config) -> RunFiles:

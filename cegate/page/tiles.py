@@ -22,7 +22,7 @@ from cegate.engine.evaluator import percent, predict_logits
 from cegate.engine.runtime import Precision, pick_device, precision_of
 from cegate.errors import CegateError, DataError
 from cegate.metrics import Confusion
-from cegate.models.segmenter import Segmenter
+from cegate.models.segmenter import Segmenter, ValueRange
 from cegate.page.outcome import domain_title
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain
 from cegate.palette import default_palette
@@ -126,8 +126,8 @@ def _domain_tiles(
     chosen = choose_tiles(files.tile_confusion, count)
     tiles, problem = [], ""
     try:
-        open_tile = _opener(config, domain, run.classes)
         paint = open_model()
+        open_tile = _opener(config, domain, run.classes, paint.segmenter.pixel_range)
     except CegateError as error:
         problem = f"No pictures: {error}"
     for place, index in chosen:
@@ -175,12 +175,12 @@ def worst_mistake(counts: np.ndarray, classes: Sequence[str]) -> str:
     return f"{share:.1f} % of pixels are {classes[true]} taken for {classes[predicted]}"
 
 
-def _opener(config: Config, domain: str, classes: Sequence[str]) -> Callable[[str], Item]:
-    """A function that reads a tile of a domain by its name."""
+def _opener(config: Config, domain: str, classes: Sequence[str], like: ValueRange) -> Callable[[str], Item]:
+    """A function that reads a tile of a domain by its name, in the range of pixels that the model knows."""
     source = config.data.validation if domain == SOURCE_DOMAIN else config.data.targets.get(domain)
     if source is None:
         raise DataError(f"the configuration has no set for the domain {domain}; give --data.targets.{domain}.root DIR")
-    dataset: SegmentationSet = open_set(source, name=domain, classes=classes)
+    dataset: SegmentationSet = open_set(source, name=domain, classes=classes, like=like)
     indices = {dataset.item_name(index): index for index in range(len(dataset))}
 
     def read(name: str) -> Item:

@@ -30,7 +30,7 @@ def test_from_a_miniature_to_a_checked_folder(capsys, tmp_path):
         run(capsys, "prepare", "whu", "--root", download, "--out", folder, "--partial", "--workers", 1)[0] == cli.GOOD
     )
     code, out, _ = run(capsys, "check", folder, "--workers", 1)
-    assert code == cli.GOOD and "satellite/test" in out
+    assert code == cli.GOOD and "satellite/test" in out and out.endswith(f"{folder}: all is well\n")
 
 
 def test_missing_files_and_wrong_labels_end_with_1(capsys, tmp_path, miniature):

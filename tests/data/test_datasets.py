@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cegate.config import SetConfig
-from cegate.data import climates, datasets, scenes
+from cegate.data import climates, datasets, pairs, scenes
 from cegate.data.datasets import LOVEDA_CLASSES, open_set
 from cegate.data.rasters import Window, read_header, read_image
 from cegate.errors import ConfigError, DataError
@@ -117,7 +117,7 @@ def test_side_files_are_no_images_to_a_bare_star(folder):
     st.lists(st.text("ab1[].-_ ", min_size=1, max_size=5).filter(lambda t: t.strip(". ") == t), min_size=1, unique=True)
 )
 def test_the_open_part_of_a_glob_is_found_again(texts):
-    expression = re.compile(datasets._expression("x [!q]*_?/y*.png"))
+    expression = re.compile(pairs._expression("x [!q]*_?/y*.png"))
     for text in texts:
         match = expression.fullmatch(f"x z{text}_7/y{text}.png")
         assert match.groups() == ("z", text, "7", text)
@@ -185,7 +185,7 @@ def test_check_passes_a_sound_set_and_names_the_first_bad_file(folder):
 def test_too_few_bands_are_refused_when_the_set_is_opened(tmp_path):
     write(tmp_path / "images/a.tif", image(bands=2))
     write(tmp_path / "masks/a.tif", mask())
-    with pytest.raises(DataError, match=r"a\.tif: 2 bands, but 3 are to be read"):
+    with pytest.raises(DataError, match=r"a\.tif has 2 bands, band 3 is not there"):
         open_folder(tmp_path)
     data = open_folder(tmp_path, bands=[2, 1, 1])
     np.testing.assert_allclose(data.read(0).image * 255, image(bands=2)[[1, 0, 0]], atol=1e-4)
@@ -217,6 +217,40 @@ def test_16_bit_images_are_scaled_by_percentiles_of_the_set(tmp_path):
     np.testing.assert_allclose(data.value_range, expected)
     low, high = expected.T[:, :, None, None]
     np.testing.assert_allclose(data.read(0).image, np.clip((pixels - low) / (high - low), 0, 1), atol=1e-6)
+
+
+def test_nodata_pixels_do_not_count_for_the_percentiles(tmp_path):
+    pixels = np.random.default_rng(0).random((3, 50, 40), np.float32)
+    tag = np.finfo(np.float32).min
+    hollow = pixels.copy()
+    hollow[:, :20], hollow[1] = tag, tag  # the second band has nothing else
+    write(tmp_path / "masks/a.tif", mask(50, 40))
+    (tmp_path / "images").mkdir()
+    profile = {"driver": "GTiff", "height": 50, "width": 40, "count": 3, "dtype": "float32", "nodata": -3.4028235e38}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+        with rasterio.open(tmp_path / "images/a.tif", "w", **profile) as dst:
+            dst.write(hollow)
+    data = open_folder(tmp_path)
+    expected = np.percentile(pixels[:, 20:].reshape(3, -1), (1, 99), axis=1).T
+    expected[1] = tag
+    np.testing.assert_allclose(data.value_range, expected, rtol=1e-6)
+    assert np.isfinite(data.read(0).image).all()
+
+
+def test_a_range_of_another_set_counts_where_there_is_none_of_its_own(tmp_path):
+    write(tmp_path / "images/a.tif", np.full((3, 4, 4), 500, np.uint16))
+    write(tmp_path / "masks/a.tif", mask(4, 4))
+    cfg, like = SetConfig(root=str(tmp_path)), [(0, 1000), (0, 2000), (500, 500)]
+    data = open_set(cfg, name="north", classes=CLASSES, like=like)
+    assert data.read(0).image[:, 0, 0].tolist() == [0.5, 0.25, 0]
+    own = open_set(dataclasses.replace(cfg, value_range=[0, 500]), name="north", classes=CLASSES, like=like)
+    assert own.read(0).image.min() == 1
+    with pytest.raises(DataError, match="set 'north': pixels are uint16, but the model learns from 8-bit pixels; give"):
+        open_set(cfg, name="north", classes=CLASSES, like=[(0, 255)] * 3)
+    scenes = SetConfig(kind="generated", split="arid")
+    with pytest.raises(DataError, match=r"set 'arid': pixels are uint8, but .* of up to 2000; give the set"):
+        open_set(scenes, name="arid", like=like)
 
 
 def test_a_given_range_replaces_percentiles(tmp_path):

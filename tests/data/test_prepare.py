@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cegate.data.prepared import FILE, read_manifest
-from cegate.data.published import isprs
+from cegate.data.prepared import FILE, Counts, read_manifest
+from cegate.data.published import isprs, mmhunan
 from cegate.data.published import prepare as prepare_module
 from cegate.data.published.catalogue import CATALOGUE
 from cegate.data.published.check import check_files, check_prepared
@@ -278,6 +279,30 @@ def test_a_label_of_another_size_is_named(miniature, prepare_set, tmp_path):
     write_mask(root / "val/label/1.tif", np.zeros((32, 30), np.uint8))
     with pytest.raises(DataError, match=r"val/label/1\.tif is 30x32 pixels, but its image .*1\.tif is 32x32"):
         prepare_set("whu", root, tmp_path / "out")
+
+
+def test_a_missing_elevation_is_refused_though_images_and_labels_are_complete(
+    miniature, prepare_set, tmp_path, monkeypatch
+):
+    root = copy(miniature("mmhunan"), tmp_path / "mmhunan")
+    tests = tuple(int(path.stem.removeprefix("s2_")) for path in (root / "test/s2").iterdir())
+    monkeypatch.setattr(mmhunan, "TEST", tests)
+    monkeypatch.setattr(mmhunan, "_COUNTS", {"train": Counts(6, 6), "test": Counts(3, 3)})
+    prepare_set("mmhunan", root, tmp_path / "whole", partial_data=False)
+    (root / "train/topo/topo_5.tif").unlink()
+    with pytest.raises(DataError, match=r"mmhunan: numbers are as published; missing: topo/topo_5\.tif; .*--partial"):
+        prepare_set("mmhunan", root, tmp_path / "out", partial_data=False)
+    prepare_set("mmhunan", root, tmp_path / "out")
+    assert not (tmp_path / "out/dsm_dir/train/5.png").exists() and (tmp_path / "out/img_dir/train/5.png").is_file()
+
+
+def test_a_full_disk_is_one_line(miniature, prepare_set, tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(DataError, match=r"\.png cannot be written \(No space left on device\); .*which goes on"):
+        prepare_set("mmhunan", miniature("mmhunan"), tmp_path / "out")
 
 
 # --- the same folder, however it came about -------------------------------------------------------------------------

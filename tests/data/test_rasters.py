@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import warnings
 import zipfile
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_a_file_without_georeference_is_read_without_a_warning(tmp_path):
 
 def test_too_few_bands_name_the_file_and_both_counts(tmp_path):
     path = write(tmp_path / "sar.tif", np.zeros((2, 8, 8), np.float32))
-    with pytest.raises(DataError, match=r"sar\.tif: 2 bands, but 3 are to be read \(bands 1, 2, 3\).*\[1, 2, 2\]"):
+    with pytest.raises(DataError, match=r"sar\.tif has 2 bands, band 3 is not there; .*\[1, 2, 2\]"):
         read_image(path, (1, 2, 3))
 
 
@@ -241,9 +242,27 @@ def test_a_written_mask_keeps_place_and_colours(tmp_path, suffix):
     write_mask(tmp_path / f"mask{suffix}", mask, like=scene, palette=["#102030", "#FFFFFF", "#00FF00"])
     with rasterio.open(tmp_path / f"mask{suffix}") as src:
         assert (src.read(1) == mask).all()
-        assert src.crs == rasterio.CRS.from_epsg(32633)
-        assert src.transform.almost_equals(transform)
+        if suffix == ".tif":
+            assert src.crs == rasterio.CRS.from_epsg(32633)
+            assert src.transform.almost_equals(transform)
         assert src.colormap(1)[0][:3] == (0x10, 0x20, 0x30)
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".png"])
+def test_a_full_disk_is_an_error_and_no_shorter_file(tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_mask(tmp_path / f"mask{suffix}", noise)
+        with pytest.raises(OSError, match="File too large"):
+            write_image(tmp_path / "image.png", noise[None])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_mask_of_another_size_or_kind_is_not_written(tmp_path):

@@ -153,9 +153,18 @@ def test_ignored_pixels_count_for_no_class():
 
     draw_crop(label.shape, read, rng(), crop=32, cfg=PLAIN)
     assert len(calls) == 1  # half and half of what counts
-    calls.clear()
-    draw_crop(label.shape, lambda w: read(w) * 0 + 255, rng(), crop=32, cfg=PLAIN)
-    assert len(calls) == 1  # nothing counts, so nothing is too much
+
+
+def test_a_crop_without_a_labelled_pixel_is_drawn_again():
+    label = np.full((64, 64), 255, np.uint8)
+    label[:, :32] = 1
+    cfg = AugmentConfig(resize=[1.0, 1.0], max_class_share=1.0)
+    drawn = [draw_crop(label.shape, lambda w: label[w.slices], rng(seed), crop=24, cfg=cfg)[1] for seed in range(60)]
+    assert all((crop != 255).any() for crop in drawn)  # of the first draws every fifth has none
+    calls = []
+    empty = np.full((8, 8), 255, np.uint8)
+    draw_crop((64, 64), lambda w: calls.append(w) or empty, rng(), crop=8, cfg=cfg)
+    assert len(calls) == 10
 
 
 def test_a_uniform_picture_ends_after_ten_draws():

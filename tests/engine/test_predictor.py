@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 import rasterio
@@ -56,6 +59,20 @@ def test_nothing_is_overwritten_unasked(images, tmp_path):
     assert plan_outputs([images / "a.png"], tmp_path / "out", overwrite=True)
     with pytest.raises(DataError, match="would replace the image"):
         plan_outputs(find_images([str(images)]), images, overwrite=True)
+
+
+def test_a_mask_that_cannot_be_written_leaves_the_older_one(images, small, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/b.tif").write_bytes(b"older")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    masks = plan_outputs([images / "b.tif"], tmp_path / "out", overwrite=True)
+    with pytest.raises(DataError, match=r"out/b\.tif cannot be written \(No space left on device\)"):
+        list(predict_files(cegate.build(small()), masks))
+    assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [b"older"]
 
 
 def test_images_of_one_name_are_told_apart(images, tmp_path):

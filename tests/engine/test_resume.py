@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import statistics
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from cegate.checkpoint import load_state
 from cegate.data import datasets
 from cegate.engine.trainer import Trainer, train
 from cegate.errors import CheckpointError
+from cegate.runfolder import read_json
 
 CHANGES = {"train__baseline": True, "gate__inactive": "frozen", "train__clip": 1.0}
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -71,6 +73,26 @@ def test_mask2former_with_its_random_points_resumes_bit_by_bit(small, monkeypatc
     run_until(monkeypatch, small("cut", **changes), "after", 1)
     cut = train(small("cut", **changes), resume=True).path
     assert_equal_runs(train(small("whole", **changes)).path, cut, ("last",))
+
+
+def test_what_was_measured_survives_a_resume(small, monkeypatch):
+    config, step, seconds = small(train__baseline=True), Trainer._step, {}
+
+    def step_and_note(self, batch):
+        key = self.stage, self.iteration
+        value = step(self, batch)
+        seconds[key] = self.step_seconds[-1]  # of an iteration done twice, the one that counts
+        return value
+
+    monkeypatch.setattr(Trainer, "_step", step_and_note)
+    run_until(monkeypatch, config, "after", 5)
+    result = train(config, resume=True).path / "result.json"
+    after = [value for (stage, _), value in seconds.items() if stage == "after"]
+    found = read_json(result)
+    assert len(after) == 7 and found["step_seconds"] == statistics.median(after)
+    assert found["score_seconds"] > 0 and found["peak_memory_bytes"] > 0
+    train(config, resume=True)
+    assert read_json(result) == found
 
 
 def test_interrupt_saves_and_says_how_to_go_on(small, monkeypatch):

@@ -10,7 +10,7 @@ import yaml
 
 import cegate
 from cegate.checkpoint import load_state
-from cegate.engine.trainer import describe, train
+from cegate.engine.trainer import Trainer, describe, train
 from cegate.errors import CheckpointError, ConfigError, DataError, TrainingError
 from cegate.methods import METHODS
 from cegate.models.segmenter import Segmenter
@@ -184,3 +184,23 @@ def test_random_gates_are_drawn_anew_each_round_and_the_same_for_a_seed(small, n
     assert len(first) == 3 and first[0] != first[1]
     assert first == again != other
     assert all(len(active) == 5 for active in first)
+
+
+def test_a_round_without_scores_leaves_the_gate_as_it_is(small, no_figures, monkeypatch):
+    measure = Trainer._measure
+
+    def measure_nothing_later(self):
+        mass = measure(self)
+        return mass if self.iteration == 0 else dict.fromkeys(mass, 0.0)
+
+    monkeypatch.setattr(Trainer, "_measure", measure_nothing_later)
+    path = train(small()).path
+    first, *later = [line["active"] for line in lines(path / "gates.jsonl")]
+    assert later == [first, first]
+    assert (path / "train.log").read_text().count("the gate stays as it is") == 1
+
+
+def test_a_first_round_without_scores_stops_the_run(small, monkeypatch):
+    monkeypatch.setattr(Trainer, "_measure", lambda self: dict.fromkeys(self.segmenter.toolbox.sites, 0.0))
+    with pytest.raises(TrainingError, match=r"all Fisher scores of iteration 0 are 0.* 3 crops.*raise gate\.samples"):
+        train(small())

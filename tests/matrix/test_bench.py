@@ -98,6 +98,10 @@ def refused(capsys, *argv: str, code: int = cli.USAGE) -> str:
             "tiny with gate: run.method=gate means toolbox.kinds=['spatial', 'semantic', 'frequency'], but it is",
         ),
         (["--output", "o", "--settings", "TINY", "--methods", "gate", "--data.targets", "{}"], "nothing to test on"),
+        (
+            ["--output", "o", "--settings", "quickstart", "--methods", "gate", "--data.targets", "{}"],
+            "quickstart: there is nothing to test on; give data.targets",
+        ),
         (["--output", "o", "--settings", "TINY", "--methods", "gate", "--devices", "gpu"], "--devices gpu is unknown"),
         (
             ["--output", "o", "--settings", "TINY", "--methods", "gate", "--devices", "cuda:0", "--jobs", "2"],
@@ -173,6 +177,14 @@ def test_a_cell_that_cannot_be_read_makes_the_exit_code_1(capsys, write_cell, tm
     (bad.folder / "result.json").write_text("{}")
     assert bench.main(["--tables_only", "--output", str(tmp_path)]) == cli.FAILED
     assert "x gate seed 1 is left out" in capsys.readouterr().out
+
+
+def test_cells_without_a_target_leave_the_tables_of_others(capsys, write_cell, tmp_path):
+    write_cell("a", "gate", 0, {"source": draw_tiles(0.8, domain="source")})
+    write_cell("x", "gate", 0, {"north": draw_tiles(0.8)})
+    assert bench.main(["--tables_only", "--output", str(tmp_path)]) == cli.FAILED
+    out = capsys.readouterr().out
+    assert "## x" in out and "a gate seed 0 is left out" in out and "holds no target domain to compare" in out
 
 
 def test_threads_of_a_process_do_not_depend_on_jobs():

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from cegate.matrix.cells import Cell, find_cells, name_settings, plan_cells, read_configs
 from cegate.matrix.display import Display, duration
-from cegate.matrix.runner import Outcome, Runner, take_lock
+from cegate.matrix.runner import Outcome, Runner
+from cegate.runfolder import take_lock
 
 # stands in for `cegate train`: each method behaves in its own way
 PROGRAM = """

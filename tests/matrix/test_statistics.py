@@ -35,27 +35,56 @@ def test_one_seed_has_no_interval():
 
 
 def counts_of(rng: np.random.Generator, models: int, tiles: int, k: int = 3) -> np.ndarray:
-    return rng.integers(0, 500, (models, tiles, k, k))
+    """Counts of models that are tested on the same tiles."""
+    first = rng.integers(0, 500, (tiles, k, k))
+    return np.stack([rng.permuted(first, axis=-1) for _ in range(models)])
+
+
+def foreground_counts(shares: np.ndarray) -> np.ndarray:
+    """Counts [..., 2, 2] of tiles of a million foreground pixels each, so that the IoU of many is the mean share."""
+    right = np.round(1e6 * shares).astype(np.int64)
+    none = np.zeros_like(right)
+    return np.stack((np.stack((none, none), -1), np.stack((10**6 - right, right), -1)), -2)
 
 
 def test_a_replicate_scores_the_pooled_counts_of_drawn_tiles():
-    rng = np.random.default_rng(0)
-    whole = counts_of(rng, 1, 2)
-    scores = resample_tiles(["a", "b"], whole, binary=False)[0]
-    possible = [headline(whole[0, list(pair)].sum(0), binary=False) for pair in ((0, 0), (0, 1), (1, 1))]
+    whole = counts_of(np.random.default_rng(0), 1, 3)
+    scores = resample_tiles(["a", "b", "c"], whole, binary=False)[0]
+    pairs = [(0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)]
+    possible = [headline(whole[0, list(pair)].sum(0), binary=False) for pair in pairs]
     shares = [np.isclose(scores, score).mean() for score in possible]
-    assert sum(shares) == 1 and shares == pytest.approx([0.25, 0.5, 0.25], abs=0.05)
+    assert sum(shares) == 1 and shares == pytest.approx([1 / 9] * 3 + [2 / 9] * 3, abs=0.04)
 
 
-def test_draws_depend_on_names_alone(monkeypatch):
-    rng = np.random.default_rng(0)
-    names, counts = [f"t{n}" for n in range(40)], counts_of(rng, 3, 40)
+@pytest.mark.parametrize("tiles", [2, 3, 30])
+def test_replicates_spread_as_scores_of_new_tiles_do(tiles):
+    shares = np.random.default_rng(tiles).uniform(0.2, 0.8, tiles)
+    scores = resample_tiles([f"t{n}" for n in range(tiles)], foreground_counts(shares)[None], binary=True)
+    assert scores.var(ddof=1) == pytest.approx(shares.var(ddof=1) / tiles, rel=0.1)
+
+
+def test_one_tile_is_drawn_again_and_again():
+    counts = counts_of(np.random.default_rng(0), 1, 1)
+    assert (resample_tiles(["a"], counts, binary=False) == headline(counts[0].sum(0), binary=False)).all()
+
+
+def test_draws_depend_on_the_tiles_alone(monkeypatch):
+    names, counts = [f"t{n}" for n in range(40)], counts_of(np.random.default_rng(0), 3, 40)
     scores = resample_tiles(names, counts, binary=False)
     alone = resample_tiles(names, counts[1:2], binary=False)
     monkeypatch.setattr(statistics, "BLOCK_COUNTS", 40 * 7)
     np.testing.assert_array_equal(resample_tiles(names, counts, binary=False), scores)
     np.testing.assert_array_equal(alone[0], scores[1])
     assert not np.array_equal(resample_tiles([*names[:-1], "other"], counts, binary=False), scores)
+
+
+def test_domains_of_equal_names_and_other_tiles_are_drawn_apart():
+    rng, names = np.random.default_rng(0), [f"t{n}" for n in range(40)]
+    shares = rng.uniform(0.2, 0.8, 40)
+    north = foreground_counts(shares)
+    south = np.concatenate((north[:-1], north[-1:] + np.array([[1, 0], [0, 0]])))  # one more pixel of background
+    one, other = (resample_tiles(names, counts[None], binary=True)[0] for counts in (north, south))
+    assert abs(np.corrcoef(one, other)[0, 1]) < 0.1
 
 
 def paired(observed, resampled, key="a", weight=1.0, tiles=50) -> Paired:
@@ -102,14 +131,26 @@ def test_no_groups_are_refused():
         difference([])
 
 
-@pytest.mark.parametrize(("of_seeds", "of_tiles", "of_both"), [(1.0, 0.1, 0.1), (0.1, 5.0, 1.0), (1.0, 6.0, 4.0)])
-def test_intervals_of_three_seeds_hold_the_truth_nineteen_times_in_twenty(of_seeds, of_tiles, of_both):
-    rng, tiles, trials, replicates = np.random.default_rng(7), 40, 300, 300
+def test_rounding_is_no_difference():
+    noise = 1e-16 * np.random.default_rng(0).normal(size=(3, 2000))
+    found = difference([paired([1e-16, -1e-16, 0.0], noise)])
+    assert (found.low, found.high, found.p) == (None, None, None)
+    found = difference([paired([0.02, 0.02, 0.02], 0.02 + noise)])
+    assert found.value == pytest.approx(0.02) and found.p is None
+
+
+@pytest.mark.parametrize(
+    ("of_seeds", "of_tiles", "of_both", "tiles"),
+    [(1.0, 0.1, 0.1, 40), (0.1, 5.0, 1.0, 40), (1.0, 6.0, 4.0, 40), (0.0, 1.0, 0.0, 4), (0.2, 2.0, 0.2, 4)],
+)
+def test_intervals_of_three_seeds_hold_the_truth_nineteen_times_in_twenty(of_seeds, of_tiles, of_both, tiles):
+    rng, trials = np.random.default_rng(7), 300
     held = 0
     for trial in range(trials):
         gaps = of_seeds * rng.normal(size=(3, 1)) + of_tiles * rng.normal(size=(1, tiles))
-        gaps = gaps + of_both * rng.normal(size=(3, tiles))
-        shares = rng.multinomial(tiles, np.full(tiles, 1 / tiles), size=replicates) / tiles
-        found = difference([paired(gaps.mean(1), gaps @ shares.T, key=str(trial), tiles=tiles)])
+        gaps = 0.01 * (gaps + of_both * rng.normal(size=(3, tiles)))
+        names = [f"{trial}/{n}" for n in range(tiles)]
+        scores = resample_tiles(names, foreground_counts(0.5 + gaps), binary=True, replicates=300)
+        found = difference([paired(gaps.mean(1), scores - 0.5, key=str(trial), tiles=tiles)])
         held += found.low <= 0 <= found.high
     assert 0.91 <= held / trials <= 0.99

@@ -322,7 +322,15 @@ def test_weights_that_are_not_finite_or_do_not_fit_are_refused(model, tmp_path):
 
 
 OTHERS = [
-    ({"run": {"seed": 3}}, "was trained on a backbone with sha256 [0-9a-f]{12}, this one .tiny. has"),
+    ({"run": {"seed": 3}}, "was trained on another backbone: its sha256 is [0-9a-f]{12}, not [0-9a-f]{12}; adapters"),
+    (
+        {"model": {"weights": "none", "image_size": 64, "patch_size": 16}},
+        r"another backbone: model\.image_size is 64, not 32; model\.patch_size is 16, not 8; adapters share one",
+    ),
+    (
+        {"data": MAPPING["data"] | {"source": {"bands": [1, 2, 3, 4]}}},
+        "another backbone: the number of bands is 4, not 3; adapters share one",
+    ),
     ({"toolbox": MAPPING["toolbox"] | {"spatial": {"rank": 3}}}, r"toolbox\.spatial\.rank is 3, not 2"),
     ({"toolbox": MAPPING["toolbox"] | {"kinds": ["semantic", "spatial", "frequency"]}}, r"toolbox\.kinds is"),
     (
@@ -336,7 +344,9 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), OTHERS, ids=["backbone", "rank", "kinds", "cutoff", "features"])
+@pytest.mark.parametrize(
+    ("changes", "message"), OTHERS, ids=["backbone", "sizes", "bands", "rank", "kinds", "cutoff", "features"]
+)
 def test_an_adapter_of_another_model_is_refused(model, tmp_path, changes, message):
     other = cegate.read_adapter(write(tmp_path / "other", **changes))
     with pytest.raises(CheckpointError, match=message) as caught:

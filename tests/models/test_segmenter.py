@@ -121,6 +121,25 @@ def test_sixteen_bit_pixels_are_scaled_by_the_training_range(model):
         model.value_range = None
 
 
+def test_eight_bit_pixels_are_refused_where_the_range_is_wider(model):
+    model.value_range = [[200, 4000]] * 3
+    try:
+        with pytest.raises(DataError, match="image is uint8, the model was trained on pixels of up to 4000; give the"):
+            model.predict(np.zeros((3, 64, 64), np.uint8))
+    finally:
+        model.value_range = None
+
+
+def test_a_constant_band_becomes_zero(model):
+    model.value_range = [[0, 1000], [7, 7], [0, 1000]]
+    try:
+        tensor = model.normalise(np.full((3, 64, 64), 7, np.uint16))
+        assert torch.isfinite(tensor).all()
+        assert tensor[1, 0, 0].item() == pytest.approx(-model.mean[1] / model.std[1])
+    finally:
+        model.value_range = None
+
+
 def test_more_bands_widen_the_input():
     data = replace(CONFIG.data, source=SetConfig(bands=[4, 3, 2, 1]))
     model = cegate.build(replace(CONFIG, data=data))

@@ -87,9 +87,29 @@ def test_misfits_of_a_weight_file_are_named(tmp_path):
 def test_a_missing_or_unreadable_weight_file_is_named(tmp_path):
     with pytest.raises(BackboneError, match=r"nowhere\.pth does not exist"):
         build_vit("tiny", weights="nowhere.pth", image_size=32)
-    (tmp_path / "bad.pth").write_text("no weights")
-    with pytest.raises(BackboneError, match=r"bad\.pth is no weight file"):
-        build_vit("tiny", weights=str(tmp_path / "bad.pth"), image_size=32)
+    for name in ("bad.pth", "bad.py"):
+        (tmp_path / name).write_text("import no_weights\n")
+        with pytest.raises(BackboneError, match=rf"{name} is no weight file .*\(\w+Error\); give a \.pth") as error:
+            build_vit("tiny", weights=str(tmp_path / name), image_size=32)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tokens", [{}, {"class_token": True}], ids=["width", "width and tokens"])
+def test_weights_of_another_model_are_one_line_that_says_what_differs(tmp_path, tokens):
+    other = {"global_pool": "", "num_classes": 0, "embed_dim": 96, "depth": 8, "num_heads": 4, "class_token": False}
+    source = timm.models.VisionTransformer(img_size=48, patch_size=8, **(other | tokens))
+    save_file(source.state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(BackboneError) as error:
+        build_vit("tiny", weights=str(tmp_path / "other.safetensors"), image_size=32)
+    line = str(error.value)
+    assert line.startswith(f"{tmp_path / 'other.safetensors'} does not fit the backbone tiny (") and "\n" not in line
+    assert "[96] for [128]" in line and "check model.backbone" in line
+
+
+def test_a_file_of_other_things_than_weights_is_named(tmp_path):
+    torch.save({"stage": "after", "patch_embed.proj.weight": "none"}, tmp_path / "last.pt")
+    with pytest.raises(BackboneError, match=r"last\.pt does not fit the backbone tiny \(missing: blocks"):
+        build_vit("tiny", weights=str(tmp_path / "last.pt"), image_size=32)
 
 
 def test_an_unknown_backbone_gets_the_nearest_name():
@@ -97,6 +117,8 @@ def test_an_unknown_backbone_gets_the_nearest_name():
         build_vit("vit_tiny_patch16_22", weights="none", image_size=32)
     with pytest.raises(BackboneError, match="did you mean 'tiny'"):
         build_vit("tinny", weights="none", image_size=32)
+    with pytest.raises(BackboneError, match="did you mean 'vit_large_patch14_dinov2' or 'vit_large_patch14_reg4_dinov"):
+        build_vit("dinov2_large", weights="none", image_size=32)
 
 
 def test_an_unsuitable_size_is_an_error_of_one_line():

@@ -49,6 +49,17 @@ def test_runs_are_told_apart(make_run, tmp_path):
     assert [run.label for run in read_runs(folders[1:])] == ["one", "two"]
 
 
+def test_cells_of_a_matrix_are_titled_by_setting_method_and_seed(make_run):
+    places = [("dg/x", "gate", 0), ("dg/x", "lora", 0), ("dg/x", "gate", 1)]
+    folders = [
+        make_run(f"o/{setting}/{method}/seed_{seed}", run__method=method, run__name="x", seed=seed)
+        for setting, method, seed in places
+    ]
+    titles = ["x / gate / seed 0", "x / lora / seed 0", "x / gate / seed 1"]
+    assert [run.label for run in read_runs(folders)] == titles
+    assert read_runs(folders[1:2])[0].label == titles[1]
+
+
 def test_the_same_run_twice_is_refused(make_run):
     folder = make_run()
     with pytest.raises(ConfigError, match="twice; give every run once"):

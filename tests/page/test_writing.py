@@ -306,10 +306,16 @@ def test_pictures_that_are_not_those_of_the_evaluation_say_so(model_run):
     assert page.text.count("of the pixels are counted otherwise than by the evaluation") == 2
 
 
+def test_the_page_says_what_its_measures_mean(make_run):
+    _, page = page_of(make_run(), tiles=0)
+    assert page.text.count("The Jaccard index of two choices is the share of") == 1
+    assert page.text.count("The Fisher mass of a site: squared gradients") == 1
+
+
 def test_a_missing_checkpoint_takes_the_place_of_the_pictures(make_run):
     folder = make_run()
     _, page = page_of(folder, tiles=2)
-    assert f"No pictures: there is no checkpoint {folder / 'checkpoints' / 'last.pt'}" in page.text
+    assert f"No pictures: there is no checkpoint {folder / 'checkpoints'}" in page.text
     assert not page.all("img") and page.text.count("% mIoU") == 8
 
 

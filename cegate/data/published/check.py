@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cegate.data.datasets import Pair, find_pairs
+from cegate.data.pairs import Pair, find_pairs
 from cegate.data.prepared import IMAGES, LABELS, Manifest, read_manifest
 from cegate.data.published.base import unknown_codes
 from cegate.data.published.prepare import run_all

@@ -83,7 +83,7 @@ def prepare(
         roots: folders or zips with the download.
         out: folder to write to.
         options: every option of the set.
-        partial_data: accept other numbers than the published ones.
+        partial_data: accept other numbers than the published ones, and missing files.
         dry_run: look, compare and print, write nothing.
         workers: processes that convert.
         console: takes the table of found and expected numbers, and notes.
@@ -108,7 +108,7 @@ def prepare(
     for line in plan.notes:
         _say(console, line)
     console.print(counts_table(f"{published.name}: found and published", manifest))
-    if manifest.partial and not partial_data:
+    if (manifest.partial or plan.missing) and not partial_data:
         raise DataError(
             f"{_shortfall(manifest, plan)}; {where}; add what is missing, or take what is there with --partial"
         )
@@ -225,7 +225,7 @@ def _shortfall(manifest: Manifest, plan: Plan) -> str:
                 break
     more = f" and {len(plan.missing) - _SHOWN} more" if len(plan.missing) > _SHOWN else ""
     names = f"; missing: {', '.join(plan.missing[:_SHOWN])}{more}" if plan.missing else ""
-    return f"{manifest.name}: {', '.join(numbers)}{names}"
+    return f"{manifest.name}: {', '.join(numbers) or 'numbers are as published'}{names}"
 
 
 def _compare(new: Manifest, out: Path, jobs: Sequence[Job]) -> bool:
@@ -337,10 +337,20 @@ def _convert(job: Job, out: Path) -> int:
 
 
 def _put(path: Path, out: Path, write: Callable[[Path], object]) -> None:
-    """Write a file aside and rename it, unless it is there."""
+    """Write a file aside and rename it, unless it is there.
+
+    Raises:
+        DataError: it cannot be written, as on a full disk.
+    """
     if path.is_file():
         return
     aside = out / ASIDE / f"{os.getpid()}-{path.name}"
-    aside.parent.mkdir(exist_ok=True)
-    write(aside)
-    aside.replace(path)
+    try:
+        aside.parent.mkdir(exist_ok=True)
+        write(aside)
+        aside.replace(path)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written ({error.strerror or error}); mend that and run cegate data prepare again, which "
+            "goes on"
+        ) from error

@@ -1,0 +1,85 @@
+"""The data of a run: every set opened alike, so that what is evaluated is what `cegate predict` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cegate.config import Config, DataConfig
+from cegate.configfile import SOURCE_DOMAIN
+from cegate.data.datasets import DEFAULT_BANDS, BandRange, SegmentationSet, open_set
+from cegate.data.rasters import EIGHT_BIT
+from cegate.errors import ConfigError
+
+UNLABELLED_DOMAIN = "unlabelled"
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The data of a run."""
+
+    source: SegmentationSet
+    validation: SegmentationSet | None
+    targets: list[SegmentationSet]
+    unlabelled: SegmentationSet | None = None
+    """Images to adapt to, opened without labels."""
+
+    @property
+    def evaluated(self) -> list[SegmentationSet]:
+        """Validation set (domain ``source``), then targets."""
+        return [*([self.validation] if self.validation is not None else []), *self.targets]
+
+
+def open_sets(config: Config) -> tuple[Config, Sets]:
+    """Open every set and look at its files; classes and palette that only the source knows enter the configuration.
+
+    Raises:
+        ConfigError: the sets have other classes, or read another number of bands than the source.
+        DataError: a set is empty, or a file in it is unfit.
+    """
+    data = config.data
+    _refuse_other_bands(data)
+    source = open_set(data.source, name=SOURCE_DOMAIN, classes=data.classes)
+    classes = list(source.classes)
+    validation, targets = open_evaluated(data, classes, source.value_range)
+    unlabelled = None
+    if config.adapt.method != "none":
+        like = source.value_range
+        unlabelled = open_set(data.unlabelled, name=UNLABELLED_DOMAIN, classes=classes, labelled=False, like=like)
+    sets = Sets(source, validation, targets, unlabelled)
+    for opened in (source, *sets.evaluated, unlabelled):
+        if opened is not None:
+            opened.check()
+    palette = data.palette or list(source.palette)
+    return replace(config, data=replace(data, classes=classes, palette=palette)), sets
+
+
+def open_evaluated(
+    data: DataConfig, classes: Sequence[str], value_range: Sequence[BandRange]
+) -> tuple[SegmentationSet | None, list[SegmentationSet]]:
+    """The validation set, if there is one, and the targets; one without a range of its own gets the model's.
+
+    Raises:
+        ConfigError, DataError: as `open_set` does.
+    """
+    validation = data.validation and open_set(data.validation, name=SOURCE_DOMAIN, classes=classes, like=value_range)
+    targets = [open_set(cfg, name=name, classes=classes, like=value_range) for name, cfg in data.targets.items()]
+    return validation, targets
+
+
+def _refuse_other_bands(data: DataConfig) -> None:
+    wanted = len(data.source.bands or DEFAULT_BANDS)
+    sets = {"validation": data.validation, "unlabelled": data.unlabelled}
+    sets |= {f"targets.{name}": target for name, target in data.targets.items()}
+    counts = {f"data.{key}.bands": len(cfg.bands or DEFAULT_BANDS) for key, cfg in sets.items() if cfg is not None}
+    if wrong := [f"{key} {count}" for key, count in counts.items() if count != wanted]:
+        raise ConfigError(
+            f"data.source.bands has {wanted} bands, but {', '.join(wrong)} (where none are given, the first three "
+            f"count); every set needs {wanted}, in the same order"
+        )
+
+
+def value_range_of(source: SegmentationSet) -> list[list[float]] | None:
+    """(low, high) per band; ``None`` where it is that of 8-bit images, so that others are refused at prediction."""
+    eight_bit = all(pair == EIGHT_BIT for pair in source.value_range)
+    return None if eight_bit else [list(pair) for pair in source.value_range]

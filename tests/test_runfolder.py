@@ -1,0 +1,111 @@
+"""Who may train in a folder, and what a killed process leaves there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from cegate.configfile import read_config
+from cegate.errors import CheckpointError
+from cegate.matrix.cells import Cell
+from cegate.runfolder import LOCK, check_folder, open_run, take_lock
+
+
+@pytest.fixture
+def config(tmp_path: Path):
+    return read_config({"run": {"work_dir": str(tmp_path / "run")}})
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_folder_in_use_is_refused_and_left_alone(config, tmp_path, how):
+    with open_run(config) as run:
+        (run.path / "train.log").write_text("mine")
+        with pytest.raises(CheckpointError, match=r"run is in use: another process is training there; wait"):
+            open_run(config, **{how: True}).__enter__()
+        assert [path.name for path in tmp_path.iterdir()] == ["run"] and (run.path / "train.log").exists()
+    with open_run(config, **{how: True}) as run:
+        assert (run.path / "train.log").exists() == (how == "resume")
+
+
+def test_an_overwritten_run_stays_locked_in_both_places(config, tmp_path):
+    with open_run(config):
+        pass
+    with open_run(config, overwrite=True) as run:
+        for folder in (run.path, tmp_path / "run.old-1"):
+            assert take_lock(folder / LOCK) is None, folder
+
+
+def test_a_run_that_began_meanwhile_is_seen(config, monkeypatch):
+    def take_late(path):
+        with monkeypatch.context() as patch:
+            patch.setattr("cegate.runfolder.take_lock", take_lock)
+            with open_run(config):
+                pass
+        return take_lock(path)
+
+    monkeypatch.setattr("cegate.runfolder.take_lock", take_late)
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        open_run(config).__enter__()
+
+
+def test_a_worker_that_outlives_its_run_does_not_keep_it(config):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+
+    def work():
+        ready.set()
+        done.wait(60)
+
+    with open_run(config):
+        worker = context.Process(target=work)
+        worker.start()
+        ready.wait(60)
+    try:
+        with open_run(config, resume=True):
+            pass
+    finally:
+        done.set()
+        worker.join()
+
+
+def test_a_cell_is_locked_apart_from_its_run(tmp_path):
+    cell = Cell("setting", "gate", 0, tmp_path / "seed_0")
+    held = take_lock(cell.lock)
+    with open_run(read_config({"run": {"work_dir": str(cell.folder)}})) as run:
+        assert held is not None and (run.path / "config.yaml").is_file()
+
+
+def test_a_file_system_without_locks_is_warned_of(config, monkeypatch, caplog):
+    def flock(handle, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with open_run(config):
+        assert "this file system has no locks" in caplog.text
+
+
+def test_a_run_killed_in_its_first_write_can_start_again(config, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / LOCK).touch()
+    (folder / ".config.ab_12xyz.yaml").write_text("half")
+    assert check_folder(config) == folder
+    with open_run(config) as run:
+        assert sorted(path.name for path in run.path.iterdir()) == [LOCK, "config.yaml"]
+
+
+def test_leftovers_of_killed_writes_go_and_other_files_stay(config, tmp_path):
+    with open_run(config) as run:
+        pass
+    ours = ["checkpoints/.last.ab_12xyz.pt", "checkpoints/.iter_6.00000000.pt", ".result.abcdefgh.json"]
+    others = ["checkpoints/last.pt", ".notes.abcdefgh.txt", ".report.abcdefgh.html", "checkpoints/.last.pt"]
+    for name in (*ours, *others):
+        (run.path / name).parent.mkdir(exist_ok=True)
+        (run.path / name).touch()
+    with open_run(config, resume=True):
+        assert not any((run.path / name).exists() for name in ours)
+        assert all((run.path / name).exists() for name in others)
