@@ -72,6 +72,8 @@ class RunsPart:
     summary: Sequence[RunRow]
     """Mean and spread."""
     notes: Sequence[str]
+    changed: bool
+    """Whether a run has a frozen baseline, so that cells have changes."""
 
 
 # --- what the run was -----------------------------------------------------------------------------------------------
@@ -272,7 +274,7 @@ def runs_part(runs: Sequence[RunFiles]) -> RunsPart | None:
         change_by_domain = list(zip(*(changes[run.label] for run in same), strict=True))
         summary.append(RunRow("mean", True, _cells(map(mean, by_domain), map(mean, change_by_domain))))
         deviations = zip(map(spread, by_domain), map(spread, change_by_domain), strict=True)
-        summary.append(RunRow("standard deviation", True, [(percent(a), percent(b)) for a, b in deviations]))
+        summary.append(RunRow("standard deviation", True, [(percent(a), "" if b is None else percent(b)) for a, b in deviations]))
         summary.append(RunRow("lowest to highest", True, [(_range(values), "") for values in by_domain]))
     notes = [f"Mean and standard deviation (n − 1) over {len(same)} runs of equal settings."] if summary else []
     for run in runs[1:]:
@@ -280,7 +282,8 @@ def runs_part(runs: Sequence[RunFiles]) -> RunsPart | None:
             shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             notes.append(f"{run.label} differs from {runs[0].label} in {shown}, so it is listed and not averaged.")
     notes += [f"{run.label} has no result.json, so it is not averaged." for run in runs if not run.result]
-    return RunsPart([domain_title(domain) for domain in domains], rows, summary, notes)
+    has_changes = any(change is not None for row in changes.values() for change in row)
+    return RunsPart([domain_title(domain) for domain in domains], rows, summary, notes, has_changes)
 
 
 def _change(run: RunFiles, domain: str) -> float | None:
