@@ -274,7 +274,9 @@ def runs_part(runs: Sequence[RunFiles]) -> RunsPart | None:
         change_by_domain = list(zip(*(changes[run.label] for run in same), strict=True))
         summary.append(RunRow("mean", True, _cells(map(mean, by_domain), map(mean, change_by_domain))))
         deviations = zip(map(spread, by_domain), map(spread, change_by_domain), strict=True)
-        summary.append(RunRow("standard deviation", True, [(percent(a), "" if b is None else percent(b)) for a, b in deviations]))
+        summary.append(
+            RunRow("standard deviation", True, [(percent(a), "" if b is None else percent(b)) for a, b in deviations])
+        )
         summary.append(RunRow("lowest to highest", True, [(_range(values), "") for values in by_domain]))
     notes = [f"Mean and standard deviation (n − 1) over {len(same)} runs of equal settings."] if summary else []
     for run in runs[1:]:
