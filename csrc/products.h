@@ -2,7 +2,7 @@
 //
 // Why not the BLAS for all: these products are narrow (8 to 128 on one side), so packing and threading weigh as much as
 // their arithmetic, and MKL, which torch ships, takes AVX2 on a processor that is not Intel's: 104 GFLOP/s a core of an
-// EPYC 9005 where these tiles reach 225 of 265. benchmarks/bench_dispatch.py shows every module beside the BLAS products
+// EPYC 9005 on which a tile alone reaches 265. benchmarks/bench_dispatch.py shows every module beside the BLAS products
 // alone. And ours do not depend on the number of threads.
 #pragma once
 
