@@ -121,7 +121,7 @@ class SegmentationSet(ABC):
             return
         dtype = self._dtype_of_all()
         if like is None:
-            self.value_range = (EIGHT_BIT,) * len(self.bands) if dtype == "uint8" else self._percentiles()
+            self.value_range = self._own_range()
             return
         self.value_range = tuple((float(low), float(high)) for low, high in like)
         highest = max(high for _, high in self.value_range)
@@ -136,8 +136,9 @@ class SegmentationSet(ABC):
         """Of the files, which then must agree."""
         return "uint8"
 
-    def _percentiles(self) -> tuple[BandRange, ...]:
-        raise NotImplementedError
+    def _own_range(self) -> tuple[BandRange, ...]:
+        """Of each band, as the set's pixels alone suggest it."""
+        return (EIGHT_BIT,) * len(self.bands)
 
     @abstractmethod
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
@@ -280,6 +281,9 @@ class FileSet(SegmentationSet):
     def _dtype_of_all(self) -> str:
         self._dtype = self._header(0).dtype
         return self._dtype
+
+    def _own_range(self) -> tuple[BandRange, ...]:
+        return super()._own_range() if self._dtype == "uint8" else self._percentiles()
 
     def _percentiles(self) -> tuple[BandRange, ...]:
         """1st and 99th percentile of each band, of evenly spread pixels of evenly spread files.
