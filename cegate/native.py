@@ -106,7 +106,7 @@ def _frequency_backward(ctx, dy: Tensor | None, _):
 
 
 def _low_rank_setup(ctx, inputs, output) -> None:
-    x, down, up, _, _, _, ctx.activation, ctx.scale, adapters = inputs
+    x, down, up, _, _, _, ctx.activation, ctx.scale, adapters, *_ = inputs
     ctx.adapters = list(adapters)
     ctx.save_for_backward(x, output[1], down, up)
     ctx.mark_non_differentiable(output[1])
@@ -115,7 +115,7 @@ def _low_rank_setup(ctx, inputs, output) -> None:
 
 def _low_rank_backward(ctx, dy: Tensor | None, _):
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     _refuse_second_derivatives("low_rank")
     wants_x, wants_down, wants_up, wants_base, wants_down_bias, wants_up_bias, *_ = ctx.needs_input_grad
     dx, ddown, dup, ddown_bias, dup_bias = torch.ops.cegate.low_rank_backward(
@@ -139,11 +139,12 @@ def _low_rank_backward(ctx, dy: Tensor | None, _):
         None,
         None,
         None,
+        None,
     )
 
 
-def _operator(name: str, setup: Callable, backward: Callable) -> Callable:
-    """An operator of the extension with its gradient.
+def _operator(name: str, setup: Callable, backward: Callable, **alone: bool) -> Callable:
+    """An operator of the extension with its gradient; ``alone`` are options for a call that no backward follows.
 
     ``register_autograd`` is what ``torch.compile`` traces; called eagerly it costs 20 us more per forward and backward
     than the same two functions in a plain autograd function, as much as a small module's own work.
@@ -160,10 +161,10 @@ def _operator(name: str, setup: Callable, backward: Callable) -> Callable:
     function = type(name, (torch.autograd.Function,), steps)
 
     def call(*inputs):
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
             return operator(*inputs)
-        wants = any(isinstance(given, Tensor) and given.requires_grad for given in inputs)
-        return function.apply(*inputs) if wants else operator(*inputs)
+        wants = torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in inputs)
+        return function.apply(*inputs) if wants else operator(*inputs, **alone)
 
     return call
 
@@ -208,9 +209,21 @@ def _register_fakes() -> None:
         weights = (down, biases[0], up, up_bias, router, biases[1], scale)
         return (_like(x, wants_x), *(_like(weight, wants) for weight in weights))
 
+    @fake("cegate::frequency_adapter_factors")
+    def _(x, dy, down, *rest):
+        width = 3 * down.shape[-2] + 3
+        hidden, sums = x.new_empty(*x.shape[:-1], width), x.new_empty(x.shape[0], width, dtype=torch.float32)
+        return _like(x), hidden, torch.empty_like(hidden), sums, sums.new_empty(x.shape[0])
+
     @fake("cegate::low_rank")
-    def _(x, down, up, *rest):
-        return x.new_empty(*x.shape[:-1], up.shape[-2]), x.new_empty(*x.shape[:-1], down.shape[-2])
+    def _(x, down, up, base, down_bias, up_bias, activation, scale, adapters, keeps=True):
+        pre = x.new_empty(*x.shape[:-1], down.shape[-2]) if keeps else x.new_empty(0)
+        return x.new_empty(*x.shape[:-1], up.shape[-2]), pre
+
+    @fake("cegate::low_rank_factors")
+    def _(x, dy, down, up, down_bias, activation, scale):
+        pre = x.new_empty(*x.shape[:-1], down.shape[-2])
+        return _like(x), pre, torch.empty_like(pre)
 
     @fake("cegate::low_rank_backward")
     def _(dy, x, pre, down, up, down_bias, up_bias, activation, scale, adapters, wants_x, wants):
@@ -255,5 +268,5 @@ def obstacles(tensors: dict[str, Tensor]) -> list[str]:
 if EXTENSION is not None:
     low_pass = _operator("low_pass", _low_pass_setup, _low_pass_backward)
     frequency_adapter = _operator("frequency_adapter", _frequency_setup, _frequency_backward)
-    low_rank = _operator("low_rank", _low_rank_setup, _low_rank_backward)
+    low_rank = _operator("low_rank", _low_rank_setup, _low_rank_backward, keeps=False)
     _register_fakes()

@@ -329,6 +329,11 @@ def low_rank_qv_(
     return qkv if in_place else _joined(parts)
 
 
+def _factors_run_in_cpp(op: str, x: Tensor, dy: Tensor, down: Tensor, limits: Sequence[str] = ()) -> bool:
+    """Factors have the dtype of the weights, whatever that of the tokens is: the extension takes what needs no cast."""
+    return _runs_in_cpp(op, "auto", {"x": x, "dy": dy, "down": down}, limits)
+
+
 def low_rank_factors(
     x: Tensor,
     dy: Tensor,
@@ -340,6 +345,9 @@ def low_rank_factors(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of ``low_rank`` as (dx, dpre, hidden), from which each sample's weight gradients follow."""
+    if activation in native.ACTIVATIONS and _factors_run_in_cpp("low_rank_factors", x, dy, down):
+        code = native.ACTIVATIONS[activation]
+        return torch.ops.cegate.low_rank_factors(x, dy, down, up, down_bias, code, float(scale))
     return _low_rank_factors(x, dy, down, up, down_bias=down_bias, activation=activation, scale=scale)
 
 
@@ -352,6 +360,9 @@ def frequency_adapter_factors(
     band: Band = "official",
 ) -> Factors:
     """Backward of ``frequency_adapter`` as :class:`~cegate.kernels.frequency_adapter.Factors`, sample by sample."""
+    if _factors_run_in_cpp("frequency_adapter_factors", x, dy, weights[0], _learnable(cutoff)):
+        kept = _filter(x, grid, cutoff, band)
+        return Factors(*torch.ops.cegate.frequency_adapter_factors(x, dy, *weights, *kept), dcutoff=None)
     return _frequency_adapter_factors(x, dy, grid, *weights, cutoff, band, tau=TAU)
 
 

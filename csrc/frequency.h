@@ -28,4 +28,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
     Tensor columns, Tensor row_weights, Tensor column_weights, bool coupled, std::vector<int64_t> adapters, bool wants_x,
     bool wants_weights);
 
+// Of one adapter: dx without the residual's dy, the gradient of the projections [B, N, 3d+3], scale * mixture [B, N, 3d+3],
+// and each sample's gradients of the biases [B, 3d+3] and the scale [B] in float32.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> frequency_adapter_factors(
+    Tensor x, Tensor dy, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, Tensor router, Tensor router_bias,
+    Tensor scale, Tensor rows, Tensor columns, Tensor row_weights, Tensor column_weights, bool coupled);
+
 }  // namespace cegate

@@ -261,57 +261,55 @@ void split(const RowShape& shape, void* dhidden_memory, const float* line) {
 }
 
 template <typename T>
-void activate(
-    void* pre_memory, void* hidden_memory, const void* bias_memory, Activation activation, int64_t rows,
-    int64_t width) {
-  const T* bias = static_cast<const T*>(bias_memory);
+void activate(const void* pre_memory, void* hidden_memory, Activation activation, int64_t rows, int64_t width) {
+  const T* pre = static_cast<const T*>(pre_memory);
+  T* hidden = static_cast<T*>(hidden_memory);
   const Vector zero = splat(0.0f);
-  for (int64_t row = 0; row < rows; ++row) {
-    T* pre = static_cast<T*>(pre_memory) + row * width;
-    T* hidden = static_cast<T*>(hidden_memory) + row * width;
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const int64_t count = lanes_left(c, width);
-      Vector value = load_lanes(pre + c, count);
-      if (bias) value += load_lanes(bias + c, count);
-      if (bias && hidden != pre) store_lanes(pre + c, value, count);
-      if (activation == Activation::relu) value = value < zero ? zero : value;
-      if (activation == Activation::gelu) {
-        Vector distribution, density;
-        normal(value, distribution, density);
-        value *= distribution;
-      }
-      store_lanes(hidden + c, value, count);
+  for (int64_t i = 0, size = rows * width; i < size; i += kLanes) {
+    const int64_t count = lanes_left(i, size);
+    Vector value = load_lanes(pre + i, count);
+    if (activation == Activation::relu) value = value < zero ? zero : value;
+    if (activation == Activation::gelu) {
+      Vector distribution, density;
+      normal(value, distribution, density);
+      value *= distribution;
     }
+    store_lanes(hidden + i, value, count);
   }
 }
 
 template <typename T>
 void deactivate(
-    void* dhidden_memory, const void* pre_memory, void* hidden_memory, Activation activation, float scale,
-    int64_t rows, int64_t width, float* sums) {
+    void* dhidden_memory, const void* pre_memory, void* hidden_memory, Activation activation, int64_t rows,
+    int64_t width) {
+  T* dhidden = static_cast<T*>(dhidden_memory);
+  const T* pre = static_cast<const T*>(pre_memory);
+  T* hidden = static_cast<T*>(hidden_memory);
   const Vector zero = splat(0.0f);
-  for (int64_t row = 0; row < rows; ++row) {
-    T* dhidden = static_cast<T*>(dhidden_memory) + row * width;
-    const T* pre = static_cast<const T*>(pre_memory) + row * width;
-    T* hidden = hidden_memory ? static_cast<T*>(hidden_memory) + row * width : nullptr;
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const int64_t count = lanes_left(c, width);
-      Vector gradient = load_lanes(dhidden + c, count) * splat(scale);
-      Vector value = load_lanes(pre + c, count);
-      if (activation == Activation::relu) {
-        gradient = value > zero ? gradient : zero;
-        value = value < zero ? zero : value;
-      }
-      if (activation == Activation::gelu) {
-        Vector distribution, density;
-        normal(value, distribution, density);
-        gradient *= distribution + value * density;
-        value *= distribution;
-      }
-      store_lanes(dhidden + c, gradient, count);
-      if (hidden) store_lanes(hidden + c, value, count);
-      if (sums) store_lanes(sums + c, load_lanes(sums + c, count) + gradient, count);
+  for (int64_t i = 0, size = rows * width; i < size; i += kLanes) {
+    const int64_t count = lanes_left(i, size);
+    Vector gradient = load_lanes(dhidden + i, count), value = load_lanes(pre + i, count);
+    if (activation == Activation::relu) {
+      gradient = value > zero ? gradient : zero;
+      value = value < zero ? zero : value;
     }
+    if (activation == Activation::gelu) {
+      Vector distribution, density;
+      normal(value, distribution, density);
+      gradient *= distribution + value * density;
+      value *= distribution;
+    }
+    store_lanes(dhidden + i, gradient, count);
+    if (hidden) store_lanes(hidden + i, value, count);
+  }
+}
+
+template <typename T>
+void scale(void* memory, float factor, int64_t count) {
+  T* values = static_cast<T*>(memory);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t left = lanes_left(i, count);
+    store_lanes(values + i, splat(factor) * load_lanes(values + i, left), left);
   }
 }
 
@@ -383,7 +381,7 @@ void combine(
 template <typename T>
 constexpr TypedLoops typed_loops() {
   return {load<T>,       store<T>,      dot3<T>, mix<T>,      unmix<T>,   split<T>,
-          activate<T>, deactivate<T>, add_bias<T>, sum_rows<T>};
+          activate<T>, deactivate<T>, scale<T>, add_bias<T>, sum_rows<T>};
 }
 
 }  // namespace

@@ -39,13 +39,14 @@ struct TypedLoops {
   // Writes the filtered experts back: dhidden[d:2d] = line[0], dhidden[2d:3d] -= line[1].
   void (*split)(const RowShape& shape, void* dhidden, const float* line);
 
-  // hidden = activation(pre + bias) over [rows, width]; pre keeps its biased value. bias may be null, hidden may be pre.
-  void (*activate)(void* pre, void* hidden, const void* bias, Activation activation, int64_t rows, int64_t width);
+  // hidden = activation(pre) over [rows, width]; hidden may be pre.
+  void (*activate)(const void* pre, void* hidden, Activation activation, int64_t rows, int64_t width);
 
-  // dhidden [rows, width] *= scale * activation'(pre); hidden (or null) = activation(pre); sums [width] (or null) +=.
-  void (*deactivate)(
-      void* dhidden, const void* pre, void* hidden, Activation activation, float scale, int64_t rows, int64_t width,
-      float* sums);
+  // dhidden [rows, width] *= activation'(pre); hidden (or null) = activation(pre).
+  void (*deactivate)(void* dhidden, const void* pre, void* hidden, Activation activation, int64_t rows, int64_t width);
+
+  // values[0:count] *= factor.
+  void (*scale)(void* values, float factor, int64_t count);
 
   // target[r] = base[r] + scale * bias over rows; base or bias may be null (zero). target may be base.
   void (*add_bias)(

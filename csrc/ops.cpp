@@ -18,8 +18,15 @@ STABLE_TORCH_LIBRARY(cegate, m) {
       "bool coupled, int[] adapters, bool wants_x, bool wants_weights) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "frequency_adapter_factors(Tensor x, Tensor dy, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, "
+      "Tensor router, Tensor router_bias, Tensor scale, Tensor rows, Tensor columns, Tensor row_weights, "
+      "Tensor column_weights, bool coupled) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "low_rank(Tensor x, Tensor down, Tensor up, Tensor? base, Tensor? down_bias, Tensor? up_bias, int activation, "
-      "float scale, int[] adapters) -> (Tensor, Tensor)");
+      "float scale, int[] adapters, bool keeps=True) -> (Tensor, Tensor)");
+  m.def(
+      "low_rank_factors(Tensor x, Tensor dy, Tensor down, Tensor up, Tensor? down_bias, int activation, float scale) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def(
       "low_rank_backward(Tensor dy, Tensor x, Tensor pre, Tensor down, Tensor up, bool down_bias, bool up_bias, "
       "int activation, float scale, int[] adapters, bool wants_x, bool wants_weights) "
@@ -37,7 +44,9 @@ STABLE_TORCH_LIBRARY_IMPL(cegate, CPU, m) {
   m.impl("low_pass", TORCH_BOX(&cegate::low_pass));
   m.impl("frequency_adapter", TORCH_BOX(&cegate::frequency_adapter));
   m.impl("frequency_adapter_backward", TORCH_BOX(&cegate::frequency_adapter_backward));
+  m.impl("frequency_adapter_factors", TORCH_BOX(&cegate::frequency_adapter_factors));
   m.impl("low_rank", TORCH_BOX(&cegate::low_rank));
+  m.impl("low_rank_factors", TORCH_BOX(&cegate::low_rank_factors));
   m.impl("low_rank_backward", TORCH_BOX(&cegate::low_rank_backward));
   m.impl("low_rank_qv_", TORCH_BOX(&cegate::low_rank_qv_));
   m.impl("low_rank_qv_backward", TORCH_BOX(&cegate::low_rank_qv_backward));

@@ -79,6 +79,14 @@ inline ScalarType check_dtype(const char* op, const char* name, const Tensor& te
   return dtype;
 }
 
+// A weight [shape...], or [stacked, shape...] where the weights of several adapters lie one behind the other (stacked >= 0).
+inline void check_weight(
+    const char* op, const char* name, const Tensor& weight, ScalarType dtype, int64_t stacked,
+    std::vector<int64_t> expected) {
+  if (stacked >= 0) expected.insert(expected.begin(), stacked);
+  check_tensor(op, name, weight, dtype, expected);
+}
+
 inline const TypedLoops& loops_of(ScalarType dtype) {
   return dtype == ScalarType::Float ? loops().single : loops().bfloat16;
 }
@@ -153,18 +161,19 @@ struct Run {
   int64_t first, count, adapter;
 };
 
-// `adapters` has one entry a sample, or is empty: then all samples share adapter 0.
+// `adapters` has one entry a sample, or is empty: then all samples share adapter 0. `stacked` as for check_weight.
 inline std::vector<Run> runs_of(
     const char* op, const std::vector<int64_t>& adapters, int64_t samples, int64_t stacked) {
-  if (adapters.empty()) return {{0, samples, 0}};
+  const int64_t count = stacked < 0 ? 1 : stacked;
+  if (adapters.empty()) return samples ? std::vector<Run>{{0, samples, 0}} : std::vector<Run>();
   check(
       static_cast<int64_t>(adapters.size()) == samples, op, ": adapters has ", adapters.size(), " entries for ", samples,
       " samples");
   std::vector<Run> runs;
   for (int64_t b = 0; b < samples; ++b) {
     check(
-        adapters[b] >= -1 && adapters[b] < stacked, op, ": adapters[", b, "] is ", adapters[b],
-        ", accepted are -1 (off) to ", stacked - 1);
+        adapters[b] >= -1 && adapters[b] < count, op, ": adapters[", b, "] is ", adapters[b],
+        ", accepted are -1 (off) to ", count - 1);
     if (!runs.empty() && runs.back().adapter == adapters[b]) ++runs.back().count;
     else runs.push_back({b, 1, adapters[b]});
   }

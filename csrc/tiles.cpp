@@ -86,21 +86,15 @@ void multiply_by(const Tile& t) {
   }
 
   const Vector alpha = splat(t.alpha);
-  if (t.out_column == 1 && (!t.adds || t.base_column == 1)) {
-    for (int i = 0; i < kRows && i < t.rows; ++i) {
-      for (int v = 0; v < vectors; ++v) {
-        const int64_t column = v * kLanes, count = lanes_left(column, t.columns);
-        Vector result = alpha * total[i][v];
-        if (t.adds) result += load_lanes(t.base + i * t.base_row + column, count);
-        store_lanes(t.out + i * t.out_row + column, result, count);
-      }
-    }
-    return;
-  }
+  Vector bias[vectors];
+  for (int v = 0; v < vectors; ++v)
+    bias[v] = t.bias ? load_lanes(t.bias + v * kLanes, lanes_left(v * kLanes, t.columns)) : splat(0.0f);
   for (int i = 0; i < kRows && i < t.rows; ++i) {
-    for (int64_t j = 0; j < t.columns; ++j) {
-      const float result = t.alpha * total[i][j / kLanes][j % kLanes];
-      t.out[i * t.out_row + j * t.out_column] = t.adds ? t.base[i * t.base_row + j * t.base_column] + result : result;
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t column = v * kLanes, count = lanes_left(column, t.columns);
+      Vector result = alpha * (total[i][v] + bias[v]);
+      if (t.base) result += load_lanes(t.base + i * t.base_row + column, count);
+      store_lanes(t.out + i * t.out_row + column, result, count);
     }
   }
 }
@@ -111,9 +105,35 @@ void multiply(const Tile& tile) {
   return multiply_by<1>(tile);
 }
 
+void place(
+    float* out, int64_t out_row, int64_t out_column, const float* source, int64_t rows, int64_t count, float alpha) {
+  if (out_column == 1) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < count; j += kLanes)
+        store_lanes(out + i * out_row + j, splat(alpha) * load_vector(source + i * kColumns + j), lanes_left(j, count));
+    return;
+  }
+  for (int64_t i = 0; i < rows; i += kLanes) {
+    const int64_t height = lanes_left(i, rows);
+    for (int64_t j = 0; j < count; j += kLanes) {
+      Vector block[kLanes];
+      for (int64_t k = 0; k < kLanes; ++k)
+        block[k] = k < height ? splat(alpha) * load_vector(source + (i + k) * kColumns + j) : splat(0.0f);
+      transpose(block);
+      for (int64_t k = 0; k < lanes_left(j, count); ++k) {
+        if (out_row == 1) {
+          store_lanes(out + i + (j + k) * out_column, block[k], height);
+          continue;
+        }
+        for (int64_t l = 0; l < height; ++l) out[(i + l) * out_row + (j + k) * out_column] = block[k][l];
+      }
+    }
+  }
+}
+
 }  // namespace
 
 extern const Tiles CEGATE_TABLE(tiles);
-const Tiles CEGATE_TABLE(tiles) = {kRows, kColumns, pack, multiply};
+const Tiles CEGATE_TABLE(tiles) = {kRows, kColumns, pack, multiply, place};
 
 }  // namespace cegate

@@ -5,19 +5,19 @@
 
 namespace cegate {
 
-// out = (adds ? base : 0) + alpha * a b for one tile. All strides are in elements.
+// out = base + alpha * (a b + bias) for one tile. All strides are in elements.
 struct Tile {
   const float* a;  // [rows, depth], any strides: its elements are broadcast
   int64_t a_row, a_column;
   const float* panel;  // [depth, Tiles::columns], a block of b as `pack` writes it
   int64_t depth;
-  const float* base;
-  int64_t base_row, base_column;
-  float* out;
-  int64_t out_row, out_column;
+  const float* base;  // [rows, columns], or null: zero
+  int64_t base_row;
+  const float* bias;  // [columns], or null: zero
+  float* out;         // [rows, columns]
+  int64_t out_row;
   int64_t rows, columns;  // at most those of Tiles
   float alpha;
-  bool adds;
 };
 
 struct Tiles {
@@ -26,6 +26,10 @@ struct Tiles {
   // panel [depth, Tiles::columns] = b [depth, count] of any strides, zero behind the last column.
   void (*pack)(float* panel, const float* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t count);
   void (*multiply)(const Tile& tile);
+
+  // out [rows, count] of any strides = alpha * source [rows, Tiles::columns].
+  void (*place)(
+      float* out, int64_t out_row, int64_t out_column, const float* source, int64_t rows, int64_t count, float alpha);
 };
 
 // Those of the instruction set that loops() runs with; null for the portable one, where a BLAS is faster.

@@ -1,0 +1,373 @@
+#include "passes.h"
+
+#include "tiles.h"
+
+namespace cegate {
+namespace {
+
+constexpr int64_t kDepth = 256;         // of a block of a product: its panel stays in the first-level cache
+constexpr int64_t kRowsOfBlock = 96;    // of a pass: their widest matrix stays in the second-level cache
+constexpr int64_t kRowsOfLoop = 64;     // that a loop takes at a time where it runs alone
+constexpr int64_t kNarrow = 104;        // rows of a weight's gradient that a task sums
+constexpr int64_t kWorth = 1 << 19;     // multiplications that are worth waking a thread for
+
+int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
+
+int64_t grain_of(int64_t work) { return std::max<int64_t>(kWorth / std::max<int64_t>(work, 1), 1); }
+
+float* element(const Matrix& m, int64_t row, int64_t column) {
+  return reinterpret_cast<float*>(m.data) + row * m.row_stride + column * m.column_stride;
+}
+
+std::unique_ptr<float[]> scratch(int64_t count) { return std::unique_ptr<float[]>(new float[std::max<int64_t>(count, 1)]); }
+
+// b [depth, columns] as the tiles read it: panel by panel, each in blocks of kDepth.
+class Panels {
+ public:
+  Panels(const Tiles& set, int64_t depth, int64_t columns)
+      : set_(set), depth_(depth), columns_(columns), stride_(std::min(kDepth, depth) * set.columns) {}
+
+  int64_t depth_blocks() const { return std::max<int64_t>(blocks_of(depth_, kDepth), 1); }  // none still writes out
+  int64_t panels() const { return blocks_of(columns_, set_.columns); }
+  int64_t pieces() const { return depth_blocks() * panels(); }
+  int64_t size() const { return pieces() * stride_; }
+  float* at(float* memory, int64_t depth_block, int64_t panel) const {
+    return memory + (depth_block * panels() + panel) * stride_;
+  }
+  int64_t depth_of(int64_t depth_block) const { return std::min(kDepth, depth_ - depth_block * kDepth); }
+  int64_t columns_of(int64_t panel) const { return std::min(set_.columns, columns_ - panel * set_.columns); }
+
+  void pack(float* memory, const Matrix& b, int64_t piece) const {
+    const int64_t k = piece / panels(), j = piece % panels();
+    set_.pack(
+        at(memory, k, j), element(b, k * kDepth, j * set_.columns), b.row_stride, b.column_stride, depth_of(k),
+        columns_of(j));
+  }
+
+ private:
+  const Tiles& set_;
+  int64_t depth_, columns_, stride_;
+};
+
+// out = base + alpha * (a b + bias) for the rows of a block.
+void multiply_tiles(
+    const Tiles& set, const Panels& panels, float* packed, const Matrix& out, const Matrix* base, const Matrix& a,
+    const float* bias, float alpha) {
+  for (int64_t k = 0; k < panels.depth_blocks(); ++k) {
+    const Matrix* start = k ? &out : base;
+    for (int64_t j = 0; j < panels.panels(); ++j) {
+      const int64_t column = j * set.columns;
+      for (int64_t i = 0; i < out.rows; i += set.rows) {
+        set.multiply({
+            .a = element(a, i, k * kDepth), .a_row = a.row_stride, .a_column = a.column_stride,
+            .panel = panels.at(packed, k, j), .depth = panels.depth_of(k),
+            .base = start ? element(*start, i, column) : nullptr, .base_row = start ? start->row_stride : 0,
+            .bias = bias && k == 0 ? bias + column : nullptr, .out = element(out, i, column),
+            .out_row = out.row_stride, .rows = std::min(set.rows, out.rows - i), .columns = panels.columns_of(j),
+            .alpha = alpha});
+      }
+    }
+  }
+}
+
+Tensor view_of(const Matrix& m) {
+  const int64_t sizes[] = {m.rows, m.columns}, strides[] = {m.row_stride, m.column_stride};
+  return torch::stable::from_blob(
+      m.data, torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2), torch::headeronly::IntHeaderOnlyArrayRef(strides, 2),
+      torch::stable::Device(torch::headeronly::DeviceType::CPU), m.dtype);
+}
+
+// out = base + alpha * a b.
+void multiply_blas(const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, float alpha) {
+  if (out.rows == 0 || out.columns == 0) return;
+  const Tensor target = view_of(out), left = view_of(a), right = view_of(b);
+  if (alpha == 1 && !base) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), left.get(), right.get()));
+    return;
+  }
+  const Tensor start = view_of(base ? *base : out);
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(target.get(), start.get(), left.get(), right.get(), base ? 1.0 : 0.0, alpha));
+}
+
+// The adapters that some sample has.
+std::vector<int64_t> used(const std::vector<Run>& runs) {
+  std::vector<int64_t> adapters;
+  for (const Run& run : runs)
+    if (run.adapter >= 0 && std::find(adapters.begin(), adapters.end(), run.adapter) == adapters.end())
+      adapters.push_back(run.adapter);
+  return adapters;
+}
+
+}  // namespace
+
+WeightOf weight_of(const Tensor& stacked, int64_t rows, int64_t columns) {
+  const Matrix first = matrix_of(stacked, rows, columns);
+  return [first](int64_t adapter) { return first.row_range(adapter * first.rows, first.rows); };
+}
+
+WeightOf transposed(WeightOf weight) {
+  return [weight = std::move(weight)](int64_t adapter) { return weight(adapter).transposed(); };
+}
+
+Matrix Block::of(const Rows& wanted) const {
+  if (wanted.before_ < 0) return wanted.whole_.row_range(first, rows);
+  const int64_t stride = wanted.whole_.row_stride;
+  const int64_t offset = wanted.before_ * scratch_rows_ + (first - scratch_first_) * stride + wanted.shift_;
+  return Matrix(
+      scratch_ + offset * bytes_of(wanted.whole_.dtype), rows, wanted.whole_.columns, stride, wanted.whole_.dtype);
+}
+
+RowPass::RowPass(const std::vector<Run>& runs, int64_t tokens, ScalarType dtype, int64_t unit)
+    : runs_(runs), tokens_(tokens), unit_(unit), dtype_(dtype) {}
+
+Rows RowPass::temporary(int64_t columns) {
+  const Rows result(columns, scratch_columns_, dtype_);
+  scratch_columns_ += columns;
+  return result;
+}
+
+void RowPass::run() const {
+  if (dtype_ == ScalarType::Float && tiles()) run_tiles();
+  else run_blas();
+}
+
+void RowPass::run_tiles() const {
+  const Tiles& set = *tiles();
+  const std::vector<int64_t> adapters = used(runs_);
+  struct Packed {
+    const Product* product;
+    int64_t adapter;
+    Panels panels;
+    float* memory;
+  };
+  std::vector<Packed> packed;  // product by product, adapter by adapter
+  int64_t size = 0, pieces = 0, work_of_row = 0;
+  for (const Step& step : steps_) {
+    if (!step.product) continue;
+    const int64_t depth = step.product->a.columns(), columns = step.product->out.columns();
+    work_of_row += depth * columns;
+    for (const int64_t adapter : adapters) {
+      packed.push_back({&*step.product, adapter, Panels(set, depth, columns), nullptr});
+      size += packed.back().panels.size(), pieces += packed.back().panels.pieces();
+    }
+  }
+  const Tensor memory = empty({size}, ScalarType::Float);
+  float* next = static_cast<float*>(memory.data_ptr());
+  for (Packed& weight : packed) weight.memory = next, next += weight.panels.size();
+  torch::stable::parallel_for(0, pieces, grain_of(size / std::max<int64_t>(pieces, 1) * 8), [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (const Packed& weight : packed) {
+      const int64_t after = first + weight.panels.pieces();
+      if (begin < after && first < end) {
+        const Matrix b = weight.product->b(weight.adapter);
+        for (int64_t i = std::max(begin, first); i < std::min(end, after); ++i)
+          weight.panels.pack(weight.memory, b, i - first);
+      }
+      first = after;
+    }
+  });
+
+  // whole tiles where rows do not belong together
+  const int64_t unit = unit_ > 1 ? unit_ : set.rows, units_of_block = std::max<int64_t>(kRowsOfBlock / unit, 1);
+  int64_t units = 0;
+  std::vector<int64_t> first_unit;
+  for (const Run& run : runs_) first_unit.push_back(units), units += blocks_of(run.count * tokens_, unit);
+  torch::stable::parallel_for(0, units, grain_of(work_of_row * unit), [&](int64_t begin, int64_t end) {
+    const int64_t capacity = units_of_block * unit;
+    const auto temporaries = scratch(scratch_columns_ * capacity);
+    for (size_t r = 0; r < runs_.size(); ++r) {
+      const Run& run = runs_[r];
+      const int64_t rows = run.count * tokens_;
+      const int64_t from = std::max(begin - first_unit[r], int64_t{0}) * unit;
+      const int64_t to = std::min((end - first_unit[r]) * unit, rows);
+      for (int64_t row = from; row < to; row += capacity) {
+        const int64_t first = run.first * tokens_ + row;
+        const Block block(
+            run.adapter, first, std::min(capacity, to - row), reinterpret_cast<char*>(temporaries.get()), first, capacity);
+        if (run.adapter < 0) {
+          if (off_) off_(block);
+          continue;
+        }
+        size_t weight = std::find(adapters.begin(), adapters.end(), run.adapter) - adapters.begin();
+        for (const Step& step : steps_) {
+          if (!step.product) {
+            step.loop(block);
+            continue;
+          }
+          const Product& product = *step.product;
+          const Matrix out = block.of(product.out), a = block.of(product.a);
+          const Matrix base = product.base ? block.of(*product.base) : out;
+          const float* bias = product.bias ? element(product.bias(run.adapter), 0, 0) : nullptr;
+          multiply_tiles(
+              set, packed[weight].panels, packed[weight].memory, out, product.base ? &base : nullptr, a, bias,
+              product.alpha.of(run.adapter));
+          weight += adapters.size();
+        }
+      }
+    }
+  });
+}
+
+void RowPass::run_blas() const {
+  const TypedLoops& typed = loops_of(dtype_);
+  const int64_t rows_of_loop = std::max<int64_t>(kRowsOfLoop / unit_, 1) * unit_;
+  const Tensor temporaries = empty({longest(runs_) * tokens_ * scratch_columns_}, dtype_);
+  for (const Run& run : runs_) {
+    const int64_t first = run.first * tokens_, rows = run.count * tokens_;
+    auto block_of = [&](int64_t from, int64_t count) {
+      return Block(run.adapter, first + from, count, data_of(temporaries), first, longest(runs_) * tokens_);
+    };
+    auto loop = [&](const std::function<void(const Block&)>& body) {
+      torch::stable::parallel_for(0, blocks_of(rows, rows_of_loop), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          body(block_of(i * rows_of_loop, std::min(rows_of_loop, rows - i * rows_of_loop)));
+      });
+    };
+    if (run.adapter < 0) {
+      if (off_) loop(off_);
+      continue;
+    }
+    const Block whole = block_of(0, rows);
+    for (const Step& step : steps_) {
+      if (!step.product) {
+        loop(step.loop);
+        continue;
+      }
+      const Product& product = *step.product;
+      const Matrix out = whole.of(product.out);
+      const Matrix base = product.base ? whole.of(*product.base) : out;
+      const float alpha = product.alpha.of(run.adapter);
+      if (product.bias) {
+        const char* bias = product.bias(run.adapter).data;
+        loop([&](const Block& block) {
+          const Matrix target = block.of(product.out);
+          const Matrix start = product.base ? block.of(*product.base) : target;
+          typed.add_bias(
+              target.data, target.row_stride, product.base ? start.data : nullptr, start.row_stride, bias, alpha,
+              block.rows, target.columns);
+        });
+      }
+      const bool adds = product.base || product.bias;
+      multiply_blas(out, adds ? (product.bias ? &out : &base) : nullptr, whole.of(product.a), product.b(run.adapter), alpha);
+    }
+  }
+}
+
+void TokenSums::run() const {
+  if (dtype_ == ScalarType::Float && tiles()) run_tiles();
+  else run_blas();
+}
+
+// One task sums up to kNarrow rows of one panel's columns over all tokens of an adapter, in memory of its own.
+void TokenSums::run_tiles() const {
+  const Tiles& set = *tiles();
+  struct Task {
+    const Sum* sum;
+    int64_t adapter, row, rows, column;  // column < 0: the columns row .. row + rows - 1 of a plain sum
+  };
+  std::vector<Task> tasks;
+  int64_t work = 0, rows_all = 0;
+  for (const Run& run : runs_) rows_all += run.count * tokens_;
+  for (int64_t adapter = 0; adapter < adapters_; ++adapter) {
+    for (const Sum& sum : products_) {
+      const int64_t narrow = std::min(sum.left.columns(), sum.right.columns());
+      const int64_t wide = std::max(sum.left.columns(), sum.right.columns());
+      const int64_t chunk = blocks_of(blocks_of(narrow, std::max<int64_t>(blocks_of(narrow, kNarrow), 1)), set.rows) * set.rows;
+      work += narrow * wide * rows_all;
+      for (int64_t column = 0; column < wide; column += set.columns)
+        for (int64_t row = 0; row < narrow; row += chunk)
+          tasks.push_back({&sum, adapter, row, std::min(chunk, narrow - row), column});
+    }
+    for (const Sum& sum : sums_)
+      for (int64_t column = 0; column < sum.left.columns(); column += kRowsOfLoop)
+        tasks.push_back({&sum, adapter, column, std::min(kRowsOfLoop, sum.left.columns() - column), -1});
+  }
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  const int64_t grain = grain_of(work / std::max<int64_t>(count * adapters_, 1));
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const auto memory = scratch((kDepth + kNarrow) * set.columns);
+    float *panel = memory.get(), *total = panel + kDepth * set.columns;
+    for (int64_t t = begin; t < end; ++t) {
+      const Task& task = tasks[t];
+      if (task.column < 0) {
+        sum_columns(*task.sum, task.adapter, task.row, task.rows);
+        continue;
+      }
+      const Sum& sum = *task.sum;
+      const bool turned = sum.left.columns() > sum.right.columns();
+      const Rows &narrow = turned ? sum.right : sum.left, &wide = turned ? sum.left : sum.right;
+      const int64_t columns = std::min(set.columns, wide.columns() - task.column);
+      std::fill(total, total + task.rows * set.columns, 0.0f);
+      for (const Run& run : runs_) {
+        if (run.adapter != task.adapter) continue;
+        for (int64_t row = run.first * tokens_, last = row + run.count * tokens_; row < last; row += kDepth) {
+          const Block block(run.adapter, row, std::min(kDepth, last - row), nullptr, 0, 0);
+          const Matrix b = block.of(wide), a = block.of(narrow);
+          set.pack(panel, element(b, 0, task.column), b.row_stride, 1, block.rows, columns);
+          for (int64_t i = 0; i < task.rows; i += set.rows) {
+            float* out = total + i * set.columns;
+            set.multiply({
+                .a = element(a, 0, task.row + i), .a_row = 1, .a_column = a.row_stride, .panel = panel,
+                .depth = block.rows, .base = out, .base_row = set.columns, .bias = nullptr, .out = out,
+                .out_row = set.columns, .rows = std::min(set.rows, task.rows - i), .columns = columns, .alpha = 1});
+          }
+        }
+      }
+      const Matrix weight = sum.out(task.adapter);
+      const Matrix out = turned ? weight.transposed() : weight;
+      set.place(
+          element(out, task.row, task.column), out.row_stride, out.column_stride, total, task.rows, columns,
+          sum.alpha.of(task.adapter));
+    }
+  });
+}
+
+void TokenSums::run_blas() const {
+  std::vector<bool> seen(adapters_, false);
+  for (const Run& run : runs_) {
+    if (run.adapter < 0 || run.count * tokens_ == 0) continue;
+    const Block block(run.adapter, run.first * tokens_, run.count * tokens_, nullptr, 0, 0);
+    for (const Sum& sum : products_) {
+      const Matrix out = sum.out(run.adapter);
+      multiply_blas(
+          out, seen[run.adapter] ? &out : nullptr, block.of(sum.left).transposed(), block.of(sum.right),
+          sum.alpha.of(run.adapter));
+    }
+    seen[run.adapter] = true;
+  }
+  for (int64_t adapter = 0; adapter < adapters_; ++adapter) {
+    for (const Sum& sum : products_) {
+      const Matrix out = sum.out(adapter);
+      if (!seen[adapter]) std::fill(out.data, out.data + out.rows * out.columns * bytes_of(dtype_), 0);
+    }
+    for (const Sum& sum : sums_) {
+      torch::stable::parallel_for(0, blocks_of(sum.left.columns(), kRowsOfLoop), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t first = i * kRowsOfLoop;
+          sum_columns(sum, adapter, first, std::min(kRowsOfLoop, sum.left.columns() - first));
+        }
+      });
+    }
+  }
+}
+
+// In float32 over kRowsOfLoop rows, beyond that in float64.
+void TokenSums::sum_columns(const Sum& sum, int64_t adapter, int64_t first, int64_t count) const {
+  const TypedLoops& typed = loops_of(dtype_);
+  double total[kRowsOfLoop] = {};
+  float part[kRowsOfLoop];
+  for (const Run& run : runs_) {
+    if (run.adapter != adapter) continue;
+    for (int64_t row = run.first * tokens_, last = row + run.count * tokens_; row < last; row += kRowsOfLoop) {
+      const Matrix rows = Block(adapter, row, std::min(kRowsOfLoop, last - row), nullptr, 0, 0).of(sum.left);
+      std::fill(part, part + count, 0.0f);
+      typed.sum_rows(rows.column_range(first, count).data, rows.row_stride, rows.rows, count, part);
+      for (int64_t c = 0; c < count; ++c) total[c] += part[c];
+    }
+  }
+  for (int64_t c = 0; c < count; ++c) part[c] = static_cast<float>(sum.alpha.of(adapter) * total[c]);
+  typed.store(sum.out(adapter).column_range(first, count).data, count, 1, count, part, count);
+}
+
+}  // namespace cegate
