@@ -57,15 +57,12 @@ void multiply_tiles(
     const Matrix* start = k ? &out : base;
     for (int64_t j = 0; j < panels.panels(); ++j) {
       const int64_t column = j * set.columns;
-      for (int64_t i = 0; i < out.rows; i += set.rows) {
-        set.multiply({
-            .a = element(a, i, k * kDepth), .a_row = a.row_stride, .a_column = a.column_stride,
-            .panel = panels.at(packed, k, j), .depth = panels.depth_of(k),
-            .base = start ? element(*start, i, column) : nullptr, .base_row = start ? start->row_stride : 0,
-            .bias = bias && k == 0 ? bias + column : nullptr, .out = element(out, i, column),
-            .out_row = out.row_stride, .rows = std::min(set.rows, out.rows - i), .columns = panels.columns_of(j),
-            .alpha = alpha});
-      }
+      set.multiply({
+          .a = element(a, 0, k * kDepth), .a_row = a.row_stride, .a_column = a.column_stride,
+          .panel = panels.at(packed, k, j), .depth = panels.depth_of(k),
+          .base = start ? element(*start, 0, column) : nullptr, .base_row = start ? start->row_stride : 0,
+          .bias = bias && k == 0 ? bias + column : nullptr, .out = element(out, 0, column), .out_row = out.row_stride,
+          .rows = out.rows, .columns = panels.columns_of(j), .alpha = alpha});
     }
   }
 }
@@ -305,13 +302,10 @@ void TokenSums::run_tiles() const {
           const Block block(run.adapter, row, std::min(kDepth, last - row), nullptr, 0, 0);
           const Matrix b = block.of(wide), a = block.of(narrow);
           set.pack(panel, element(b, 0, task.column), b.row_stride, 1, block.rows, columns);
-          for (int64_t i = 0; i < task.rows; i += set.rows) {
-            float* out = total + i * set.columns;
-            set.multiply({
-                .a = element(a, 0, task.row + i), .a_row = 1, .a_column = a.row_stride, .panel = panel,
-                .depth = block.rows, .base = out, .base_row = set.columns, .bias = nullptr, .out = out,
-                .out_row = set.columns, .rows = std::min(set.rows, task.rows - i), .columns = columns, .alpha = 1});
-          }
+          set.multiply({
+              .a = element(a, 0, task.row), .a_row = 1, .a_column = a.row_stride, .panel = panel, .depth = block.rows,
+              .base = total, .base_row = set.columns, .bias = nullptr, .out = total, .out_row = set.columns,
+              .rows = task.rows, .columns = columns, .alpha = 1});
         }
       }
       const Matrix weight = sum.out(task.adapter);

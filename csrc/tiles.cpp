@@ -11,43 +11,58 @@ constexpr int kRows = kLanes == 16 ? 8 : 4;
 constexpr int kVectors = kLanes == 16 ? 2 : 3;
 constexpr int64_t kColumns = kVectors * kLanes;
 
-// kLanes x kLanes elements, transposed in registers: every step swaps halves of pairs of vectors.
-inline void transpose(Vector block[kLanes]) {
-  for (int64_t step = 1; step < kLanes; step *= 2) {
+// Every step swaps halves of pairs of vectors. A template, or the vectors would live in memory.
+template <int step>
+inline void transpose_by(Vector block[kLanes]) {
+  if constexpr (step < kLanes) {
     Integers low, high;
-    for (int64_t i = 0; i < kLanes; ++i) {
-      low[i] = static_cast<int32_t>(i & step ? kLanes + i - step : i);
-      high[i] = static_cast<int32_t>(i & step ? kLanes + i : i + step);
+    for (int i = 0; i < kLanes; ++i) {
+      low[i] = i & step ? kLanes + i - step : i;
+      high[i] = i & step ? kLanes + i : i + step;
     }
-    for (int64_t i = 0; i < kLanes; ++i) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
       if (i & step) continue;
       const Vector first = block[i], second = block[i + step];
       block[i] = shuffle(first, second, low);
       block[i + step] = shuffle(first, second, high);
     }
+    transpose_by<2 * step>(block);
   }
 }
 
-// Columns of b that are dense, as in the transpose of a weight.
-void pack_columns(float* panel, const float* b, int64_t column_stride, int64_t depth, int64_t count) {
-  for (int64_t j = 0; j < count; j += kLanes) {
-    const int64_t columns = lanes_left(j, count);
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      const int64_t rows = lanes_left(k, depth);
-      Vector block[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i)
-        block[i] = i < columns ? load_lanes(b + (j + i) * column_stride + k, rows) : splat(0.0f);
-      transpose(block);
-      for (int64_t i = 0; i < rows; ++i) store_vector(panel + (k + i) * kColumns + j, block[i]);
-    }
+// kLanes x kLanes elements, transposed in registers: target[k] [count] = column k of source [height].
+inline void transpose(
+    float* target, int64_t target_stride, const float* source, int64_t source_stride, int64_t height, int64_t count,
+    float factor) {
+  Vector block[kLanes];
+  if (height == kLanes && count == kLanes) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) block[i] = splat(factor) * load_vector(source + i * source_stride);
+    transpose_by<1>(block);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) store_vector(target + i * target_stride, block[i]);
+    return;
   }
+  for (int i = 0; i < kLanes; ++i)
+    block[i] = i < height ? splat(factor) * load_lanes(source + i * source_stride, count) : splat(0.0f);
+  transpose_by<1>(block);
+  for (int i = 0; i < count; ++i) store_lanes(target + i * target_stride, block[i], height);
+}
+
+// Columns of b that are dense, as in the transpose of a weight; what lies behind the last one is zero already.
+void pack_columns(float* panel, const float* b, int64_t column_stride, int64_t depth, int64_t count) {
+  for (int64_t j = 0; j < count; j += kLanes)
+    for (int64_t k = 0; k < depth; k += kLanes)
+      transpose(
+          panel + k * kColumns + j, kColumns, b + j * column_stride + k, column_stride, lanes_left(j, count),
+          lanes_left(k, depth), 1.0f);
 }
 
 void pack(float* panel, const float* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t count) {
   const Vector zero = splat(0.0f);
   for (int64_t k = 0; k < depth; ++k)
-    for (int64_t j = (count + kLanes - 1) / kLanes * kLanes; j < kColumns; j += kLanes)
-      store_vector(panel + k * kColumns + j, zero);
+    for (int64_t j = count / kLanes * kLanes; j < kColumns; j += kLanes) store_vector(panel + k * kColumns + j, zero);
   if (column_stride == 1) {
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t j = 0; j < count; j += kLanes)
@@ -61,10 +76,12 @@ void pack(float* panel, const float* b, int64_t row_stride, int64_t column_strid
   }
 }
 
-template <int vectors>
-void multiply_by(const Tile& t) {
+// Rows of out from `first` on; `whole`: all of kRows and of the vectors.
+template <int vectors, bool whole>
+inline void multiply_rows(const Tile& t, int64_t first) {
+  const int64_t rows = whole ? kRows : t.rows - first;
   const float* row[kRows];  // a tile that is not full reads its last row again
-  for (int i = 0; i < kRows; ++i) row[i] = t.a + (i < t.rows ? i : t.rows - 1) * t.a_row;
+  for (int i = 0; i < kRows; ++i) row[i] = t.a + (first + (i < rows ? i : rows - 1)) * t.a_row;
   // unrolled, or the accumulators would live in memory
   Vector total[kRows][vectors];
 #pragma GCC unroll 8
@@ -86,17 +103,31 @@ void multiply_by(const Tile& t) {
   }
 
   const Vector alpha = splat(t.alpha);
+  const float* base = t.base ? t.base + first * t.base_row : nullptr;
+  float* out = t.out + first * t.out_row;
+  auto columns_of = [&](int v) { return whole ? kLanes : lanes_left(v * kLanes, t.columns); };
   Vector bias[vectors];
-  for (int v = 0; v < vectors; ++v)
-    bias[v] = t.bias ? load_lanes(t.bias + v * kLanes, lanes_left(v * kLanes, t.columns)) : splat(0.0f);
-  for (int i = 0; i < kRows && i < t.rows; ++i) {
+#pragma GCC unroll 3
+  for (int v = 0; v < vectors; ++v) bias[v] = t.bias ? load_lanes(t.bias + v * kLanes, columns_of(v)) : splat(0.0f);
+#pragma GCC unroll 8
+  for (int i = 0; i < kRows; ++i) {
+    if (i >= rows) break;
+#pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) {
-      const int64_t column = v * kLanes, count = lanes_left(column, t.columns);
       Vector result = alpha * (total[i][v] + bias[v]);
-      if (t.base) result += load_lanes(t.base + i * t.base_row + column, count);
-      store_lanes(t.out + i * t.out_row + column, result, count);
+      asm("" : "+v"(result));  // one rounding more, the same in whole tiles and others: never fused with the sum below
+      if (base) result += load_lanes(base + i * t.base_row + v * kLanes, columns_of(v));
+      store_lanes(out + i * t.out_row + v * kLanes, result, columns_of(v));
     }
   }
+}
+
+template <int vectors>
+void multiply_by(const Tile& t) {
+  int64_t first = 0;
+  if (t.columns == vectors * kLanes)
+    for (; first + kRows <= t.rows; first += kRows) multiply_rows<vectors, true>(t, first);
+  for (; first < t.rows; first += kRows) multiply_rows<vectors, false>(t, first);
 }
 
 void multiply(const Tile& tile) {
@@ -113,22 +144,16 @@ void place(
         store_lanes(out + i * out_row + j, splat(alpha) * load_vector(source + i * kColumns + j), lanes_left(j, count));
     return;
   }
-  for (int64_t i = 0; i < rows; i += kLanes) {
-    const int64_t height = lanes_left(i, rows);
-    for (int64_t j = 0; j < count; j += kLanes) {
-      Vector block[kLanes];
-      for (int64_t k = 0; k < kLanes; ++k)
-        block[k] = k < height ? splat(alpha) * load_vector(source + (i + k) * kColumns + j) : splat(0.0f);
-      transpose(block);
-      for (int64_t k = 0; k < lanes_left(j, count); ++k) {
-        if (out_row == 1) {
-          store_lanes(out + i + (j + k) * out_column, block[k], height);
-          continue;
-        }
-        for (int64_t l = 0; l < height; ++l) out[(i + l) * out_row + (j + k) * out_column] = block[k][l];
-      }
-    }
+  if (out_row == 1) {
+    for (int64_t i = 0; i < rows; i += kLanes)
+      for (int64_t j = 0; j < count; j += kLanes)
+        transpose(
+            out + i + j * out_column, out_column, source + i * kColumns + j, kColumns, lanes_left(i, rows),
+            lanes_left(j, count), alpha);
+    return;
   }
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < count; ++j) out[i * out_row + j * out_column] = alpha * source[i * kColumns + j];
 }
 
 }  // namespace

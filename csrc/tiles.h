@@ -5,7 +5,7 @@
 
 namespace cegate {
 
-// out = base + alpha * (a b + bias) for one tile. All strides are in elements.
+// out = base + alpha * (a b + bias) for the columns of one panel. All strides are in elements.
 struct Tile {
   const float* a;  // [rows, depth], any strides: its elements are broadcast
   int64_t a_row, a_column;
@@ -16,12 +16,12 @@ struct Tile {
   const float* bias;  // [columns], or null: zero
   float* out;         // [rows, columns]
   int64_t out_row;
-  int64_t rows, columns;  // at most those of Tiles
+  int64_t rows, columns;  // columns: at most Tiles::columns
   float alpha;
 };
 
 struct Tiles {
-  int64_t rows, columns;  // of a whole tile: as many accumulators as the registers hold
+  int64_t rows, columns;  // that the registers hold at once; more rows go through them in turn
 
   // panel [depth, Tiles::columns] = b [depth, count] of any strides, zero behind the last column.
   void (*pack)(float* panel, const float* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t count);
