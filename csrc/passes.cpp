@@ -6,9 +6,13 @@ namespace cegate {
 namespace {
 
 constexpr int64_t kDepth = 256;         // of a block of a product: its panel stays in the first-level cache
+
+
 constexpr int64_t kRowsOfBlock = 96;    // of a pass: their widest matrix stays in the second-level cache
 constexpr int64_t kRowsOfLoop = 64;     // that a loop takes at a time where it runs alone
+constexpr int64_t kDepthOfSum = 128;    // tokens that a weight's gradient takes at a time: nearness of its narrow factor
 constexpr int64_t kNarrow = 104;        // rows of a weight's gradient that a task sums
+constexpr int64_t kPanels = 16;         // and panels of columns, at most
 constexpr int64_t kWorth = 1 << 19;     // multiplications that are worth waking a thread for
 
 int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
@@ -256,63 +260,85 @@ void TokenSums::run() const {
   else run_blas();
 }
 
-// One task sums up to kNarrow rows of one panel's columns over all tokens of an adapter, in memory of its own.
+// One task sums up to kNarrow rows of some panels' columns over all tokens of an adapter, in memory of its own.
 void TokenSums::run_tiles() const {
   const Tiles& set = *tiles();
   struct Task {
     const Sum* sum;
-    int64_t adapter, row, rows, column;  // column < 0: the columns row .. row + rows - 1 of a plain sum
+    int64_t adapter, row, rows, column, columns;  // no columns: the columns row .. row + rows - 1 of a plain sum
+
+    int64_t work() const { return rows * std::max<int64_t>(columns, 1); }  // of a token
   };
-  std::vector<Task> tasks;
-  int64_t work = 0, rows_all = 0;
+  auto narrow_of = [](const Sum& sum) { return std::min(sum.left.columns(), sum.right.columns()); };
+  auto wide_of = [](const Sum& sum) { return std::max(sum.left.columns(), sum.right.columns()); };
+  // columns in as few tasks as keep the threads busy: then the wide factor is read row by row
+  int64_t panels = 0, rows_all = 0, work = 0;
   for (const Run& run : runs_) rows_all += run.count * tokens_;
+  for (const Sum& sum : products_) {
+    panels += blocks_of(wide_of(sum), set.columns) * adapters_;
+    work += narrow_of(sum) * wide_of(sum) * rows_all;
+  }
+  const int64_t threads = work < kWorth ? 1 : torch::stable::get_num_threads();
+  const int64_t of_task = std::clamp<int64_t>(panels / (2 * threads), 1, kPanels) * set.columns;
+  std::vector<Task> tasks;
   for (int64_t adapter = 0; adapter < adapters_; ++adapter) {
     for (const Sum& sum : products_) {
-      const int64_t narrow = std::min(sum.left.columns(), sum.right.columns());
-      const int64_t wide = std::max(sum.left.columns(), sum.right.columns());
-      const int64_t chunk = blocks_of(blocks_of(narrow, std::max<int64_t>(blocks_of(narrow, kNarrow), 1)), set.rows) * set.rows;
-      work += narrow * wide * rows_all;
-      for (int64_t column = 0; column < wide; column += set.columns)
-        for (int64_t row = 0; row < narrow; row += chunk)
-          tasks.push_back({&sum, adapter, row, std::min(chunk, narrow - row), column});
+      const int64_t narrow = narrow_of(sum), chunks = std::max<int64_t>(blocks_of(narrow, kNarrow), 1);
+      const int64_t rows = blocks_of(blocks_of(narrow, chunks), set.rows) * set.rows;
+      for (int64_t column = 0; column < wide_of(sum); column += of_task)
+        for (int64_t row = 0; row < narrow; row += rows)
+          tasks.push_back(
+              {&sum, adapter, row, std::min(rows, narrow - row), column, std::min(of_task, wide_of(sum) - column)});
     }
     for (const Sum& sum : sums_)
       for (int64_t column = 0; column < sum.left.columns(); column += kRowsOfLoop)
-        tasks.push_back({&sum, adapter, column, std::min(kRowsOfLoop, sum.left.columns() - column), -1});
+        tasks.push_back({&sum, adapter, column, std::min(kRowsOfLoop, sum.left.columns() - column), 0, 0});
   }
-  const int64_t count = static_cast<int64_t>(tasks.size());
-  const int64_t grain = grain_of(work / std::max<int64_t>(count * adapters_, 1));
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    const auto memory = scratch((kDepth + kNarrow) * set.columns);
-    float *panel = memory.get(), *total = panel + kDepth * set.columns;
-    for (int64_t t = begin; t < end; ++t) {
-      const Task& task = tasks[t];
-      if (task.column < 0) {
-        sum_columns(*task.sum, task.adapter, task.row, task.rows);
+  // the largest first, each to the thread that has least
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work() > b.work(); });
+  std::vector<std::vector<const Task*>> shares(threads);
+  std::vector<int64_t> loads(threads, 0);
+  for (const Task& task : tasks) {
+    const auto least = std::min_element(loads.begin(), loads.end());
+    shares[least - loads.begin()].push_back(&task), *least += task.work();
+  }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const auto memory = scratch(kDepthOfSum * set.columns + kNarrow * of_task);
+    float *panel = memory.get(), *totals = panel + kDepthOfSum * set.columns;
+    std::vector<const Task*> mine;
+    for (int64_t share = begin; share < end; ++share) mine.insert(mine.end(), shares[share].begin(), shares[share].end());
+    for (const Task* at : mine) {
+      const Task& task = *at;
+      const Sum& sum = *task.sum;
+      if (task.columns == 0) {
+        sum_columns(sum, task.adapter, task.row, task.rows);
         continue;
       }
-      const Sum& sum = *task.sum;
       const bool turned = sum.left.columns() > sum.right.columns();
       const Rows &narrow = turned ? sum.right : sum.left, &wide = turned ? sum.left : sum.right;
-      const int64_t columns = std::min(set.columns, wide.columns() - task.column);
-      std::fill(total, total + task.rows * set.columns, 0.0f);
+      const int64_t size = task.rows * set.columns;  // of a panel's totals
+      std::fill(totals, totals + blocks_of(task.columns, set.columns) * size, 0.0f);
       for (const Run& run : runs_) {
         if (run.adapter != task.adapter) continue;
-        for (int64_t row = run.first * tokens_, last = row + run.count * tokens_; row < last; row += kDepth) {
-          const Block block(run.adapter, row, std::min(kDepth, last - row), nullptr, 0, 0);
-          const Matrix b = block.of(wide), a = block.of(narrow);
-          set.pack(panel, element(b, 0, task.column), b.row_stride, 1, block.rows, columns);
-          set.multiply({
-              .a = element(a, 0, task.row), .a_row = 1, .a_column = a.row_stride, .panel = panel, .depth = block.rows,
-              .base = total, .base_row = set.columns, .bias = nullptr, .out = total, .out_row = set.columns,
-              .rows = task.rows, .columns = columns, .alpha = 1});
+        for (int64_t row = run.first * tokens_, last = row + run.count * tokens_; row < last; row += kDepthOfSum) {
+          const Block block(run.adapter, row, std::min(kDepthOfSum, last - row), nullptr, 0, 0);
+          const Matrix a = block.of(narrow), b = block.of(wide);
+          for (int64_t j = 0; j < task.columns; j += set.columns) {
+            float* total = totals + j / set.columns * size;
+            const int64_t columns = std::min(set.columns, task.columns - j);
+            set.pack(panel, element(b, 0, task.column + j), b.row_stride, 1, block.rows, columns);
+            set.multiply({
+                .a = element(a, 0, task.row), .a_row = 1, .a_column = a.row_stride, .panel = panel, .depth = block.rows,
+                .base = total, .base_row = set.columns, .bias = nullptr, .out = total, .out_row = set.columns,
+                .rows = task.rows, .columns = columns, .alpha = 1});
+          }
         }
       }
-      const Matrix weight = sum.out(task.adapter);
-      const Matrix out = turned ? weight.transposed() : weight;
-      set.place(
-          element(out, task.row, task.column), out.row_stride, out.column_stride, total, task.rows, columns,
-          sum.alpha.of(task.adapter));
+      const Matrix weight = sum.out(task.adapter), out = turned ? weight.transposed() : weight;
+      for (int64_t j = 0; j < task.columns; j += set.columns)
+        set.place(
+            element(out, task.row, task.column + j), out.row_stride, out.column_stride, totals + j / set.columns * size,
+            task.rows, std::min(set.columns, task.columns - j), sum.alpha.of(task.adapter));
     }
   });
 }
