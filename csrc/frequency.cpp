@@ -1,6 +1,7 @@
 #include "frequency.h"
 
 #include <cstring>
+#include <memory>
 
 #include "passes.h"
 

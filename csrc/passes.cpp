@@ -1,14 +1,15 @@
 #include "passes.h"
 
+#include <memory>
+
 #include "tiles.h"
 
 namespace cegate {
 namespace {
 
 constexpr int64_t kDepth = 256;         // of a block of a product: its panel stays in the first-level cache
-
-
-constexpr int64_t kRowsOfBlock = 96;    // of a pass: their widest matrix stays in the second-level cache
+constexpr int64_t kRowsOfBlock = 192;   // of a pass: its matrices stay in the second-level cache, its packing is little work
+constexpr int64_t kRowsOfThread = 32;   // fewer would spend more on packing than a thread less costs
 constexpr int64_t kRowsOfLoop = 64;     // that a loop takes at a time where it runs alone
 constexpr int64_t kDepthOfSum = 128;    // tokens that a weight's gradient takes at a time: nearness of its narrow factor
 constexpr int64_t kNarrow = 104;        // rows of a weight's gradient that a task sums
@@ -25,48 +26,23 @@ float* element(const Matrix& m, int64_t row, int64_t column) {
 
 std::unique_ptr<float[]> scratch(int64_t count) { return std::unique_ptr<float[]>(new float[std::max<int64_t>(count, 1)]); }
 
-// b [depth, columns] as the tiles read it: panel by panel, each in blocks of kDepth.
-class Panels {
- public:
-  Panels(const Tiles& set, int64_t depth, int64_t columns)
-      : set_(set), depth_(depth), columns_(columns), stride_(std::min(kDepth, depth) * set.columns) {}
-
-  int64_t depth_blocks() const { return std::max<int64_t>(blocks_of(depth_, kDepth), 1); }  // none still writes out
-  int64_t panels() const { return blocks_of(columns_, set_.columns); }
-  int64_t pieces() const { return depth_blocks() * panels(); }
-  int64_t size() const { return pieces() * stride_; }
-  float* at(float* memory, int64_t depth_block, int64_t panel) const {
-    return memory + (depth_block * panels() + panel) * stride_;
-  }
-  int64_t depth_of(int64_t depth_block) const { return std::min(kDepth, depth_ - depth_block * kDepth); }
-  int64_t columns_of(int64_t panel) const { return std::min(set_.columns, columns_ - panel * set_.columns); }
-
-  void pack(float* memory, const Matrix& b, int64_t piece) const {
-    const int64_t k = piece / panels(), j = piece % panels();
-    set_.pack(
-        at(memory, k, j), element(b, k * kDepth, j * set_.columns), b.row_stride, b.column_stride, depth_of(k),
-        columns_of(j));
-  }
-
- private:
-  const Tiles& set_;
-  int64_t depth_, columns_, stride_;
-};
-
-// out = base + alpha * (a b + bias) for the rows of a block.
+// out = base + alpha * (a b + bias). b is packed into `panel` piece by piece: panels of columns, kDepth rows at a time.
 void multiply_tiles(
-    const Tiles& set, const Panels& panels, float* packed, const Matrix& out, const Matrix* base, const Matrix& a,
-    const float* bias, float alpha) {
-  for (int64_t k = 0; k < panels.depth_blocks(); ++k) {
+    const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, float* panel, const float* bias,
+    float alpha) {
+  const Tiles& set = *tiles();
+  const int64_t pieces = std::max<int64_t>(blocks_of(a.columns, kDepth), 1);  // a depth of none still writes out
+  for (int64_t k = 0; k < pieces; ++k) {
+    const int64_t first = k * kDepth, depth = std::min(kDepth, a.columns - first);
     const Matrix* start = k ? &out : base;
-    for (int64_t j = 0; j < panels.panels(); ++j) {
-      const int64_t column = j * set.columns;
+    for (int64_t column = 0; column < out.columns; column += set.columns) {
+      const int64_t columns = std::min(set.columns, out.columns - column);
+      set.pack(panel, element(b, first, column), b.row_stride, b.column_stride, depth, columns);
       set.multiply({
-          .a = element(a, 0, k * kDepth), .a_row = a.row_stride, .a_column = a.column_stride,
-          .panel = panels.at(packed, k, j), .depth = panels.depth_of(k),
+          .a = element(a, 0, first), .a_row = a.row_stride, .a_column = a.column_stride, .panel = panel, .depth = depth,
           .base = start ? element(*start, 0, column) : nullptr, .base_row = start ? start->row_stride : 0,
           .bias = bias && k == 0 ? bias + column : nullptr, .out = element(out, 0, column), .out_row = out.row_stride,
-          .rows = out.rows, .columns = panels.columns_of(j), .alpha = alpha});
+          .rows = out.rows, .columns = columns, .alpha = alpha});
     }
   }
 }
@@ -89,15 +65,6 @@ void multiply_blas(const Matrix& out, const Matrix* base, const Matrix& a, const
   const Tensor start = view_of(base ? *base : out);
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(target.get(), start.get(), left.get(), right.get(), base ? 1.0 : 0.0, alpha));
-}
-
-// The adapters that some sample has.
-std::vector<int64_t> used(const std::vector<Run>& runs) {
-  std::vector<int64_t> adapters;
-  for (const Run& run : runs)
-    if (run.adapter >= 0 && std::find(adapters.begin(), adapters.end(), run.adapter) == adapters.end())
-      adapters.push_back(run.adapter);
-  return adapters;
 }
 
 }  // namespace
@@ -135,79 +102,51 @@ void RowPass::run() const {
 
 void RowPass::run_tiles() const {
   const Tiles& set = *tiles();
-  const std::vector<int64_t> adapters = used(runs_);
-  struct Packed {
-    const Product* product;
-    int64_t adapter;
-    Panels panels;
-    float* memory;
-  };
-  std::vector<Packed> packed;  // product by product, adapter by adapter
-  int64_t size = 0, pieces = 0, work_of_row = 0;
+  int64_t work_of_row = 0, deepest = 0;
   for (const Step& step : steps_) {
     if (!step.product) continue;
-    const int64_t depth = step.product->a.columns(), columns = step.product->out.columns();
-    work_of_row += depth * columns;
-    for (const int64_t adapter : adapters) {
-      packed.push_back({&*step.product, adapter, Panels(set, depth, columns), nullptr});
-      size += packed.back().panels.size(), pieces += packed.back().panels.pieces();
-    }
+    work_of_row += step.product->a.columns() * step.product->out.columns();
+    deepest = std::max(deepest, step.product->a.columns());
   }
-  const Tensor memory = empty({size}, ScalarType::Float);
-  float* next = static_cast<float*>(memory.data_ptr());
-  for (Packed& weight : packed) weight.memory = next, next += weight.panels.size();
-  torch::stable::parallel_for(0, pieces, grain_of(size / std::max<int64_t>(pieces, 1) * 8), [&](int64_t begin, int64_t end) {
-    int64_t first = 0;
-    for (const Packed& weight : packed) {
-      const int64_t after = first + weight.panels.pieces();
-      if (begin < after && first < end) {
-        const Matrix b = weight.product->b(weight.adapter);
-        for (int64_t i = std::max(begin, first); i < std::min(end, after); ++i)
-          weight.panels.pack(weight.memory, b, i - first);
-      }
-      first = after;
-    }
-  });
-
+  const int64_t panel_size = std::min(kDepth, deepest) * set.columns;
   // whole tiles where rows do not belong together
-  const int64_t unit = unit_ > 1 ? unit_ : set.rows, units_of_block = std::max<int64_t>(kRowsOfBlock / unit, 1);
+  const int64_t unit = unit_ > 1 ? unit_ : set.rows;
+  const int64_t capacity = std::max<int64_t>(kRowsOfBlock / unit, 1) * unit;
   int64_t units = 0;
   std::vector<int64_t> first_unit;
   for (const Run& run : runs_) first_unit.push_back(units), units += blocks_of(run.count * tokens_, unit);
-  torch::stable::parallel_for(0, units, grain_of(work_of_row * unit), [&](int64_t begin, int64_t end) {
-    const int64_t capacity = units_of_block * unit;
-    const auto temporaries = scratch(scratch_columns_ * capacity);
+  const int64_t grain = std::max(grain_of(work_of_row * unit), blocks_of(kRowsOfThread, unit));
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    const auto memory = scratch(panel_size + scratch_columns_ * capacity);
+    float *panel = memory.get(), *temporaries = panel + panel_size;
     for (size_t r = 0; r < runs_.size(); ++r) {
       const Run& run = runs_[r];
-      const int64_t rows = run.count * tokens_;
       const int64_t from = std::max(begin - first_unit[r], int64_t{0}) * unit;
-      const int64_t to = std::min((end - first_unit[r]) * unit, rows);
+      const int64_t to = std::min((end - first_unit[r]) * unit, run.count * tokens_);
       for (int64_t row = from; row < to; row += capacity) {
         const int64_t first = run.first * tokens_ + row;
         const Block block(
-            run.adapter, first, std::min(capacity, to - row), reinterpret_cast<char*>(temporaries.get()), first, capacity);
-        if (run.adapter < 0) {
-          if (off_) off_(block);
-          continue;
-        }
-        size_t weight = std::find(adapters.begin(), adapters.end(), run.adapter) - adapters.begin();
-        for (const Step& step : steps_) {
-          if (!step.product) {
-            step.loop(block);
-            continue;
-          }
-          const Product& product = *step.product;
-          const Matrix out = block.of(product.out), a = block.of(product.a);
-          const Matrix base = product.base ? block.of(*product.base) : out;
-          const float* bias = product.bias ? element(product.bias(run.adapter), 0, 0) : nullptr;
-          multiply_tiles(
-              set, packed[weight].panels, packed[weight].memory, out, product.base ? &base : nullptr, a, bias,
-              product.alpha.of(run.adapter));
-          weight += adapters.size();
-        }
+            run.adapter, first, std::min(capacity, to - row), reinterpret_cast<char*>(temporaries), first, capacity);
+        if (run.adapter >= 0) run_block(block, panel);
+        else if (off_) off_(block);
       }
     }
   });
+}
+
+void RowPass::run_block(const Block& block, float* panel) const {
+  for (const Step& step : steps_) {
+    if (!step.product) {
+      step.loop(block);
+      continue;
+    }
+    const Product& product = *step.product;
+    const Matrix out = block.of(product.out), base = product.base ? block.of(*product.base) : out;
+    const float* bias = product.bias ? element(product.bias(block.adapter), 0, 0) : nullptr;
+    multiply_tiles(
+        out, product.base ? &base : nullptr, block.of(product.a), product.b(block.adapter), panel, bias,
+        product.alpha.of(block.adapter));
+  }
 }
 
 void RowPass::run_blas() const {

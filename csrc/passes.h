@@ -12,7 +12,6 @@
 #pragma once
 
 #include <functional>
-#include <memory>
 
 #include "tensors.h"
 
@@ -112,6 +111,7 @@ class RowPass {
 
   void run_tiles() const;
   void run_blas() const;
+  void run_block(const Block& block, float* panel) const;
 
   const std::vector<Run>& runs_;
   int64_t tokens_, unit_;

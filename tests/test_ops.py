@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -161,6 +163,80 @@ def test_empty_tensors_pass(shape):
         assert ops.frequency_adapter(x, grid, *frequency_weights(shape[2], 3), backend="cpp").shape == shape
 
 
+def squared_errors(found, exact) -> torch.Tensor:
+    return torch.stack([(y.double() - truth).square().sum() for y, truth in zip(found, exact, strict=True)])
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["gelu", "relu", None, "frequency"])
+def test_cpp_factors_of_scoring_are_as_accurate_as_torch(kind, dtype):
+    ours = plain = size = 0
+    for _ in range(8):
+        if kind == "frequency":
+            shared = [torch.randn(3, 35, 19), torch.randn(3, 35, 19), *frequency_weights(19, 6)]
+            run = partial(_with_grid, grid=(5, 7), cutoff=0.7, band="symmetric")
+        else:
+            shapes = (3, 35, 19), (3, 35, 11), (6, 19), (11, 6), (6,)
+            shared = [torch.randn(shape) for shape in shapes]
+            run = partial(_low_rank_factors, activation=kind, scale=0.3)
+        shared = [tensor.to(dtype) for tensor in shared]
+        exact = run([tensor.double() for tensor in shared])  # the extension takes no float64
+        with patch.object(native, "EXTENSION", None):
+            reference = run(shared)
+        found = run(shared)
+        assert [(y.dtype, y.shape) for y in found] == [(y.dtype, y.shape) for y in reference]
+        ours, plain = ours + squared_errors(found, exact), plain + squared_errors(reference, exact)
+        size = size + torch.stack([truth.square().sum() for truth in exact])
+    assert (ours.sqrt() <= 2 * plain.sqrt() + torch.finfo(dtype).eps * size.sqrt()).all(), (ours, plain)
+
+
+def _low_rank_factors(tensors, **options) -> list[torch.Tensor]:
+    *rest, bias = tensors
+    return list(ops.low_rank_factors(*rest, down_bias=bias, **options))
+
+
+def _with_grid(tensors, grid, **options) -> list[torch.Tensor]:
+    x, dy, *weights = tensors
+    return list(ops.frequency_adapter_factors(x, dy, grid, *weights, **options)[:-1])
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["gelu", None])
+@pytest.mark.parametrize("adapters", [None, [1, -1, 0, 1]], ids=str)
+def test_a_call_without_gradients_gives_the_same_bits(adapters, activation, dtype):
+    stack = (2,) if adapters else ()
+    x, base, qkv = (torch.randn(4, 37, width, dtype=dtype) for width in (24, 24, 72))
+    down, up = torch.randn(*stack, 5, 24, dtype=dtype), torch.randn(*stack, 24, 5, dtype=dtype)
+    bias = torch.randn(*stack, 24, dtype=dtype)
+    rest = {"adapters": adapters, "backend": "cpp"}
+
+    def both() -> list[torch.Tensor]:
+        y = ops.low_rank(x, down, up, base=base, up_bias=bias, activation=activation, scale=0.3, **rest)
+        return [y, ops.low_rank_qv_(qkv.clone(), x, down, up, down, up, 0.3, **rest)]
+
+    down.requires_grad_()
+    kept = both()
+    assert all(y.requires_grad for y in kept)
+    with torch.no_grad():
+        assert all(torch.equal(*pair) for pair in zip(kept, both(), strict=True))
+
+
+@needs_cpp
+def test_tokens_that_share_memory_with_qkv_are_read_before_they_change():
+    down, up = torch.randn(3, 24), torch.randn(8, 3)
+    memory = torch.randn(700, 24)
+    for qkv, x in ((memory[:600], memory[:600]), (memory[:600], memory[100:]), (memory[100:], memory[:600])):
+        before = memory.clone()
+        qkv, x = qkv.view(2, 300, 24), x.view(2, 300, 24)
+        expected = ops.low_rank_qv_(qkv.clone(), x.clone(), down, up, down, up, 0.1, backend="torch")
+        with torch.no_grad():
+            found = ops.low_rank_qv_(qkv, x, down, up, down, up, 0.1, backend="cpp")
+        torch.testing.assert_close(found, expected)
+        memory.copy_(before)
+
+
 THREADS = """
     import sys, torch
     from cegate import native, ops
@@ -179,6 +255,8 @@ THREADS = """
     results.append(ops.low_rank(*low[:3], **biases, activation="gelu", backend="cpp"))
     wanted = [*parts, *low] if channels > 1 else [*parts, *low[3:]]
     results += torch.autograd.grad(sum(y.square().sum() for y in results[1:]), wanted)
+    grids = [part.detach() for part in parts]
+    results += [*ops.frequency_adapter_factors(grids[0], grids[0], (7, 11), *grids[1:], cutoff=0.6)[:-1]]
     sys.stdout.buffer.write(b"".join(t.detach().numpy().tobytes() for t in results))
 """
 
@@ -253,6 +331,10 @@ def test_opcheck_passes():
         cegate.low_rank_qv_backward.default, (qkv, plain[0], hidden, *halves, 0.5, [0, 0], True, True)
     )
     down, _, up, up_bias, router, _, scale = (weight.detach() for weight in weights)
+    torch.library.opcheck(cegate.low_rank_factors.default, (plain[0], dy, *plain[1:], torch.randn(4), 2, 0.5))
+    torch.library.opcheck(
+        cegate.frequency_adapter_factors.default, (plain[0], plain[0], *(w.detach() for w in weights), *kept)
+    )
     torch.library.opcheck(
         cegate.frequency_adapter_backward.default,
         (plain[0], plain[0], torch.rand(2, 12, 18), down, up, up_bias, router, scale, *kept, [], True, True),
