@@ -35,7 +35,8 @@ def main(argv: Sequence[str]) -> int:
     for name in ("input", "output"):
         if not options[name]:
             raise ConfigError(f"--{name} is missing; cegate predict --help tells what it takes")
-    from rich.progress import track
+    from rich.console import Console
+    from rich.progress import Progress
 
     from cegate.checkpoint import load_adapter
     from cegate.engine import predictor
@@ -46,8 +47,11 @@ def main(argv: Sequence[str]) -> int:
     device = pick_device(options["device"] or "auto")
     segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
     written = predictor.predict_files(segmenter, masks)
-    for mask in track(written, "predicting", total=len(masks), transient=True):
-        print(mask)
+    # the bar on stderr, the names on stdout: above the bar on a terminal, untouched in a pipe
+    console, above = Console(stderr=True), sys.stdout.isatty()
+    with Progress(console=console, transient=True, redirect_stdout=above, disable=not console.is_terminal) as bar:
+        for mask in bar.track(written, total=len(masks), description="predicting"):
+            print(mask, flush=True)
     return cli.GOOD
 
 

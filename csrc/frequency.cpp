@@ -214,8 +214,7 @@ Matrix leave_transposed(Weights& weights) { return weights.leave().transposed();
 Matrix leave_experts(Weights& weights) { return weights.leave().column_range(0, weights.leave().columns - 3); }
 Matrix enter(Weights& weights) { return weights.enter(); }
 
-// target [rows, 3d+3], last three columns = source [rows, C] times last [3, C]: a product 3d + 3 wide costs a quarter more
-// than one 3d wide.
+// target [rows, 3d+3], last three columns = source [rows, C] times last [3, C]: in a product they would take a whole panel.
 void project_last(const Shape& shape, const Matrix& target, const Matrix& source, const char* last) {
   loops_of(shape.dtype).dot3(
       source.data, last, source.rows, shape.channels, target.column_range(3 * shape.width, 3).data, target.row_stride);
