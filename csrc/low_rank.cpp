@@ -122,40 +122,48 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> low_rank_backward(
 
   const TypedLoops& typed = loops_of(shape.dtype);
   const bool recomputes = wants_weights && activation != Activation::none;
-  const Tensor dx = tokens_of(shape, wants_x, shape.channels), dpre = tokens_of(shape, wants_weights, shape.rank);
-  const Tensor active = tokens_of(shape, recomputes, shape.rank);
-  RowPass pass(runs, shape.tokens, shape.dtype);
+  const Tensor dpre = tokens_of(shape, wants_weights, shape.rank);
+  Tensor active = tokens_of(shape, recomputes, shape.rank);
+  RowPass enters(runs, shape.tokens, shape.dtype);
   const Rows all_dy = matrix_of(dy, shape.rows(), shape.out), all_x = matrix_of(x, shape.rows(), shape.channels);
-  const Rows all_dx = matrix_of(dx, shape.rows(), shape.channels), all_pre = matrix_of(pre, shape.rows(), shape.rank);
+  const Rows all_pre = matrix_of(pre, shape.rows(), shape.rank);
   const Rows hidden = recomputes ? Rows(matrix_of(active, shape.rows(), shape.rank)) : all_pre;
-  const Rows narrow = wants_weights ? Rows(matrix_of(dpre, shape.rows(), shape.rank)) : pass.temporary(shape.rank);
-
-  pass.product({.out = narrow, .a = all_dy, .b = weight_of(up, shape.out, shape.rank), .alpha = scale});
+  const Rows narrow = wants_weights ? Rows(matrix_of(dpre, shape.rows(), shape.rank)) : enters.temporary(shape.rank);
+  enters.product({.out = narrow, .a = all_dy, .b = weight_of(up, shape.out, shape.rank), .alpha = scale});
   if (activation != Activation::none) {
-    pass.loop([&](const Block& block) {
+    enters.loop([&](const Block& block) {
       typed.deactivate(
           block.of(narrow).data, block.of(all_pre).data, recomputes ? block.of(hidden).data : nullptr, activation,
           block.rows, shape.rank);
     });
   }
-  if (wants_x) pass.product({.out = all_dx, .a = narrow, .b = weight_of(down, shape.rank, shape.channels)});
-  pass.off([&](const Block& block) {
-    if (wants_x) clear(block.of(all_dx));
-  });
-  pass.run();
-
-  const Tensor ddown = gradient_of(shape, wants_weights, {shape.rank, shape.channels});
-  const Tensor dup = gradient_of(shape, wants_weights, {shape.out, shape.rank});
-  const Tensor ddown_bias = gradient_of(shape, wants_weights && down_bias, {shape.rank});
-  const Tensor dup_bias = gradient_of(shape, wants_weights && up_bias, {shape.out});
-  if (wants_weights) {
-    TokenSums sums(runs, shape.tokens, shape.dtype, shape.adapters());
-    sums.product(weight_of(ddown, shape.rank, shape.channels), narrow, all_x);
-    sums.product(weight_of(dup, shape.out, shape.rank), all_dy, hidden, scale);
-    if (down_bias) sums.sum(weight_of(ddown_bias, 1, shape.rank), narrow);
-    if (up_bias) sums.sum(weight_of(dup_bias, 1, shape.out), all_dy, scale);
-    sums.run();
+  Tensor dx = nothing(shape.dtype);
+  auto leave = [&](RowPass& pass) {
+    if (!wants_x) return pass.run();
+    dx = tokens_of(shape, true, shape.channels);
+    const Rows all_dx = matrix_of(dx, shape.rows(), shape.channels);
+    pass.product({.out = all_dx, .a = narrow, .b = weight_of(down, shape.rank, shape.channels)});
+    pass.off([&](const Block& block) { clear(block.of(all_dx)); });
+    pass.run();
+  };
+  if (!wants_weights) {
+    leave(enters);
+    return {dx, nothing(shape.dtype), nothing(shape.dtype), nothing(shape.dtype), nothing(shape.dtype)};
   }
+  enters.run();
+
+  const Tensor ddown = gradient_of(shape, true, {shape.rank, shape.channels});
+  const Tensor dup = gradient_of(shape, true, {shape.out, shape.rank});
+  const Tensor ddown_bias = gradient_of(shape, down_bias, {shape.rank}), dup_bias = gradient_of(shape, up_bias, {shape.out});
+  TokenSums sums(runs, shape.tokens, shape.dtype, shape.adapters());
+  sums.product(weight_of(ddown, shape.rank, shape.channels), narrow, all_x);
+  sums.product(weight_of(dup, shape.out, shape.rank), all_dy, hidden, scale);
+  if (down_bias) sums.sum(weight_of(ddown_bias, 1, shape.rank), narrow);
+  if (up_bias) sums.sum(weight_of(dup_bias, 1, shape.out), all_dy, scale);
+  sums.run();
+  active = nothing(shape.dtype);  // gone before dx is made
+  RowPass leaves(runs, shape.tokens, shape.dtype);
+  leave(leaves);
   return {dx, ddown, dup, ddown_bias, dup_bias};
 }
 
