@@ -8,8 +8,7 @@
 
 namespace cegate {
 
-// The separable low-pass of an H x W grid in an orthonormal real basis: rows [K, H], columns [L, W], their weights [K], [L];
-// `coupled`: the last two frequencies of both axes form the complex corner of the official band.
+// rows, columns, row_weights, column_weights, coupled: see GridFilter.
 
 // x [B, H*W, C] -> its low-pass.
 Tensor low_pass(

@@ -93,4 +93,6 @@ def _draw_panel(
             Line2D([], [], color=colours[d], marker="D" if d == "average" else "o", markersize=3.6, linestyle="none")
             for d in domains
         ]
-        ax.legend(marks, domains, fontsize=7, handlelength=1.2, loc="best")
+        # below the panel, where no interval runs
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05), "ncols": min(len(domains), 3)}
+        ax.legend(marks, domains, fontsize=7, handlelength=1.2, columnspacing=1.2, **below)
