@@ -199,87 +199,93 @@ void TokenSums::run() const {
   else run_blas();
 }
 
-// One task sums up to kNarrow rows of some panels' columns over all tokens of an adapter, in memory of its own.
 void TokenSums::run_tiles() const {
-  const Tiles& set = *tiles();
-  struct Task {
-    const Sum* sum;
-    int64_t adapter, row, rows, column, columns;  // no columns: the columns row .. row + rows - 1 of a plain sum
-
-    int64_t work() const { return rows * std::max<int64_t>(columns, 1); }  // of a token
-  };
-  auto narrow_of = [](const Sum& sum) { return std::min(sum.left.columns(), sum.right.columns()); };
-  auto wide_of = [](const Sum& sum) { return std::max(sum.left.columns(), sum.right.columns()); };
   // columns in as few tasks as keep the threads busy: then the wide factor is read row by row
-  int64_t panels = 0, rows_all = 0, work = 0;
-  for (const Run& run : runs_) rows_all += run.count * tokens_;
+  std::vector<int64_t> tokens(adapters_, 0);
+  for (const Run& run : runs_)
+    if (run.adapter >= 0) tokens[run.adapter] += run.count * tokens_;
+  int64_t panels = 0, work = 0;
   for (const Sum& sum : products_) {
-    panels += blocks_of(wide_of(sum), set.columns) * adapters_;
-    work += narrow_of(sum) * wide_of(sum) * rows_all;
+    for (const int64_t count : tokens) {
+      if (count) panels += blocks_of(sum.wide().columns(), tiles()->columns);
+      work += count * sum.left.columns() * sum.right.columns();
+    }
   }
   const int64_t threads = work < kWorth ? 1 : torch::stable::get_num_threads();
-  const int64_t of_task = std::clamp<int64_t>(panels / (2 * threads), 1, kPanels) * set.columns;
-  std::vector<Task> tasks;
-  for (int64_t adapter = 0; adapter < adapters_; ++adapter) {
-    for (const Sum& sum : products_) {
-      const int64_t narrow = narrow_of(sum), chunks = std::max<int64_t>(blocks_of(narrow, kNarrow), 1);
-      const int64_t rows = blocks_of(blocks_of(narrow, chunks), set.rows) * set.rows;
-      for (int64_t column = 0; column < wide_of(sum); column += of_task)
-        for (int64_t row = 0; row < narrow; row += rows)
-          tasks.push_back(
-              {&sum, adapter, row, std::min(rows, narrow - row), column, std::min(of_task, wide_of(sum) - column)});
-    }
-    for (const Sum& sum : sums_)
-      for (int64_t column = 0; column < sum.left.columns(); column += kRowsOfLoop)
-        tasks.push_back({&sum, adapter, column, std::min(kRowsOfLoop, sum.left.columns() - column), 0, 0});
-  }
+  const int64_t panels_of_task = std::clamp<int64_t>(panels / (2 * threads), 1, kPanels);
+  std::vector<Task> tasks = split(tokens, panels_of_task * tiles()->columns);
   // the largest first, each to the thread that has least
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work() > b.work(); });
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work > b.work; });
   std::vector<std::vector<const Task*>> shares(threads);
   std::vector<int64_t> loads(threads, 0);
   for (const Task& task : tasks) {
     const auto least = std::min_element(loads.begin(), loads.end());
-    shares[least - loads.begin()].push_back(&task), *least += task.work();
+    shares[least - loads.begin()].push_back(&task), *least += task.work;
   }
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const auto memory = scratch(kDepthOfSum * set.columns + kNarrow * of_task);
-    float *panel = memory.get(), *totals = panel + kDepthOfSum * set.columns;
-    std::vector<const Task*> mine;
-    for (int64_t share = begin; share < end; ++share) mine.insert(mine.end(), shares[share].begin(), shares[share].end());
-    for (const Task* at : mine) {
-      const Task& task = *at;
-      const Sum& sum = *task.sum;
-      if (task.columns == 0) {
-        sum_columns(sum, task.adapter, task.row, task.rows);
-        continue;
+    const auto memory = scratch((kDepthOfSum + kNarrow * panels_of_task) * tiles()->columns);
+    for (int64_t share = begin; share < end; ++share) {
+      for (const Task* task : shares[share]) {
+        if (task->columns) sum_product(*task, memory.get());
+        else sum_columns(*task->sum, task->adapter, task->row, task->rows);
       }
-      const bool turned = sum.left.columns() > sum.right.columns();
-      const Rows &narrow = turned ? sum.right : sum.left, &wide = turned ? sum.left : sum.right;
-      const int64_t size = task.rows * set.columns;  // of a panel's totals
-      std::fill(totals, totals + blocks_of(task.columns, set.columns) * size, 0.0f);
-      for (const Run& run : runs_) {
-        if (run.adapter != task.adapter) continue;
-        for (int64_t row = run.first * tokens_, last = row + run.count * tokens_; row < last; row += kDepthOfSum) {
-          const Block block(run.adapter, row, std::min(kDepthOfSum, last - row), nullptr, 0, 0);
-          const Matrix a = block.of(narrow), b = block.of(wide);
-          for (int64_t j = 0; j < task.columns; j += set.columns) {
-            float* total = totals + j / set.columns * size;
-            const int64_t columns = std::min(set.columns, task.columns - j);
-            set.pack(panel, element(b, 0, task.column + j), b.row_stride, 1, block.rows, columns);
-            set.multiply({
-                .a = element(a, 0, task.row), .a_row = 1, .a_column = a.row_stride, .panel = panel, .depth = block.rows,
-                .base = total, .base_row = set.columns, .bias = nullptr, .out = total, .out_row = set.columns,
-                .rows = task.rows, .columns = columns, .alpha = 1});
-          }
-        }
-      }
-      const Matrix weight = sum.out(task.adapter), out = turned ? weight.transposed() : weight;
-      for (int64_t j = 0; j < task.columns; j += set.columns)
-        set.place(
-            element(out, task.row, task.column + j), out.row_stride, out.column_stride, totals + j / set.columns * size,
-            task.rows, std::min(set.columns, task.columns - j), sum.alpha.of(task.adapter));
     }
   });
+}
+
+std::vector<TokenSums::Task> TokenSums::split(const std::vector<int64_t>& tokens, int64_t columns_of_task) const {
+  std::vector<Task> tasks;
+  for (int64_t adapter = 0; adapter < adapters_; ++adapter) {
+    for (const Sum& sum : products_) {
+      const int64_t narrow = sum.narrow().columns(), wide = sum.wide().columns();
+      const int64_t chunks = std::max<int64_t>(blocks_of(narrow, kNarrow), 1), unit = tiles()->rows;
+      const int64_t rows_of_task = blocks_of(blocks_of(narrow, chunks), unit) * unit;
+      for (int64_t column = 0; column < wide; column += columns_of_task) {
+        for (int64_t row = 0; row < narrow; row += rows_of_task) {
+          const int64_t rows = std::min(rows_of_task, narrow - row), columns = std::min(columns_of_task, wide - column);
+          tasks.push_back({&sum, adapter, row, rows, column, columns, tokens[adapter] * rows * columns});
+        }
+      }
+    }
+    for (const Sum& sum : sums_) {
+      for (int64_t column = 0; column < sum.left.columns(); column += kRowsOfLoop) {
+        const int64_t columns = std::min(kRowsOfLoop, sum.left.columns() - column);
+        tasks.push_back({&sum, adapter, column, columns, 0, 0, tokens[adapter] * columns});
+      }
+    }
+  }
+  return tasks;
+}
+
+// All tokens of an adapter, kDepthOfSum at a time, into totals of the task's own; `memory` is for a panel and these.
+void TokenSums::sum_product(const Task& task, float* memory) const {
+  const Tiles& set = *tiles();
+  const Sum& sum = *task.sum;
+  float *panel = memory, *totals = panel + kDepthOfSum * set.columns;
+  const int64_t size = task.rows * set.columns;  // of a panel's totals
+  std::fill(totals, totals + blocks_of(task.columns, set.columns) * size, 0.0f);
+  for (const Run& run : runs_) {
+    if (run.adapter != task.adapter) continue;
+    for (int64_t row = run.first * tokens_, last = row + run.count * tokens_; row < last; row += kDepthOfSum) {
+      const Block block(run.adapter, row, std::min(kDepthOfSum, last - row), nullptr, 0, 0);
+      const Matrix a = block.of(sum.narrow()), b = block.of(sum.wide());
+      for (int64_t j = 0; j < task.columns; j += set.columns) {
+        float* total = totals + j / set.columns * size;
+        const int64_t columns = std::min(set.columns, task.columns - j);
+        set.pack(panel, element(b, 0, task.column + j), b.row_stride, 1, block.rows, columns);
+        set.multiply({
+            .a = element(a, 0, task.row), .a_row = 1, .a_column = a.row_stride, .panel = panel, .depth = block.rows,
+            .base = total, .base_row = set.columns, .bias = nullptr, .out = total, .out_row = set.columns,
+            .rows = task.rows, .columns = columns, .alpha = 1});
+      }
+    }
+  }
+  const Matrix weight = sum.out(task.adapter), out = sum.is_turned() ? weight.transposed() : weight;
+  for (int64_t j = 0; j < task.columns; j += set.columns) {
+    set.place(
+        element(out, task.row, task.column + j), out.row_stride, out.column_stride, totals + j / set.columns * size,
+        task.rows, std::min(set.columns, task.columns - j), sum.alpha.of(task.adapter));
+  }
 }
 
 void TokenSums::run_blas() const {

@@ -142,10 +142,22 @@ class TokenSums {
     WeightOf out;
     Rows left, right;
     Factor alpha;
+
+    bool is_turned() const { return left.columns() > right.columns(); }
+    const Rows& narrow() const { return is_turned() ? right : left; }
+    const Rows& wide() const { return is_turned() ? left : right; }
+  };
+
+  // Some rows (of the narrow factor) and columns (of the wide one) of a gradient; of a plain sum, `rows` of its columns.
+  struct Task {
+    const Sum* sum;
+    int64_t adapter, row, rows, column, columns, work;
   };
 
   void run_tiles() const;
   void run_blas() const;
+  std::vector<Task> split(const std::vector<int64_t>& tokens, int64_t columns_of_task) const;
+  void sum_product(const Task& task, float* memory) const;
   void sum_columns(const Sum& sum, int64_t adapter, int64_t first, int64_t count) const;
 
   const std::vector<Run>& runs_;
