@@ -1,7 +1,6 @@
 #include "frequency.h"
 
 #include <cstring>
-#include <memory>
 
 #include "grid_filter.h"
 #include "passes.h"
@@ -60,17 +59,16 @@ class Weights {
   Weights(
       const Shape& shape, const Tensor& down, const Tensor& up, const Tensor& up_bias, const Tensor& router,
       const Tensor& scale, int64_t adapter)
-      : shape_(shape), size_(bytes_of(shape.dtype)) {
+      : shape_(shape), size_(bytes_of(shape.dtype)), leave_(empty({shape.channels, shape.hidden}, shape.dtype)) {
     const int64_t c = shape.channels, d = shape.width;
     down_ = data_of(down) + adapter * 3 * d * c * size_;
     const char* experts = data_of(up) + adapter * 3 * c * d * size_;
     up_bias_ = data_of(up_bias) + adapter * 3 * c * size_;
     router_ = data_of(router) + adapter * 3 * c * size_;
     loops_of(shape.dtype).load(data_of(scale) + adapter * size_, 1, 1, 1, &this->scale, 1);
-    leave_.resize(c * shape.hidden * size_);
     for (int64_t j = 0; j < 3; ++j) {
       for (int64_t channel = 0; channel < c; ++channel) {
-        char* row = leave_.data() + channel * shape.hidden * size_;
+        char* row = data_of(leave_) + channel * shape.hidden * size_;
         if (d) std::memcpy(row + j * d * size_, experts + (j * c + channel) * d * size_, d * size_);
         std::memcpy(row + (3 * d + j) * size_, up_bias_ + (j * c + channel) * size_, size_);
       }
@@ -86,9 +84,9 @@ class Weights {
 
   void add_enter() {
     const int64_t experts = 3 * shape_.width * shape_.channels * size_, routing = 3 * shape_.channels * size_;
-    enter_.resize(experts + routing);
-    if (experts) std::memcpy(enter_.data(), down_, experts);
-    if (routing) std::memcpy(enter_.data() + experts, router_, routing);
+    enter_ = empty({shape_.hidden, shape_.channels}, shape_.dtype);
+    if (experts) std::memcpy(data_of(*enter_), down_, experts);
+    if (routing) std::memcpy(data_of(*enter_) + experts, router_, routing);
   }
 
   float scale;
@@ -96,14 +94,16 @@ class Weights {
   const char* up_bias() const { return up_bias_; }
   const char* bias() const { return bias_.data(); }
   Matrix down() const { return Matrix(down_, 3 * shape_.width, shape_.channels, shape_.channels, shape_.dtype); }
-  Matrix leave() { return Matrix(leave_.data(), shape_.channels, shape_.hidden, shape_.hidden, shape_.dtype); }
-  Matrix enter() { return Matrix(enter_.data(), shape_.hidden, shape_.channels, shape_.channels, shape_.dtype); }
+  Matrix leave() const { return matrix_of(leave_, shape_.channels, shape_.hidden); }
+  Matrix enter() const { return matrix_of(*enter_, shape_.hidden, shape_.channels); }
 
  private:
   Shape shape_;
   int64_t size_;
   char *down_, *up_bias_, *router_;
-  std::vector<char> enter_, leave_, bias_;
+  Tensor leave_;
+  std::optional<Tensor> enter_;
+  std::vector<char> bias_;
 };
 
 // Those of every adapter that some sample has; the others stay empty.
@@ -124,6 +124,7 @@ class WeightsOfAdapters {
   WeightOf weight(Matrix (*view)(Weights&)) {
     return [this, view](int64_t adapter) { return view(*each_[adapter]); };
   }
+  void release() { each_.clear(); }
   Factor scale() {
     std::vector<float> scales;
     for (const auto& weights : each_) scales.push_back(weights ? weights->scale : 0.0f);
@@ -156,7 +157,7 @@ class Bands {
       : filter_(filter), typed_(loops_of(shape.dtype)), shape_(shape),
         row_{filter.width, filter.kept_columns, shape.width, padded(shape.width)},
         row_bytes_(filter.width * shape.hidden * bytes_of(shape.dtype)),
-        frequencies_(new float[shape.samples * filter.height * filter.kept_columns * 2 * row_.padded]) {
+        frequencies_(empty({shape.samples * filter.height * filter.kept_columns, 2 * row_.padded}, ScalarType::Float)) {
     for (const Run& run : runs)
       for (int64_t b = run.first; run.adapter >= 0 && b < run.first + run.count; ++b) on_.push_back(b);
   }
@@ -217,12 +218,16 @@ class Bands {
     return result;
   }
 
+  void release() { frequencies_ = nothing(ScalarType::Float); }
+
   std::vector<float> sums() const {
     return std::vector<float>(shape_.samples * filter_.height * (shape_.hidden + 1), 0.0f);
   }
 
  private:
-  float* at(int64_t line) { return frequencies_.get() + line * filter_.kept_columns * 2 * row_.padded; }
+  float* at(int64_t line) {
+    return static_cast<float*>(frequencies_.data_ptr()) + line * filter_.kept_columns * 2 * row_.padded;
+  }
 
   template <typename Body>
   void for_lines(const Block& block, const Body& body) {
@@ -236,7 +241,7 @@ class Bands {
   Shape shape_;
   RowShape row_;
   int64_t row_bytes_;
-  std::unique_ptr<float[]> frequencies_;
+  Tensor frequencies_;
   std::vector<int64_t> on_;
 };
 
@@ -334,8 +339,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
   const ScalarType dtype = shape.dtype;
   const int64_t size = bytes_of(dtype), c = shape.channels, d = shape.width, a = shape.adapters();
   const Tensor dx = wants_x ? empty_as(x) : nothing(dtype);
-  const Tensor dhidden = empty({shape.samples, shape.tokens, shape.hidden}, dtype);
-  const Tensor mixed = wants_weights ? empty_as(dhidden) : nothing(dtype);
+  Tensor dhidden = empty({shape.samples, shape.tokens, shape.hidden}, dtype);
+  Tensor mixed = wants_weights ? empty_as(dhidden) : nothing(dtype);
   const Rows all_dy = matrix_of(dy, shape.rows(), c), all_x = matrix_of(x, shape.rows(), c);
   const Rows all_dx = matrix_of(dx, shape.rows(), c), kept = matrix_of(active, shape.rows(), shape.hidden);
   const Rows gradient = matrix_of(dhidden, shape.rows(), shape.hidden);
@@ -369,12 +374,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> frequ
             nothing(dtype)};
   }
 
+  // what is not needed any more goes before the gradients come
+  const Factor scales = weights.scale();
+  weights.release(), bands.release();
   // gradients of the packed weights: enter [A, 3d+3, C], leave [A, C, 3d+3]
   const Tensor denter = empty({a, shape.hidden, c}, dtype), dleave = empty({a, c, shape.hidden}, dtype);
   TokenSums sums(runs, shape.tokens, dtype, a);
   sums.product(weight_of(denter, shape.hidden, c), gradient, all_x);
-  sums.product(weight_of(dleave, c, shape.hidden), all_dy, code, weights.scale());
+  sums.product(weight_of(dleave, c, shape.hidden), all_dy, code, scales);
   sums.run();
+  dhidden = nothing(dtype), mixed = nothing(dtype);
   std::vector<float> dbias(a * (shape.hidden + 1), 0.0f);
   for (const Run& run : runs) {
     if (run.adapter < 0) continue;

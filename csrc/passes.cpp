@@ -1,6 +1,6 @@
 #include "passes.h"
 
-#include <memory>
+#include <atomic>
 
 #include "tiles.h"
 
@@ -24,7 +24,17 @@ float* element(const Matrix& m, int64_t row, int64_t column) {
   return reinterpret_cast<float*>(m.data) + row * m.row_stride + column * m.column_stride;
 }
 
-std::unique_ptr<float[]> scratch(int64_t count) { return std::unique_ptr<float[]>(new float[std::max<int64_t>(count, 1)]); }
+// Memory of one parallel region: a part for every call of its body. From torch's allocator, where whoever measures sees it.
+class Scratch {
+ public:
+  Scratch(int64_t parts, int64_t size) : size_(size), memory_(empty({parts, size}, ScalarType::Float)) {}
+  float* take() { return static_cast<float*>(memory_.data_ptr()) + taken_++ * size_; }
+
+ private:
+  int64_t size_;
+  Tensor memory_;
+  std::atomic<int64_t> taken_ = 0;
+};
 
 // out = base + alpha * (a b + bias). b is packed into `panel` piece by piece: panels of columns, kDepth rows at a time.
 void multiply_tiles(
@@ -87,7 +97,7 @@ Matrix Block::of(const Rows& wanted) const {
 }
 
 RowPass::RowPass(const std::vector<Run>& runs, int64_t tokens, ScalarType dtype, int64_t unit)
-    : runs_(runs), tokens_(tokens), unit_(unit), dtype_(dtype) {}
+    : runs_(runs), tokens_(tokens), unit_(std::max<int64_t>(unit, 1)), dtype_(dtype) {}
 
 Rows RowPass::temporary(int64_t columns) {
   const Rows result(columns, scratch_columns_, dtype_);
@@ -111,14 +121,16 @@ void RowPass::run_tiles() const {
   const int64_t panel_size = std::min(kDepth, deepest) * set.columns;
   // whole tiles where rows do not belong together
   const int64_t unit = unit_ > 1 ? unit_ : set.rows;
-  const int64_t capacity = std::max<int64_t>(kRowsOfBlock / unit, 1) * unit;
   int64_t units = 0;
   std::vector<int64_t> first_unit;
   for (const Run& run : runs_) first_unit.push_back(units), units += blocks_of(run.count * tokens_, unit);
   const int64_t grain = std::max(grain_of(work_of_row * unit), blocks_of(kRowsOfThread, unit));
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks_of(units, grain));
+  const int64_t most = std::max<int64_t>(std::min(kRowsOfBlock / unit, blocks_of(units, std::max<int64_t>(threads, 1))), 1);
+  const int64_t capacity = most * unit;
+  Scratch scratch(threads, panel_size + scratch_columns_ * capacity);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    const auto memory = scratch(panel_size + scratch_columns_ * capacity);
-    float *panel = memory.get(), *temporaries = panel + panel_size;
+    float *panel = scratch.take(), *temporaries = panel + panel_size;
     for (size_t r = 0; r < runs_.size(); ++r) {
       const Run& run = runs_[r];
       const int64_t from = std::max(begin - first_unit[r], int64_t{0}) * unit;
@@ -222,11 +234,14 @@ void TokenSums::run_tiles() const {
     const auto least = std::min_element(loads.begin(), loads.end());
     shares[least - loads.begin()].push_back(&task), *least += task.work;
   }
+  int64_t most_rows = 0;
+  for (const Task& task : tasks) most_rows = std::max(most_rows, task.columns ? task.rows : 0);
+  Scratch scratch(threads, (kDepthOfSum + most_rows * panels_of_task) * tiles()->columns);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const auto memory = scratch((kDepthOfSum + kNarrow * panels_of_task) * tiles()->columns);
+    float* memory = scratch.take();
     for (int64_t share = begin; share < end; ++share) {
       for (const Task* task : shares[share]) {
-        if (task->columns) sum_product(*task, memory.get());
+        if (task->columns) sum_product(*task, memory);
         else sum_columns(*task->sum, task->adapter, task->row, task->rows);
       }
     }

@@ -237,6 +237,24 @@ def test_tokens_that_share_memory_with_qkv_are_read_before_they_change():
         memory.copy_(before)
 
 
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grid", [(2, 0), (0, 2)], ids=str)
+def test_a_grid_without_tokens_passes_through_every_frequency_operator(grid, dtype):
+    x = torch.zeros(2, 0, 8, dtype=dtype)
+    weights = [weight.to(dtype) for weight in frequency_weights(8, 3)]
+    down, _, up, up_bias, router, _, scale = weights
+    filters = torch.randn(2, grid[0]), torch.randn(2, grid[1]), torch.ones(2), torch.ones(2), False
+    cegate = torch.ops.cegate
+    y, active = cegate.frequency_adapter(x, *weights, *filters, [])
+    assert y.shape == x.shape
+    rest = (down, up, up_bias, router, scale, *filters, [], True, True)
+    dx, *gradients = cegate.frequency_adapter_backward(x, x, active, *rest)
+    assert dx.shape == x.shape and all(not gradient.any() for gradient in gradients)
+    found = cegate.frequency_adapter_factors(x, x, *weights, *filters)
+    assert found[0].shape == x.shape and not found[-1].any()
+
+
 THREADS = """
     import sys, torch
     from cegate import native, ops
@@ -254,6 +272,12 @@ THREADS = """
     biases = {"down_bias": low[3], "up_bias": low[4]}
     results.append(ops.low_rank(*low[:3], **biases, activation="gelu", backend="cpp"))
     wanted = [*parts, *low] if channels > 1 else [*parts, *low[3:]]
+    stack = [make(4, 9, channels), make(4, channels, 9)]
+    qkv = [make(6, 500, 3 * channels), make(6, 500, channels)]
+    mixed = {"adapters": [2, 2, 0, -1, 3, 2], "backend": "cpp"}
+    results.append(ops.low_rank(qkv[1], *stack, activation="relu", **mixed))
+    results.append(ops.low_rank_qv_(qkv[0].clone(), qkv[1], *stack, *stack, 0.1, **mixed))
+    wanted += [*qkv, *stack] if channels > 1 else []
     results += torch.autograd.grad(sum(y.square().sum() for y in results[1:]), wanted)
     grids = [part.detach() for part in parts]
     results += [*ops.frequency_adapter_factors(grids[0], grids[0], (7, 11), *grids[1:], cutoff=0.6)[:-1]]
@@ -527,6 +551,8 @@ def test_random_arguments_raise_or_compute_but_never_crash(data):
         "low_rank_backward": lambda: cegate.low_rank_backward(
             take(2, tokens, c), x, take(2, tokens, d), *halves[:2], *flags, number, 0.5, adapters, *flags
         ),
+        "low_rank_factors": lambda: cegate.low_rank_factors(x, saved[0], *halves[:2], take(d), number, 0.5),
+        "frequency_adapter_factors": lambda: cegate.frequency_adapter_factors(x, saved[0], *weights, *filters),
         "low_rank_qv_": lambda: cegate.low_rank_qv_(qkv, x, *halves, 0.5, adapters),
         "low_rank_qv_backward": lambda: cegate.low_rank_qv_backward(qkv, x, hidden, *halves, 0.5, adapters, *flags),
     }

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,11 @@ import rasterio
 from rasterio.transform import from_origin
 
 import cegate
+from cegate import cli, predict
+from cegate.checkpoint import save_adapter
 from cegate.engine.predictor import find_images, plan_outputs, predict_files
 from cegate.errors import DataError
+from cegate.models.vit import weight_hash
 
 
 @pytest.fixture
@@ -88,3 +93,14 @@ def test_an_unreadable_image_is_named(tmp_path):
     broken.write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"broken\.tif"):
         plan_outputs([broken], tmp_path / "out")
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(images, small, tmp_path, monkeypatch, capfd):
+    segmenter = cegate.build(small())
+    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+    options = {"--adapter": tmp_path / "adapter", "--input": images, "--output": tmp_path / "out"}
+    assert predict.main([str(part) for option in options.items() for part in option]) == cli.GOOD
+    assert "Traceback" not in capfd.readouterr().err
