@@ -27,20 +27,25 @@ float* element(const Matrix& m, int64_t row, int64_t column) {
 // Memory of one parallel region: a part for every call of its body. From torch's allocator, where whoever measures sees it.
 class Scratch {
  public:
-  Scratch(int64_t parts, int64_t size) : size_(size), memory_(empty({parts, size}, ScalarType::Float)) {}
-  float* take() { return static_cast<float*>(memory_.data_ptr()) + taken_++ * size_; }
+  Scratch(int64_t parts, int64_t size) : parts_(parts), size_(size), memory_(empty({parts, size}, ScalarType::Float)) {}
+
+  float* take() {
+    const int64_t part = taken_++;
+    check(part < parts_, "cegate: a parallel region has more than ", parts_, " parts");
+    return static_cast<float*>(memory_.data_ptr()) + part * size_;
+  }
 
  private:
-  int64_t size_;
+  int64_t parts_, size_;
   Tensor memory_;
   std::atomic<int64_t> taken_ = 0;
 };
 
-// out = base + alpha * (a b + bias). b is packed into `panel` piece by piece: panels of columns, kDepth rows at a time.
+// out = base + alpha * (a b + bias). b is packed piece by piece: panels of columns, kDepth rows at a time.
 void multiply_tiles(
-    const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, float* panel, const float* bias,
-    float alpha) {
+    const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, const float* bias, float alpha) {
   const Tiles& set = *tiles();
+  alignas(64) float panel[kDepth * kMostColumns];
   const int64_t pieces = std::max<int64_t>(blocks_of(a.columns, kDepth), 1);  // a depth of none still writes out
   for (int64_t k = 0; k < pieces; ++k) {
     const int64_t first = k * kDepth, depth = std::min(kDepth, a.columns - first);
@@ -112,13 +117,9 @@ void RowPass::run() const {
 
 void RowPass::run_tiles() const {
   const Tiles& set = *tiles();
-  int64_t work_of_row = 0, deepest = 0;
-  for (const Step& step : steps_) {
-    if (!step.product) continue;
-    work_of_row += step.product->a.columns() * step.product->out.columns();
-    deepest = std::max(deepest, step.product->a.columns());
-  }
-  const int64_t panel_size = std::min(kDepth, deepest) * set.columns;
+  int64_t work_of_row = 0;
+  for (const Step& step : steps_)
+    if (step.product) work_of_row += step.product->a.columns() * step.product->out.columns();
   // whole tiles where rows do not belong together
   const int64_t unit = unit_ > 1 ? unit_ : set.rows;
   int64_t units = 0;
@@ -126,27 +127,27 @@ void RowPass::run_tiles() const {
   for (const Run& run : runs_) first_unit.push_back(units), units += blocks_of(run.count * tokens_, unit);
   const int64_t grain = std::max(grain_of(work_of_row * unit), blocks_of(kRowsOfThread, unit));
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), blocks_of(units, grain));
-  const int64_t most = std::max<int64_t>(std::min(kRowsOfBlock / unit, blocks_of(units, std::max<int64_t>(threads, 1))), 1);
-  const int64_t capacity = most * unit;
-  Scratch scratch(threads, panel_size + scratch_columns_ * capacity);
+  // blocks of even height, as few as a thread's share needs
+  const int64_t share = blocks_of(units, std::max<int64_t>(threads, 1)), most = std::max<int64_t>(kRowsOfBlock / unit, 1);
+  const int64_t capacity = std::max<int64_t>(blocks_of(share, std::max<int64_t>(blocks_of(share, most), 1)), 1) * unit;
+  Scratch scratch(threads, scratch_columns_ * capacity);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    float *panel = scratch.take(), *temporaries = panel + panel_size;
+    char* temporaries = reinterpret_cast<char*>(scratch.take());
     for (size_t r = 0; r < runs_.size(); ++r) {
       const Run& run = runs_[r];
       const int64_t from = std::max(begin - first_unit[r], int64_t{0}) * unit;
       const int64_t to = std::min((end - first_unit[r]) * unit, run.count * tokens_);
       for (int64_t row = from; row < to; row += capacity) {
         const int64_t first = run.first * tokens_ + row;
-        const Block block(
-            run.adapter, first, std::min(capacity, to - row), reinterpret_cast<char*>(temporaries), first, capacity);
-        if (run.adapter >= 0) run_block(block, panel);
+        const Block block(run.adapter, first, std::min(capacity, to - row), temporaries, first, capacity);
+        if (run.adapter >= 0) run_block(block);
         else if (off_) off_(block);
       }
     }
   });
 }
 
-void RowPass::run_block(const Block& block, float* panel) const {
+void RowPass::run_block(const Block& block) const {
   for (const Step& step : steps_) {
     if (!step.product) {
       step.loop(block);
@@ -156,7 +157,7 @@ void RowPass::run_block(const Block& block, float* panel) const {
     const Matrix out = block.of(product.out), base = product.base ? block.of(*product.base) : out;
     const float* bias = product.bias ? element(product.bias(block.adapter), 0, 0) : nullptr;
     multiply_tiles(
-        out, product.base ? &base : nullptr, block.of(product.a), product.b(block.adapter), panel, bias,
+        out, product.base ? &base : nullptr, block.of(product.a), product.b(block.adapter), bias,
         product.alpha.of(block.adapter));
   }
 }
@@ -236,12 +237,12 @@ void TokenSums::run_tiles() const {
   }
   int64_t most_rows = 0;
   for (const Task& task : tasks) most_rows = std::max(most_rows, task.columns ? task.rows : 0);
-  Scratch scratch(threads, (kDepthOfSum + most_rows * panels_of_task) * tiles()->columns);
+  Scratch scratch(threads, most_rows * panels_of_task * tiles()->columns);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    float* memory = scratch.take();
+    float* totals = scratch.take();
     for (int64_t share = begin; share < end; ++share) {
       for (const Task* task : shares[share]) {
-        if (task->columns) sum_product(*task, memory);
+        if (task->columns) sum_product(*task, totals);
         else sum_columns(*task->sum, task->adapter, task->row, task->rows);
       }
     }
@@ -272,11 +273,11 @@ std::vector<TokenSums::Task> TokenSums::split(const std::vector<int64_t>& tokens
   return tasks;
 }
 
-// All tokens of an adapter, kDepthOfSum at a time, into totals of the task's own; `memory` is for a panel and these.
-void TokenSums::sum_product(const Task& task, float* memory) const {
+// All tokens of an adapter, kDepthOfSum at a time, into totals of the task's own.
+void TokenSums::sum_product(const Task& task, float* totals) const {
   const Tiles& set = *tiles();
   const Sum& sum = *task.sum;
-  float *panel = memory, *totals = panel + kDepthOfSum * set.columns;
+  alignas(64) float panel[kDepthOfSum * kMostColumns];
   const int64_t size = task.rows * set.columns;  // of a panel's totals
   std::fill(totals, totals + blocks_of(task.columns, set.columns) * size, 0.0f);
   for (const Run& run : runs_) {

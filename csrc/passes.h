@@ -111,7 +111,7 @@ class RowPass {
 
   void run_tiles() const;
   void run_blas() const;
-  void run_block(const Block& block, float* panel) const;
+  void run_block(const Block& block) const;
 
   const std::vector<Run>& runs_;
   int64_t tokens_, unit_;
@@ -157,7 +157,7 @@ class TokenSums {
   void run_tiles() const;
   void run_blas() const;
   std::vector<Task> split(const std::vector<int64_t>& tokens, int64_t columns_of_task) const;
-  void sum_product(const Task& task, float* memory) const;
+  void sum_product(const Task& task, float* totals) const;
   void sum_columns(const Sum& sum, int64_t adapter, int64_t first, int64_t count) const;
 
   const std::vector<Run>& runs_;

@@ -10,6 +10,7 @@ namespace {
 constexpr int kRows = kLanes == 16 ? 8 : 4;
 constexpr int kVectors = kLanes == 16 ? 2 : 3;
 constexpr int64_t kColumns = kVectors * kLanes;
+static_assert(kColumns <= kMostColumns);
 
 // Every step swaps halves of pairs of vectors. A template, or the vectors would live in memory.
 template <int step>

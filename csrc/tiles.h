@@ -20,6 +20,8 @@ struct Tile {
   float alpha;
 };
 
+constexpr int64_t kMostColumns = 32;  // of a panel, whatever the instruction set
+
 struct Tiles {
   int64_t rows, columns;  // that the registers hold at once; more rows go through them in turn
 
