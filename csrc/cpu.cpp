@@ -1,6 +1,7 @@
 // Chooses the loops and tiles for the CPU the process runs on.
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 
 #include "loops.h"
 #include "tiles.h"
@@ -10,29 +11,36 @@ namespace cegate {
 extern const Loops loops_portable;
 #ifdef CEGATE_X86
 extern const Loops loops_avx2, loops_avx512;
-extern const Tiles tiles_avx2, tiles_avx512;
+extern const Tiles tiles_avx2, tiles_avx512, tiles_avx512_bf16;
 #endif
 
 namespace {
 
 struct Chosen {
+  const char* name;
   const Loops& loops;
-  const Tiles* tiles;
+  const Tiles *float32_tiles, *bfloat16_tiles;
 };
 
 Chosen choose() {
 #ifdef CEGATE_X86
+  // the best that the processor has, up to the one that is asked for
   const char* wish = std::getenv("CEGATE_CPU");
-  const bool any = wish == nullptr;
+  auto allows = [&](std::initializer_list<const char*> names) {
+    bool named = wish == nullptr;
+    for (const char* name : names) named = named || std::strcmp(wish, name) == 0;
+    return named;
+  };
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && (any || std::strcmp(wish, "avx512") == 0)) return {loops_avx512, &tiles_avx512};
-  if (avx2 && (any || std::strcmp(wish, "avx2") == 0 || std::strcmp(wish, "avx512") == 0))
-    return {loops_avx2, &tiles_avx2};
+  const bool pairs = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (pairs && allows({"avx512_bf16"})) return {"avx512_bf16", loops_avx512, &tiles_avx512, &tiles_avx512_bf16};
+  if (avx512 && allows({"avx512_bf16", "avx512"})) return {"avx512", loops_avx512, &tiles_avx512, nullptr};
+  if (avx2 && allows({"avx512_bf16", "avx512", "avx2"})) return {"avx2", loops_avx2, &tiles_avx2, nullptr};
 #endif
-  return {loops_portable, nullptr};
+  return {"portable", loops_portable, nullptr, nullptr};
 }
 
 const Chosen& chosen() {
@@ -44,6 +52,10 @@ const Chosen& chosen() {
 
 const Loops& loops() { return chosen().loops; }
 
-const Tiles* tiles() { return chosen().tiles; }
+const char* cpu_capability() { return chosen().name; }
+
+const Tiles* float32_tiles() { return chosen().float32_tiles; }
+
+const Tiles* bfloat16_tiles() { return chosen().bfloat16_tiles; }
 
 }  // namespace cegate

@@ -6,28 +6,6 @@
 namespace cegate {
 namespace {
 
-struct Bfloat16 {
-  uint16_t bits;
-};
-
-inline float to_float(float value) { return value; }
-
-inline float to_float(Bfloat16 value) {
-  uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  memcpy(&result, &bits, 4);
-  return result;
-}
-
-inline void assign(float& target, float value) { target = value; }
-
-inline void assign(Bfloat16& target, float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
-  target.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
-}
-
 inline float sum(Vector value) {
   float total = 0;
   for (int64_t i = 0; i < kLanes; ++i) total += value[i];
@@ -79,32 +57,6 @@ inline void normal(Vector x, Vector& distribution, Vector& density) {
   const Vector tail = splat(0.5f) * decay * t * q;
   distribution = x < zero ? tail : one - tail;
   density = splat(0.398942280f) * decay;
-}
-
-inline Vector load_lanes(const Bfloat16* source, int64_t count) {
-  Halves halves = {};
-  if (count == kLanes) {
-    memcpy(&halves, source, sizeof(halves));
-  } else {
-    for (int64_t i = 0; i < count; ++i) halves[i] = source[i].bits;
-  }
-  const Words words = __builtin_convertvector(halves, Words) << 16;
-  Vector result;
-  memcpy(&result, &words, sizeof(result));
-  return result;
-}
-
-inline void store_lanes(Bfloat16* target, Vector value, int64_t count) {
-  if (count < kLanes) {
-    for (int64_t i = 0; i < count; ++i) assign(target[i], value[i]);
-    return;
-  }
-  Words words;
-  memcpy(&words, &value, sizeof(words));
-  const Words rounded = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
-  const Words kept = (words & 0x7fffffffu) > 0x7f800000u ? words - words + 0x7fc0u : rounded;
-  const Halves halves = __builtin_convertvector(kept, Halves);
-  memcpy(target, &halves, sizeof(halves));
 }
 
 template <typename T>
@@ -386,11 +338,7 @@ constexpr TypedLoops typed_loops() {
 
 }  // namespace
 
-#define CEGATE_QUOTE(isa) #isa
-#define CEGATE_NAME(isa) CEGATE_QUOTE(isa)
-
 extern const Loops CEGATE_TABLE(loops);
-const Loops CEGATE_TABLE(loops) = {
-    CEGATE_NAME(CEGATE_ISA), kLanes, typed_loops<float>(), typed_loops<Bfloat16>(), combine};
+const Loops CEGATE_TABLE(loops) = {kLanes, typed_loops<float>(), typed_loops<Bfloat16>(), combine};
 
 }  // namespace cegate

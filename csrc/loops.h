@@ -58,7 +58,6 @@ struct TypedLoops {
 };
 
 struct Loops {
-  const char* name;
   int64_t lanes;  // floats per vector
   TypedLoops single;
   TypedLoops bfloat16;
@@ -69,7 +68,10 @@ struct Loops {
       int64_t outs, int64_t ins, int64_t width);
 };
 
-// The fastest set this CPU can run; CEGATE_CPU=portable|avx2|avx512 asks for a lesser one.
+// The fastest set this CPU can run; CEGATE_CPU=portable|avx2|avx512|avx512_bf16 asks for a lesser one.
 const Loops& loops();
+
+// Which of these it is.
+const char* cpu_capability();
 
 }  // namespace cegate

@@ -10,7 +10,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of cegate; reached through cegate.ops.";
   m.attr("version") = CEGATE_VERSION;
-  m.def("cpu_capability", [] { return cegate::loops().name; }, "Instruction set of the loops on this CPU.");
+  m.def("cpu_capability", cegate::cpu_capability, "Instruction set of the loops and tiles on this CPU.");
 
   using cegate::GatePlan;
   py::class_<GatePlan>(m, "GatePlan")

@@ -2,62 +2,71 @@
 
 #include <atomic>
 
-#include "tiles.h"
-
 namespace cegate {
 namespace {
 
-constexpr int64_t kDepth = 256;         // of a block of a product: its panel stays in the first-level cache
 constexpr int64_t kRowsOfBlock = 192;   // of a pass: its matrices stay in the second-level cache, its packing is little work
 constexpr int64_t kRowsOfThread = 32;   // fewer would spend more on packing than a thread less costs
 constexpr int64_t kRowsOfLoop = 64;     // that a loop takes at a time where it runs alone
 constexpr int64_t kDepthOfSum = 128;    // tokens that a weight's gradient takes at a time: nearness of its narrow factor
 constexpr int64_t kNarrow = 104;        // rows of a weight's gradient that a task sums
+constexpr int64_t kMostNarrow = 128;    // the same in whole panels
 constexpr int64_t kPanels = 16;         // and panels of columns, at most
+constexpr int64_t kPanelBytes = 64 << 10;  // of the largest piece of a product that any instruction set packs
 constexpr int64_t kWorth = 1 << 19;     // multiplications that are worth waking a thread for
 
 int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
 int64_t grain_of(int64_t work) { return std::max<int64_t>(kWorth / std::max<int64_t>(work, 1), 1); }
 
-float* element(const Matrix& m, int64_t row, int64_t column) {
-  return reinterpret_cast<float*>(m.data) + row * m.row_stride + column * m.column_stride;
+char* element(const Matrix& m, int64_t row, int64_t column) {
+  return m.data + (row * m.row_stride + column * m.column_stride) * bytes_of(m.dtype);
 }
+
+// Null where a BLAS is faster.
+const Tiles* tiles_of(ScalarType dtype) { return dtype == ScalarType::Float ? float32_tiles() : bfloat16_tiles(); }
 
 // Memory of one parallel region: a part for every call of its body. From torch's allocator, where whoever measures sees it.
 class Scratch {
  public:
-  Scratch(int64_t parts, int64_t size) : parts_(parts), size_(size), memory_(empty({parts, size}, ScalarType::Float)) {}
+  Scratch(int64_t parts, int64_t size, ScalarType dtype)
+      : parts_(parts), bytes_(size * bytes_of(dtype)), memory_(empty({parts, size}, dtype)) {}
 
-  float* take() {
+  char* take() {
     const int64_t part = taken_++;
     check(part < parts_, "cegate: a parallel region has more than ", parts_, " parts");
-    return static_cast<float*>(memory_.data_ptr()) + part * size_;
+    return data_of(memory_) + part * bytes_;
   }
 
  private:
-  int64_t parts_, size_;
+  int64_t parts_, bytes_;
   Tensor memory_;
   std::atomic<int64_t> taken_ = 0;
 };
 
-// out = base + alpha * (a b + bias). b is packed piece by piece: panels of columns, kDepth rows at a time.
+// Memory on the stack of a thread for a block of a factor, as `pack` writes it.
+template <int64_t bytes>
+struct alignas(64) Panel {
+  char data[bytes];
+};
+
+// out = base + alpha * (a b + bias). b is packed piece by piece: panels of columns, some of the depth at a time.
 void multiply_tiles(
-    const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, const float* bias, float alpha) {
-  const Tiles& set = *tiles();
-  alignas(64) float panel[kDepth * kMostColumns];
-  const int64_t pieces = std::max<int64_t>(blocks_of(a.columns, kDepth), 1);  // a depth of none still writes out
+    const Tiles& set, const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, const char* bias, float alpha) {
+  Panel<kPanelBytes> panel;
+  const int64_t size = bytes_of(out.dtype);
+  const int64_t pieces = std::max<int64_t>(blocks_of(a.columns, set.depth), 1);  // a depth of none still writes out
   for (int64_t k = 0; k < pieces; ++k) {
-    const int64_t first = k * kDepth, depth = std::min(kDepth, a.columns - first);
+    const int64_t first = k * set.depth, depth = std::min(set.depth, a.columns - first);
     const Matrix* start = k ? &out : base;
     for (int64_t column = 0; column < out.columns; column += set.columns) {
       const int64_t columns = std::min(set.columns, out.columns - column);
-      set.pack(panel, element(b, first, column), b.row_stride, b.column_stride, depth, columns);
+      set.pack(panel.data, element(b, first, column), b.row_stride, b.column_stride, depth, columns);
       set.multiply({
-          .a = element(a, 0, first), .a_row = a.row_stride, .a_column = a.column_stride, .panel = panel, .depth = depth,
+          .a = element(a, 0, first), .a_row = a.row_stride, .a_step = set.unit, .panel = panel.data, .depth = depth,
           .base = start ? element(*start, 0, column) : nullptr, .base_row = start ? start->row_stride : 0,
-          .bias = bias && k == 0 ? bias + column : nullptr, .out = element(out, 0, column), .out_row = out.row_stride,
-          .rows = out.rows, .columns = columns, .alpha = alpha});
+          .bias = bias && k == 0 ? bias + column * size : nullptr, .out = element(out, 0, column),
+          .out_row = out.row_stride, .rows = out.rows, .columns = columns, .alpha = alpha});
     }
   }
 }
@@ -111,12 +120,11 @@ Rows RowPass::temporary(int64_t columns) {
 }
 
 void RowPass::run() const {
-  if (dtype_ == ScalarType::Float && tiles()) run_tiles();
+  if (const Tiles* set = tiles_of(dtype_)) run_tiles(*set);
   else run_blas();
 }
 
-void RowPass::run_tiles() const {
-  const Tiles& set = *tiles();
+void RowPass::run_tiles(const Tiles& set) const {
   int64_t work_of_row = 0;
   for (const Step& step : steps_)
     if (step.product) work_of_row += step.product->a.columns() * step.product->out.columns();
@@ -130,9 +138,9 @@ void RowPass::run_tiles() const {
   // blocks of even height, as few as a thread's share needs
   const int64_t share = blocks_of(units, std::max<int64_t>(threads, 1)), most = std::max<int64_t>(kRowsOfBlock / unit, 1);
   const int64_t capacity = std::max<int64_t>(blocks_of(share, std::max<int64_t>(blocks_of(share, most), 1)), 1) * unit;
-  Scratch scratch(threads, scratch_columns_ * capacity);
+  Scratch scratch(threads, scratch_columns_ * capacity, dtype_);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    char* temporaries = reinterpret_cast<char*>(scratch.take());
+    char* temporaries = scratch.take();
     for (size_t r = 0; r < runs_.size(); ++r) {
       const Run& run = runs_[r];
       const int64_t from = std::max(begin - first_unit[r], int64_t{0}) * unit;
@@ -140,14 +148,14 @@ void RowPass::run_tiles() const {
       for (int64_t row = from; row < to; row += capacity) {
         const int64_t first = run.first * tokens_ + row;
         const Block block(run.adapter, first, std::min(capacity, to - row), temporaries, first, capacity);
-        if (run.adapter >= 0) run_block(block);
+        if (run.adapter >= 0) run_block(set, block);
         else if (off_) off_(block);
       }
     }
   });
 }
 
-void RowPass::run_block(const Block& block) const {
+void RowPass::run_block(const Tiles& set, const Block& block) const {
   for (const Step& step : steps_) {
     if (!step.product) {
       step.loop(block);
@@ -155,9 +163,9 @@ void RowPass::run_block(const Block& block) const {
     }
     const Product& product = *step.product;
     const Matrix out = block.of(product.out), base = product.base ? block.of(*product.base) : out;
-    const float* bias = product.bias ? element(product.bias(block.adapter), 0, 0) : nullptr;
+    const char* bias = product.bias ? product.bias(block.adapter).data : nullptr;
     multiply_tiles(
-        out, product.base ? &base : nullptr, block.of(product.a), product.b(block.adapter), bias,
+        set, out, product.base ? &base : nullptr, block.of(product.a), product.b(block.adapter), bias,
         product.alpha.of(block.adapter));
   }
 }
@@ -208,11 +216,11 @@ void RowPass::run_blas() const {
 }
 
 void TokenSums::run() const {
-  if (dtype_ == ScalarType::Float && tiles()) run_tiles();
+  if (const Tiles* set = tiles_of(dtype_)) run_tiles(*set);
   else run_blas();
 }
 
-void TokenSums::run_tiles() const {
+void TokenSums::run_tiles(const Tiles& set) const {
   // columns in as few tasks as keep the threads busy: then the wide factor is read row by row
   std::vector<int64_t> tokens(adapters_, 0);
   for (const Run& run : runs_)
@@ -220,13 +228,13 @@ void TokenSums::run_tiles() const {
   int64_t panels = 0, work = 0;
   for (const Sum& sum : products_) {
     for (const int64_t count : tokens) {
-      if (count) panels += blocks_of(sum.wide().columns(), tiles()->columns);
+      if (count) panels += blocks_of(sum.wide().columns(), set.columns);
       work += count * sum.left.columns() * sum.right.columns();
     }
   }
   const int64_t threads = work < kWorth ? 1 : torch::stable::get_num_threads();
   const int64_t panels_of_task = std::clamp<int64_t>(panels / (2 * threads), 1, kPanels);
-  std::vector<Task> tasks = split(tokens, panels_of_task * tiles()->columns);
+  std::vector<Task> tasks = split(set, tokens, panels_of_task * set.columns);
   // the largest first, each to the thread that has least
   std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.work > b.work; });
   std::vector<std::vector<const Task*>> shares(threads);
@@ -237,24 +245,25 @@ void TokenSums::run_tiles() const {
   }
   int64_t most_rows = 0;
   for (const Task& task : tasks) most_rows = std::max(most_rows, task.columns ? task.rows : 0);
-  Scratch scratch(threads, most_rows * panels_of_task * tiles()->columns);
+  Scratch scratch(threads, most_rows * panels_of_task * set.columns, ScalarType::Float);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    float* totals = scratch.take();
+    float* totals = reinterpret_cast<float*>(scratch.take());
     for (int64_t share = begin; share < end; ++share) {
       for (const Task* task : shares[share]) {
-        if (task->columns) sum_product(*task, totals);
+        if (task->columns) sum_product(set, *task, totals);
         else sum_columns(*task->sum, task->adapter, task->row, task->rows);
       }
     }
   });
 }
 
-std::vector<TokenSums::Task> TokenSums::split(const std::vector<int64_t>& tokens, int64_t columns_of_task) const {
+std::vector<TokenSums::Task> TokenSums::split(
+    const Tiles& set, const std::vector<int64_t>& tokens, int64_t columns_of_task) const {
   std::vector<Task> tasks;
   for (int64_t adapter = 0; adapter < adapters_; ++adapter) {
     for (const Sum& sum : products_) {
       const int64_t narrow = sum.narrow().columns(), wide = sum.wide().columns();
-      const int64_t chunks = std::max<int64_t>(blocks_of(narrow, kNarrow), 1), unit = tiles()->rows;
+      const int64_t chunks = std::max<int64_t>(blocks_of(narrow, kNarrow), 1), unit = set.rows;
       const int64_t rows_of_task = blocks_of(blocks_of(narrow, chunks), unit) * unit;
       for (int64_t column = 0; column < wide; column += columns_of_task) {
         for (int64_t row = 0; row < narrow; row += rows_of_task) {
@@ -274,25 +283,45 @@ std::vector<TokenSums::Task> TokenSums::split(const std::vector<int64_t>& tokens
 }
 
 // All tokens of an adapter, kDepthOfSum at a time, into totals of the task's own.
-void TokenSums::sum_product(const Task& task, float* totals) const {
-  const Tiles& set = *tiles();
+void TokenSums::sum_product(const Tiles& set, const Task& task, float* totals) const {
   const Sum& sum = *task.sum;
-  alignas(64) float panel[kDepthOfSum * kMostColumns];
+  Panel<kDepthOfSum * kMostNarrow * 2> packed;
+  Panel<kDepthOfSum * kMostColumns * 4> right;
   const int64_t size = task.rows * set.columns;  // of a panel's totals
+  const int64_t left_stride = kDepthOfSum * bytes_of(dtype_);
   std::fill(totals, totals + blocks_of(task.columns, set.columns) * size, 0.0f);
   for (const Run& run : runs_) {
     if (run.adapter != task.adapter) continue;
     for (int64_t row = run.first * tokens_, last = row + run.count * tokens_; row < last; row += kDepthOfSum) {
       const Block block(run.adapter, row, std::min(kDepthOfSum, last - row), nullptr, 0, 0);
       const Matrix a = block.of(sum.narrow()), b = block.of(sum.wide());
+      const char* left = element(a, 0, task.row);
+      // words of several rows of a do not lie side by side
+      if (set.unit > 1) {
+        for (int64_t i = 0; i < task.rows; i += set.columns) {
+          set.pack(
+              packed.data + i * left_stride, left + i * bytes_of(dtype_), a.row_stride, 1, block.rows,
+              std::min(set.columns, task.rows - i));
+        }
+      }
       for (int64_t j = 0; j < task.columns; j += set.columns) {
-        float* total = totals + j / set.columns * size;
         const int64_t columns = std::min(set.columns, task.columns - j);
-        set.pack(panel, element(b, 0, task.column + j), b.row_stride, 1, block.rows, columns);
-        set.multiply({
-            .a = element(a, 0, task.row), .a_row = 1, .a_column = a.row_stride, .panel = panel, .depth = block.rows,
-            .base = total, .base_row = set.columns, .bias = nullptr, .out = total, .out_row = set.columns,
-            .rows = task.rows, .columns = columns, .alpha = 1});
+        float* total = totals + j / set.columns * size;
+        set.pack(right.data, element(b, 0, task.column + j), b.row_stride, 1, block.rows, columns);
+        Tile tile{
+            .a = left, .a_row = 1, .a_step = a.row_stride, .panel = right.data, .depth = block.rows, .base = total,
+            .base_row = set.columns, .bias = nullptr, .out = total, .out_row = set.columns, .rows = task.rows,
+            .columns = columns, .alpha = 1};
+        if (set.unit == 1) {
+          set.add_up(tile);
+          continue;
+        }
+        tile.a_row = set.unit, tile.a_step = set.unit * set.columns;
+        for (int64_t i = 0; i < task.rows; i += set.columns) {
+          tile.a = packed.data + i * left_stride, tile.base = tile.out = total + i * set.columns;
+          tile.rows = std::min(set.columns, task.rows - i);
+          set.add_up(tile);
+        }
       }
     }
   }

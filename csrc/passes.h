@@ -1,19 +1,21 @@
 // What an operator does to the tokens of a batch, said once and run in one of two ways.
 //
-// float32 on AVX2 and AVX-512: one parallel region over blocks of rows, every block through all steps before the next, the
-// products in our own register tiles. All else: one step after the other over whole runs of samples, the products in
-// ATen's BLAS.
+// Where there are tiles (float32 on AVX2 and AVX-512, bfloat16 on AVX512-BF16): one parallel region over blocks of rows,
+// every block through all steps before the next, the products in our own register tiles. All else: one step after the
+// other over whole runs of samples, the products in ATen's BLAS.
 //
 // Why not the BLAS for all: these products are narrow (8 to 128 on one side), so packing and threading weigh as much as
-// their arithmetic, and MKL, which torch ships, takes AVX2 on a processor that is not Intel's: 104 GFLOP/s a core of an
-// EPYC 9005 on which a tile alone reaches 265. bfloat16 stays with the BLAS: there it reaches 250 to 460 through AVX512-BF16.
-// benchmarks/bench_dispatch.py shows every module beside its BLAS products alone. No result of ours depends on the number
-// of threads: every element is summed over blocks of the depth in order.
+// their arithmetic. And MKL, which torch ships, takes AVX2 on a processor that is not Intel's: in float32 104 GFLOP/s a
+// core of an EPYC 9005 on which a tile alone reaches 265; in bfloat16 it reaches 370 to 450 through AVX512-BF16, so there
+// the tiles gain where a call's own work weighs, at small sizes. benchmarks/bench_dispatch.py shows every module beside
+// its BLAS products alone. No result of ours depends on the number of threads: every element is summed over blocks of the
+// depth in order.
 #pragma once
 
 #include <functional>
 
 #include "tensors.h"
+#include "tiles.h"
 
 namespace cegate {
 
@@ -109,9 +111,9 @@ class RowPass {
     std::function<void(const Block&)> loop;
   };
 
-  void run_tiles() const;
+  void run_tiles(const Tiles& set) const;
   void run_blas() const;
-  void run_block(const Block& block) const;
+  void run_block(const Tiles& set, const Block& block) const;
 
   const std::vector<Run>& runs_;
   int64_t tokens_, unit_;
@@ -154,10 +156,10 @@ class TokenSums {
     int64_t adapter, row, rows, column, columns, work;
   };
 
-  void run_tiles() const;
+  void run_tiles(const Tiles& set) const;
   void run_blas() const;
-  std::vector<Task> split(const std::vector<int64_t>& tokens, int64_t columns_of_task) const;
-  void sum_product(const Task& task, float* totals) const;
+  std::vector<Task> split(const Tiles& set, const std::vector<int64_t>& tokens, int64_t columns_of_task) const;
+  void sum_product(const Tiles& set, const Task& task, float* totals) const;
   void sum_columns(const Sum& sum, int64_t adapter, int64_t first, int64_t count) const;
 
   const std::vector<Run>& runs_;

@@ -1,40 +1,47 @@
-// Tiles of float32 matrix products. No torch here: tiles.cpp is compiled for AVX2 and AVX-512, like loops.cpp.
+// Tiles of matrix products. No torch here: tiles.cpp is compiled once per instruction set, like loops.cpp.
 #pragma once
 
 #include <cstdint>
 
 namespace cegate {
 
-// out = base + alpha * (a b + bias) for the columns of one panel. All strides are in elements.
+constexpr int64_t kMostColumns = 32;  // of a panel, whatever the instruction set
+
+// out = base + alpha * (a b + bias) for the columns of one panel. Strides are in elements; sums are float32.
 struct Tile {
-  const float* a;  // [rows, depth], any strides: its elements are broadcast
-  int64_t a_row, a_column;
-  const float* panel;  // [depth, Tiles::columns], a block of b as `pack` writes it
+  const void* a;           // [rows, depth]: dense in depth, or a panel itself
+  int64_t a_row, a_step;   // from a row to the next, and from a unit of the depth to the next
+  const void* panel;       // [depth, Tiles::columns], a block of b as `pack` writes it
   int64_t depth;
-  const float* base;  // [rows, columns], or null: zero
+  const void* base;        // [rows, columns], or null: zero
   int64_t base_row;
-  const float* bias;  // [columns], or null: zero
-  float* out;         // [rows, columns]
+  const void* bias;        // [columns], or null: zero
+  void* out;               // [rows, columns]
   int64_t out_row;
-  int64_t rows, columns;  // columns: at most Tiles::columns
+  int64_t rows, columns;   // columns: at most Tiles::columns
   float alpha;
 };
 
-constexpr int64_t kMostColumns = 32;  // of a panel, whatever the instruction set
-
+// Of float32, or of bfloat16 where the processor multiplies pairs of it.
 struct Tiles {
   int64_t rows, columns;  // that the registers hold at once; more rows go through them in turn
+  int64_t unit;           // elements of the depth that are multiplied at once and lie side by side in a panel
+  int64_t depth;          // of a block of a product: its panel stays in the first or second cache
 
-  // panel [depth, Tiles::columns] = b [depth, count] of any strides, zero behind the last column.
-  void (*pack)(float* panel, const float* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t count);
+  // panel [depth / unit, Tiles::columns, unit] = b [depth, count] of any strides, zero behind its last column and row.
+  void (*pack)(void* panel, const void* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t count);
   void (*multiply)(const Tile& tile);
 
-  // out [rows, count] of any strides = alpha * source [rows, Tiles::columns].
+  // The same with base and out of float32.
+  void (*add_up)(const Tile& tile);
+
+  // out [rows, count] of any strides = alpha * source [rows, Tiles::columns], which is float32.
   void (*place)(
-      float* out, int64_t out_row, int64_t out_column, const float* source, int64_t rows, int64_t count, float alpha);
+      void* out, int64_t out_row, int64_t out_column, const float* source, int64_t rows, int64_t count, float alpha);
 };
 
-// Those of the instruction set that loops() runs with; null for the portable one, where a BLAS is faster.
-const Tiles* tiles();
+// Those for the CPU that loops() runs on; null where a BLAS is faster: the portable loops, bfloat16 without pairs.
+const Tiles* float32_tiles();
+const Tiles* bfloat16_tiles();
 
 }  // namespace cegate

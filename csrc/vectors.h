@@ -59,5 +59,53 @@ inline void store_lanes(float* target, Vector value, int64_t count) {
   for (int64_t i = 0; i < count; ++i) target[i] = value[i];
 }
 
+struct Bfloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(Bfloat16 value) {
+  uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  memcpy(&result, &bits, 4);
+  return result;
+}
+
+inline void assign(float& target, float value) { target = value; }
+
+inline void assign(Bfloat16& target, float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to nearest, ties to even
+  target.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+}
+
+inline Vector load_lanes(const Bfloat16* source, int64_t count) {
+  Halves halves = {};
+  if (count == kLanes) {
+    memcpy(&halves, source, sizeof(halves));
+  } else {
+    for (int64_t i = 0; i < count; ++i) halves[i] = source[i].bits;
+  }
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Vector result;
+  memcpy(&result, &words, sizeof(result));
+  return result;
+}
+
+inline void store_lanes(Bfloat16* target, Vector value, int64_t count) {
+  if (count < kLanes) {
+    for (int64_t i = 0; i < count; ++i) assign(target[i], value[i]);
+    return;
+  }
+  Words words;
+  memcpy(&words, &value, sizeof(words));
+  const Words rounded = (words + 0x7fffu + ((words >> 16) & 1u)) >> 16;
+  const Words kept = (words & 0x7fffffffu) > 0x7f800000u ? words - words + 0x7fc0u : rounded;
+  const Halves halves = __builtin_convertvector(kept, Halves);
+  memcpy(target, &halves, sizeof(halves));
+}
+
 }  // namespace
 }  // namespace cegate

@@ -260,11 +260,13 @@ THREADS = """
     from cegate import native, ops
     torch.set_num_threads(int(sys.argv[1]))
     torch.manual_seed(0)
-    x = torch.randn(3, 77, 40)
+    dtype = getattr(torch, sys.argv[2])
+    x = torch.randn(3, 77, 40).to(dtype)
     results = [ops.low_pass(x, (7, 11), 0.6, backend="cpp")]
     # products of our own at any width; where they are a BLAS's, one channel leaves it nothing to split
-    channels = 1 if native.EXTENSION.cpu_capability() == "portable" else 300
-    make = lambda *shape: torch.randn(shape).mul_(0.1).requires_grad_()
+    with_blas = ("portable",) if dtype == torch.float32 else ("portable", "avx2", "avx512")
+    channels = 1 if native.EXTENSION.cpu_capability() in with_blas else 300
+    make = lambda *shape: torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
     shapes = [(3, 77, channels), (3, 32, channels), (3, 32), (3, channels, 32), (3, channels), (3, channels), (3,), ()]
     parts = [make(*shape) for shape in shapes]
     results.append(ops.frequency_adapter(parts[0], (7, 11), *parts[1:], 0.6, backend="cpp"))
@@ -281,16 +283,19 @@ THREADS = """
     results += torch.autograd.grad(sum(y.square().sum() for y in results[1:]), wanted)
     grids = [part.detach() for part in parts]
     results += [*ops.frequency_adapter_factors(grids[0], grids[0], (7, 11), *grids[1:], cutoff=0.6)[:-1]]
-    sys.stdout.buffer.write(b"".join(t.detach().numpy().tobytes() for t in results))
+    sys.stdout.buffer.write(b"".join(t.detach().flatten().view(torch.uint8).numpy().tobytes() for t in results))
 """
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", ["portable", "avx512"])
-def test_results_are_bitwise_equal_with_1_2_and_4_threads(isa):
+@pytest.mark.parametrize(
+    ("isa", "dtype"),
+    [("portable", "float32"), ("avx512", "float32"), ("avx512", "bfloat16"), ("avx512_bf16", "bfloat16")],
+)
+def test_results_are_bitwise_equal_with_1_2_and_4_threads(isa, dtype):
     command, env = [sys.executable, "-c", textwrap.dedent(THREADS)], {**os.environ, "CEGATE_CPU": isa}
     outputs = {
-        threads: subprocess.run([*command, str(threads)], capture_output=True, check=True, env=env).stdout
+        threads: subprocess.run([*command, str(threads), dtype], capture_output=True, check=True, env=env).stdout
         for threads in (1, 2, 4)
     }
     assert len(outputs[1]) > 1000
@@ -298,33 +303,39 @@ def test_results_are_bitwise_equal_with_1_2_and_4_threads(isa):
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_every_instruction_set_computes_the_same(isa):
     code = """
-        import sys, torch
+        import torch
         from cegate import native, ops
         torch.manual_seed(0)
         shapes = (2, 35, 19), (3, 5, 19), (3, 5), (3, 19, 5), (3, 19), (3, 19), (3,), ()
         tensors = [torch.randn(shape) for shape in shapes]
-        # below, at and above a vector, a tile of rows or columns, and a block of the depth
+        # below, at and above a vector, a tile of rows or columns, a pair and a block of the depth
         sizes = [(1, 1, 1, 1), (3, 7, 2, 5), (8, 16, 8, 32), (9, 33, 17, 49), (5, 256, 3, 24), (130, 300, 64, 257)]
+        sizes += [(77, 33, 110, 40), (40, 1025, 5, 33)]
         low = [[torch.randn(s) for s in ((1, t, c), (r, c), (o, r), (1, t, o))] for t, c, r, o in sizes]
-        ours, plain = [], []
-        for found, backend in ((ours, "cpp"), (plain, "torch")):
-            found.append(ops.frequency_adapter(tensors[0], (5, 7), *tensors[1:], 0.9, backend=backend))
-            for x, down, up, base in low:
-                parts = [part.requires_grad_() for part in (x, down, up, base)]
+        def results(dtype, backend, source):
+            own = [part.to(source).to(dtype) for part in tensors]
+            found = [ops.frequency_adapter(own[0], (5, 7), *own[1:], 0.9, backend=backend)]
+            for own in low:
+                x, down, up, base = parts = [part.to(source).to(dtype).requires_grad_() for part in own]
                 y = ops.low_rank(x, down, up, base=base, activation="gelu", scale=0.1, backend=backend)
-                found += [y, *torch.autograd.grad(y.square().sum(), parts)]
-        for a, b in zip(ours, plain, strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=3e-6 * float(b.abs().max()))
+                found += [y, *torch.autograd.grad(y, parts, base)]
+            return found
+        for dtype, least in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+            truth = results(torch.float64, "torch", dtype)
+            found = (results(dtype, backend, dtype) for backend in ("cpp", "torch"))
+            for exact, ours, plain in zip(truth, *found, strict=True):
+                error, limit = ((t - exact).abs().max() / exact.abs().max() for t in (ours, plain))
+                assert error <= max(2 * limit, least), (dtype, exact.shape, error, limit)
         print(native.EXTENSION.cpu_capability())
     """
     env = {**os.environ, "CEGATE_CPU": isa}
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True, check=True
-    )
-    assert out.stdout.strip() in (isa, "avx2", "portable")  # the best this CPU has, up to the one asked for
+    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    order = ("portable", "avx2", "avx512", "avx512_bf16")
+    assert out.stdout.strip() in order[: order.index(isa) + 1]  # the best this CPU has, up to the one asked for
 
 
 def grad_tensors(*tensors: torch.Tensor, place: torch.device | str = "cpu") -> list[torch.Tensor]:
