@@ -16,25 +16,9 @@ namespace {
 #ifdef CEGATE_PAIRS
 using Element = Bfloat16;
 
-inline Vector words_of(Halves low, Halves high) {
-  const Words words = __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
-  Vector result;
-  memcpy(&result, &words, sizeof(result));
-  return result;
-}
-
-inline Halves halves_of(const Bfloat16* source, int64_t count) {
-  Halves result = {};
-  if (count == kLanes) {
-    memcpy(&result, source, sizeof(result));
-  } else {
-    for (int64_t i = 0; i < count; ++i) result[i] = source[i].bits;
-  }
-  return result;
-}
-
 inline Vector load_row(const Bfloat16* row, int64_t row_stride, int64_t left, int64_t count) {
-  return words_of(halves_of(row, count), left > 1 ? halves_of(row + row_stride, count) : Halves{});
+  const Halves low = load_halves(row, count), high = left > 1 ? load_halves(row + row_stride, count) : Halves{};
+  return bits_of(__builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16);
 }
 
 inline Vector load_column(const Bfloat16* column, int64_t left) {
@@ -44,20 +28,13 @@ inline Vector load_column(const Bfloat16* column, int64_t left) {
   return result;
 }
 
-inline Vector splat_word(uint32_t word) {
-  const Words words = word - Words{};
-  Vector result;
-  memcpy(&result, &words, sizeof(result));
-  return result;
-}
-
 inline Vector broadcast(const Bfloat16* a) {
   uint32_t word;
   memcpy(&word, a, sizeof(word));
-  return splat_word(word);
+  return bits_of(word - Words{});
 }
 
-inline Vector broadcast_last(const Bfloat16* a) { return splat_word(a->bits); }
+inline Vector broadcast_last(const Bfloat16* a) { return bits_of(uint32_t{a->bits} - Words{}); }
 
 inline void multiply_add(Vector& total, Vector a, Vector b) { total = _mm512_dpbf16_ps(total, (__m512bh)a, (__m512bh)b); }
 

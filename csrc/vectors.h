@@ -81,17 +81,24 @@ inline void assign(Bfloat16& target, float value) {
   target.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
 }
 
-inline Vector load_lanes(const Bfloat16* source, int64_t count) {
-  Halves halves = {};
+inline Halves load_halves(const Bfloat16* source, int64_t count) {
+  Halves result = {};
   if (count == kLanes) {
-    memcpy(&halves, source, sizeof(halves));
+    memcpy(&result, source, sizeof(result));
   } else {
-    for (int64_t i = 0; i < count; ++i) halves[i] = source[i].bits;
+    for (int64_t i = 0; i < count; ++i) result[i] = source[i].bits;
   }
-  const Words words = __builtin_convertvector(halves, Words) << 16;
+  return result;
+}
+
+inline Vector bits_of(Words words) {
   Vector result;
   memcpy(&result, &words, sizeof(result));
   return result;
+}
+
+inline Vector load_lanes(const Bfloat16* source, int64_t count) {
+  return bits_of(__builtin_convertvector(load_halves(source, count), Words) << 16);
 }
 
 inline void store_lanes(Bfloat16* target, Vector value, int64_t count) {
