@@ -12,7 +12,6 @@ constexpr int64_t kDepthOfSum = 128;    // tokens that a weight's gradient takes
 constexpr int64_t kNarrow = 104;        // rows of a weight's gradient that a task sums
 constexpr int64_t kMostNarrow = 128;    // the same in whole panels
 constexpr int64_t kPanels = 16;         // and panels of columns, at most
-constexpr int64_t kPanelBytes = 64 << 10;  // of the largest piece of a product that any instruction set packs
 constexpr int64_t kWorth = 1 << 19;     // multiplications that are worth waking a thread for
 
 int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
@@ -53,7 +52,7 @@ struct alignas(64) Panel {
 // out = base + alpha * (a b + bias). b is packed piece by piece: panels of columns, some of the depth at a time.
 void multiply_tiles(
     const Tiles& set, const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, const char* bias, float alpha) {
-  Panel<kPanelBytes> panel;
+  Panel<kMostPanelBytes> panel;
   const int64_t size = bytes_of(out.dtype);
   const int64_t pieces = std::max<int64_t>(blocks_of(a.columns, set.depth), 1);  // a depth of none still writes out
   for (int64_t k = 0; k < pieces; ++k) {

@@ -57,7 +57,7 @@ inline int64_t words_in(int64_t depth) { return (depth + kUnit - 1) / kUnit; }
 constexpr int kRows = kLanes == 16 ? 8 : 4;
 constexpr int kVectors = kLanes == 16 ? 2 : 3;
 constexpr int64_t kColumns = kVectors * kLanes;
-static_assert(kColumns <= kMostColumns);
+static_assert(kColumns <= kMostColumns && kDepth * kColumns * sizeof(Element) <= kMostPanelBytes);
 
 // Every step swaps halves of pairs of vectors. A template, or the vectors would live in memory.
 template <int step>

@@ -5,7 +5,8 @@
 
 namespace cegate {
 
-constexpr int64_t kMostColumns = 32;  // of a panel, whatever the instruction set
+// Of a panel, whatever the instruction set.
+constexpr int64_t kMostColumns = 32, kMostPanelBytes = 64 << 10;
 
 // out = base + alpha * (a b + bias) for the columns of one panel. Strides are in elements; sums are float32.
 struct Tile {
