@@ -29,9 +29,6 @@ from cegate.models.segmenter import Segmenter
 from cegate.models.sliding import slide
 from cegate.runfolder import RunFolder, write_json, write_text, written_aside
 
-# windows of one image that run together; more only costs memory
-WINDOWS_ON_GPU, WINDOWS_ON_CPU = 8, 1
-
 
 @dataclass(frozen=True)
 class Tiles:
@@ -129,10 +126,8 @@ def predict_logits(
         shrunk = F.interpolate(image, size, mode="bilinear", antialias=True)
         logits = predict_logits(segmenter, shrunk, crop=crop, stride=stride, batch=batch, precision=precision)
         return F.interpolate(logits, image.shape[-2:], mode="bilinear")
-    device = segmenter.device
-    batch = batch or (WINDOWS_ON_GPU if device.type == "cuda" else WINDOWS_ON_CPU)
     with precision():
-        return slide(segmenter, image.to(device), crop, stride, batch=batch)
+        return slide(segmenter, image.to(segmenter.device), crop, stride, batch=batch)
 
 
 def evaluate_run(

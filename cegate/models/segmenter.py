@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -197,14 +196,13 @@ class Segmenter(nn.Module):
 
     def _logits(self, image: np.ndarray | str | Path, adapter: str | int | None) -> Tensor:
         pixels = self.normalise(image, adapter=adapter)
-        forward, data, running = self, self.config.data, nullcontext()
+        forward, data = self, self.config.data
         if adapter is not None:
             forward, data = partial(self, adapter=adapter), self.bank.named(adapter).config.data
-            running = self.toolbox.dispatched(self.bank.call(self.toolbox, 1, None, adapter).shares)
         was_training = self.training
         self.eval()
         try:
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"), running:
+            with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
                 return slide(forward, pixels.to(self.device)[None], crop=data.crop, stride=data.stride)[0]
         finally:
             self.train(was_training)

@@ -8,6 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+PIXELS_ON_GPU, PIXELS_ON_CPU = 8 * 512**2, 8 * 128**2
+"""Of the windows that run together. On two cores a ViT-T takes 1.7 times as long over windows of 128 px one by one as
+over eight, and no longer over one of 512 px than over several."""
+
+
+def windows_at_once(device: torch.device, crop: int) -> int:
+    """Windows of ``crop`` px that keep a device busy; more only costs memory."""
+    return max(1, (PIXELS_ON_CPU if device.type == "cpu" else PIXELS_ON_GPU) // crop**2)
+
 
 def default_stride(crop: int) -> int:
     """Two thirds of the window, as CrossEarth-Gate tests: 341 px for 512."""
@@ -20,7 +29,12 @@ def window_starts(length: int, crop: int, stride: int) -> list[int]:
 
 
 def slide(
-    forward: Callable[[Tensor], Tensor], image: Tensor, crop: int, stride: int | None = None, *, batch: int = 1
+    forward: Callable[[Tensor], Tensor],
+    image: Tensor,
+    crop: int,
+    stride: int | None = None,
+    *,
+    batch: int | None = None,
 ) -> Tensor:
     """Logits of a whole image, averaged where windows overlap.
 
@@ -30,14 +44,14 @@ def slide(
             colour) below and to the right.
         crop: side of a window in pixels.
         stride: step between windows in pixels; default two thirds of the window.
-        batch: windows per forward pass; it changes speed and memory only.
+        batch: windows per forward pass; it changes speed and memory only; default by the device and ``crop``.
 
     Returns:
         [1, K, H, W] in the dtype of the logits, at least float32. One window gives exactly ``forward(image)``.
     """
     height, width = image.shape[-2:]
     image = F.pad(image, (0, max(crop - width, 0), 0, max(crop - height, 0)))
-    stride = stride or default_stride(crop)
+    stride, batch = stride or default_stride(crop), batch or windows_at_once(image.device, crop)
     corners = [
         (top, left)
         for top in window_starts(image.shape[-2], crop, stride)

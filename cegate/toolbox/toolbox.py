@@ -114,19 +114,15 @@ class Toolbox(nn.Module):
     def dispatched(self, shares: Mapping[str, Share]) -> Iterator[None]:
         """Run other sites, on some samples only or with other weights, than the plan says; then the plan again.
 
-        What learns stays as it is: a site learns where it is active in the plan and runs here. Entered again with the
-        same ``shares``, it does nothing; so an outer context spares calls within it the hooking.
+        What learns stays as it is: a site learns where it is active in the plan and runs here.
 
         Args:
             shares: site -> what it does; a site that is not named is off.
 
         Raises:
-            ConfigError: there is no such site, spatial sites are merged, scores are being measured, or a call with
-                other shares is running (one thread at a time).
+            ConfigError: there is no such site, spatial sites are merged, scores are being measured, or another such
+                call is running (one thread at a time).
         """
-        if shares is self._shares:
-            yield
-            return
         self._check(shares)
         if any(site.tap is not None for site in self._sites.values()):
             raise ConfigError("sites are being scored; measure Fisher scores without gates or adapters of samples")

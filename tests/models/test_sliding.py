@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cegate.models.sliding import default_stride, slide, window_starts
+from cegate.models.sliding import default_stride, slide, window_starts, windows_at_once
 
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 64))
@@ -22,7 +22,7 @@ def pixelwise(images):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 57), (7, 90), (5, 6)], ids=str)
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, None])
 def test_a_pixelwise_model_gives_what_it_gives_on_the_whole_image(size, batch):
     image = torch.randn(1, 3, *size)
     torch.testing.assert_close(slide(pixelwise, image, 32, 12, batch=batch), pixelwise(image))
@@ -53,8 +53,17 @@ def test_overlapping_windows_are_averaged():
     def forward(images):
         return torch.full((1, 1, 4, 4), float(next(calls)))
 
-    logits = slide(forward, torch.zeros(1, 1, 4, 6), 4, 2)[0, 0, 0]
+    logits = slide(forward, torch.zeros(1, 1, 4, 6), 4, 2, batch=1)[0, 0, 0]
     assert logits.tolist() == [0, 0, 0.5, 0.5, 1, 1]
+
+
+def test_small_windows_run_together_and_large_ones_alone():
+    device = torch.device("cpu")
+    counts = [windows_at_once(device, crop) for crop in (32, 128, 512, 4096)]
+    assert counts == sorted(counts, reverse=True) and counts[0] > 8 and counts[-1] == 1
+    seen = []
+    slide(lambda images: seen.append(len(images)) or images, torch.zeros(1, 2, 256, 384), 128, 128)
+    assert sum(seen) == 6 and max(seen) == min(6, windows_at_once(device, 128))
 
 
 def test_half_precision_logits_are_added_in_float32():
