@@ -22,7 +22,7 @@ char* element(const Matrix& m, int64_t row, int64_t column) {
   return m.data + (row * m.row_stride + column * m.column_stride) * bytes_of(m.dtype);
 }
 
-// Null where a BLAS is faster.
+// Null where products are left to a BLAS.
 const Tiles* tiles_of(ScalarType dtype) { return dtype == ScalarType::Float ? float32_tiles() : bfloat16_tiles(); }
 
 // Memory of one parallel region: a part for every call of its body. From torch's allocator, where whoever measures sees it.
@@ -53,19 +53,28 @@ struct alignas(64) Panel {
 void multiply_tiles(
     const Tiles& set, const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, const char* bias, float alpha) {
   Panel<kMostPanelBytes> panel;
-  const int64_t size = bytes_of(out.dtype);
+  Panel<kRowsOfBlock * kMostColumns * 4> sums;  // float32, whatever out is
   const int64_t pieces = std::max<int64_t>(blocks_of(a.columns, set.depth), 1);  // a depth of none still writes out
-  for (int64_t k = 0; k < pieces; ++k) {
-    const int64_t first = k * set.depth, depth = std::min(set.depth, a.columns - first);
-    const Matrix* start = k ? &out : base;
+  for (int64_t row = 0; row < out.rows; row += kRowsOfBlock) {
     for (int64_t column = 0; column < out.columns; column += set.columns) {
       const int64_t columns = std::min(set.columns, out.columns - column);
-      set.pack(panel.data, element(b, first, column), b.row_stride, b.column_stride, depth, columns);
-      set.multiply({
-          .a = element(a, 0, first), .a_row = a.row_stride, .a_step = set.unit, .panel = panel.data, .depth = depth,
-          .base = start ? element(*start, 0, column) : nullptr, .base_row = start ? start->row_stride : 0,
-          .bias = bias && k == 0 ? bias + column * size : nullptr, .out = element(out, 0, column),
-          .out_row = out.row_stride, .rows = out.rows, .columns = columns, .alpha = alpha});
+      float* sum = reinterpret_cast<float*>(sums.data);
+      for (int64_t k = 0; k < pieces; ++k) {
+        const int64_t first = k * set.depth, depth = std::min(set.depth, a.columns - first);
+        set.pack(panel.data, element(b, first, column), b.row_stride, b.column_stride, depth, columns);
+        Tile tile{
+            .a = element(a, row, first), .a_row = a.row_stride, .a_step = set.unit, .panel = panel.data, .depth = depth,
+            .start = k ? sum : nullptr, .base = nullptr, .base_row = 0, .bias = nullptr, .out = sum,
+            .out_row = set.columns, .rows = std::min(kRowsOfBlock, out.rows - row), .columns = columns, .alpha = 1};
+        if (k + 1 < pieces) {
+          set.add_up(tile);
+          continue;
+        }
+        if (base) tile.base = element(*base, row, column), tile.base_row = base->row_stride;
+        if (bias) tile.bias = bias + column * bytes_of(out.dtype);
+        tile.out = element(out, row, column), tile.out_row = out.row_stride, tile.alpha = alpha;
+        set.multiply(tile);
+      }
     }
   }
 }
@@ -308,7 +317,8 @@ void TokenSums::sum_product(const Tiles& set, const Task& task, float* totals) c
         float* total = totals + j / set.columns * size;
         set.pack(right.data, element(b, 0, task.column + j), b.row_stride, 1, block.rows, columns);
         Tile tile{
-            .a = left, .a_row = 1, .a_step = a.row_stride, .panel = right.data, .depth = block.rows, .base = total,
+            .a = left, .a_row = 1, .a_step = a.row_stride, .panel = right.data, .depth = block.rows,
+            .start = nullptr, .base = total,
             .base_row = set.columns, .bias = nullptr, .out = total, .out_row = set.columns, .rows = task.rows,
             .columns = columns, .alpha = 1};
         if (set.unit == 1) {

@@ -7,9 +7,9 @@
 // Why not the BLAS for all: these products are narrow (8 to 128 on one side), so packing and threading weigh as much as
 // their arithmetic. And MKL, which torch ships, takes AVX2 on a processor that is not Intel's: in float32 104 GFLOP/s a
 // core of an EPYC 9005 on which a tile alone reaches 265; in bfloat16 it reaches 370 to 450 through AVX512-BF16, so there
-// the tiles gain where a call's own work weighs, at small sizes. benchmarks/bench_dispatch.py shows every module beside
-// its BLAS products alone. No result of ours depends on the number of threads: every element is summed over blocks of the
-// depth in order.
+// the tiles gain where a call's own work weighs, at small sizes, and may cost a little at large ones.
+// benchmarks/bench_dispatch.py shows every module beside its BLAS products alone. No result of ours depends on the number
+// of threads: every element is summed over blocks of the depth in order.
 #pragma once
 
 #include <functional>

@@ -187,6 +187,7 @@ inline void multiply_rows(const Tile& t, int64_t first) {
   if (t.depth % kUnit) step([](const Element* a) { return broadcast_last(a); });
 
   const Vector alpha = splat(t.alpha);
+  const float* start = t.start ? t.start + first * kColumns : nullptr;  // added last: shorter sums round less
   auto columns_of = [&](int v) { return whole ? kLanes : lanes_left(v * kLanes, t.columns); };
   Vector bias[vectors];
 #pragma GCC unroll 3
@@ -197,6 +198,7 @@ inline void multiply_rows(const Tile& t, int64_t first) {
     if (i >= rows) break;
 #pragma GCC unroll 3
     for (int v = 0; v < vectors; ++v) {
+      if (start) total[i][v] += load_vector(start + i * kColumns + v * kLanes);
       Vector result = alpha * (total[i][v] + bias[v]);
       asm("" : "+v"(result));  // one rounding more, the same in whole tiles and others: never fused with the sum below
       if (base) result += load_lanes(base + i * t.base_row + v * kLanes, columns_of(v));

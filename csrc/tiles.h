@@ -8,12 +8,13 @@ namespace cegate {
 // Of a panel, whatever the instruction set.
 constexpr int64_t kMostColumns = 32, kMostPanelBytes = 64 << 10;
 
-// out = base + alpha * (a b + bias) for the columns of one panel. Strides are in elements; sums are float32.
+// out = base + alpha * (start + a b + bias) for the columns of one panel. Strides are in elements; sums are float32.
 struct Tile {
   const void* a;           // [rows, depth]: dense in depth, or a panel itself
   int64_t a_row, a_step;   // from a row to the next, and from a unit of the depth to the next
   const void* panel;       // [depth, Tiles::columns], a block of b as `pack` writes it
   int64_t depth;
+  const float* start;      // [rows, Tiles::columns], the sum over the depth before this block, or null: zero
   const void* base;        // [rows, columns], or null: zero
   int64_t base_row;
   const void* bias;        // [columns], or null: zero
@@ -41,7 +42,8 @@ struct Tiles {
       void* out, int64_t out_row, int64_t out_column, const float* source, int64_t rows, int64_t count, float alpha);
 };
 
-// Those for the CPU that loops() runs on; null where a BLAS is faster: the portable loops, bfloat16 without pairs.
+// Those for the CPU that loops() runs on; null where products are left to a BLAS: the portable loops, bfloat16 without
+// pairs.
 const Tiles* float32_tiles();
 const Tiles* bfloat16_tiles();
 

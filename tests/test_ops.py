@@ -338,6 +338,18 @@ def test_every_instruction_set_computes_the_same(isa):
     assert out.stdout.strip() in order[: order.index(isa) + 1]  # the best this CPU has, up to the one asked for
 
 
+@needs_cpp
+@pytest.mark.parametrize("channels", [1024, 1025, 2500])
+def test_a_deep_product_in_bfloat16_is_rounded_once(channels):
+    x, down, up = (torch.randn(shape).bfloat16() for shape in ((4, 64, channels), (16, channels), (8, 16)))
+    exact = x.double() @ down.double().mT @ up.double().mT
+    ours, plain = (
+        (ops.low_rank(x, down, up, backend=backend).double() - exact).square().mean().sqrt()
+        for backend in ("cpp", "torch")
+    )
+    assert ours <= 1.1 * plain
+
+
 def grad_tensors(*tensors: torch.Tensor, place: torch.device | str = "cpu") -> list[torch.Tensor]:
     return [tensor.to(place).requires_grad_() for tensor in tensors]
 
