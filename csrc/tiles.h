@@ -10,7 +10,7 @@ constexpr int64_t kMostColumns = 32, kMostPanelBytes = 64 << 10;
 
 // out = base + alpha * (start + a b + bias) for the columns of one panel. Strides are in elements; sums are float32.
 struct Tile {
-  const void* a;           // [rows, depth]: dense in depth, or a panel itself
+  const void* a;           // [rows, depth]: units of the depth lie dense
   int64_t a_row, a_step;   // from a row to the next, and from a unit of the depth to the next
   const void* panel;       // [depth, Tiles::columns], a block of b as `pack` writes it
   int64_t depth;

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import subprocess
-import sys
-import textwrap
 from functools import partial
 from unittest.mock import patch
 
@@ -253,101 +249,6 @@ def test_a_grid_without_tokens_passes_through_every_frequency_operator(grid, dty
     assert dx.shape == x.shape and all(not gradient.any() for gradient in gradients)
     found = cegate.frequency_adapter_factors(x, x, *weights, *filters)
     assert found[0].shape == x.shape and not found[-1].any()
-
-
-THREADS = """
-    import sys, torch
-    from cegate import native, ops
-    torch.set_num_threads(int(sys.argv[1]))
-    torch.manual_seed(0)
-    dtype = getattr(torch, sys.argv[2])
-    x = torch.randn(3, 77, 40).to(dtype)
-    results = [ops.low_pass(x, (7, 11), 0.6, backend="cpp")]
-    # products of our own at any width; where they are a BLAS's, one channel leaves it nothing to split
-    with_blas = ("portable",) if dtype == torch.float32 else ("portable", "avx2", "avx512")
-    channels = 1 if native.EXTENSION.cpu_capability() in with_blas else 300
-    make = lambda *shape: torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
-    shapes = [(3, 77, channels), (3, 32, channels), (3, 32), (3, channels, 32), (3, channels), (3, channels), (3,), ()]
-    parts = [make(*shape) for shape in shapes]
-    results.append(ops.frequency_adapter(parts[0], (7, 11), *parts[1:], 0.6, backend="cpp"))
-    low = [make(*shape) for shape in ((1, 5000, channels), (9, channels), (channels, 9), (9,), (channels,))]
-    biases = {"down_bias": low[3], "up_bias": low[4]}
-    results.append(ops.low_rank(*low[:3], **biases, activation="gelu", backend="cpp"))
-    wanted = [*parts, *low] if channels > 1 else [*parts, *low[3:]]
-    stack = [make(4, 9, channels), make(4, channels, 9)]
-    qkv = [make(6, 500, 3 * channels), make(6, 500, channels)]
-    mixed = {"adapters": [2, 2, 0, -1, 3, 2], "backend": "cpp"}
-    results.append(ops.low_rank(qkv[1], *stack, activation="relu", **mixed))
-    results.append(ops.low_rank_qv_(qkv[0].clone(), qkv[1], *stack, *stack, 0.1, **mixed))
-    wanted += [*qkv, *stack] if channels > 1 else []
-    results += torch.autograd.grad(sum(y.square().sum() for y in results[1:]), wanted)
-    grids = [part.detach() for part in parts]
-    results += [*ops.frequency_adapter_factors(grids[0], grids[0], (7, 11), *grids[1:], cutoff=0.6)[:-1]]
-    sys.stdout.buffer.write(b"".join(t.detach().flatten().view(torch.uint8).numpy().tobytes() for t in results))
-"""
-
-
-@needs_cpp
-@pytest.mark.parametrize(
-    ("isa", "dtype"),
-    [("portable", "float32"), ("avx512", "float32"), ("avx512", "bfloat16"), ("avx512_bf16", "bfloat16")],
-)
-def test_results_are_bitwise_equal_with_1_2_and_4_threads(isa, dtype):
-    command, env = [sys.executable, "-c", textwrap.dedent(THREADS)], {**os.environ, "CEGATE_CPU": isa}
-    outputs = {
-        threads: subprocess.run([*command, str(threads), dtype], capture_output=True, check=True, env=env).stdout
-        for threads in (1, 2, 4)
-    }
-    assert len(outputs[1]) > 1000
-    assert outputs[1] == outputs[2] == outputs[4]
-
-
-@needs_cpp
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set_computes_the_same(isa):
-    code = """
-        import torch
-        from cegate import native, ops
-        torch.manual_seed(0)
-        shapes = (2, 35, 19), (3, 5, 19), (3, 5), (3, 19, 5), (3, 19), (3, 19), (3,), ()
-        tensors = [torch.randn(shape) for shape in shapes]
-        # below, at and above a vector, a tile of rows or columns, a pair and a block of the depth
-        sizes = [(1, 1, 1, 1), (3, 7, 2, 5), (8, 16, 8, 32), (9, 33, 17, 49), (5, 256, 3, 24), (130, 300, 64, 257)]
-        sizes += [(77, 33, 110, 40), (40, 1025, 5, 33)]
-        low = [[torch.randn(s) for s in ((1, t, c), (r, c), (o, r), (1, t, o))] for t, c, r, o in sizes]
-        def results(dtype, backend, source):
-            own = [part.to(source).to(dtype) for part in tensors]
-            found = [ops.frequency_adapter(own[0], (5, 7), *own[1:], 0.9, backend=backend)]
-            for own in low:
-                x, down, up, base = parts = [part.to(source).to(dtype).requires_grad_() for part in own]
-                y = ops.low_rank(x, down, up, base=base, activation="gelu", scale=0.1, backend=backend)
-                found += [y, *torch.autograd.grad(y, parts, base)]
-            return found
-        for dtype, least in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-            truth = results(torch.float64, "torch", dtype)
-            found = (results(dtype, backend, dtype) for backend in ("cpp", "torch"))
-            for exact, ours, plain in zip(truth, *found, strict=True):
-                error, limit = ((t - exact).abs().max() / exact.abs().max() for t in (ours, plain))
-                assert error <= max(2 * limit, least), (dtype, exact.shape, error, limit)
-        print(native.EXTENSION.cpu_capability())
-    """
-    env = {**os.environ, "CEGATE_CPU": isa}
-    out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, capture_output=True, text=True)
-    assert out.returncode == 0, out.stderr
-    order = ("portable", "avx2", "avx512", "avx512_bf16")
-    assert out.stdout.strip() in order[: order.index(isa) + 1]  # the best this CPU has, up to the one asked for
-
-
-@needs_cpp
-@pytest.mark.parametrize("channels", [1024, 1025, 2500])
-def test_a_deep_product_in_bfloat16_is_rounded_once(channels):
-    x, down, up = (torch.randn(shape).bfloat16() for shape in ((4, 64, channels), (16, channels), (8, 16)))
-    exact = x.double() @ down.double().mT @ up.double().mT
-    ours, plain = (
-        (ops.low_rank(x, down, up, backend=backend).double() - exact).square().mean().sqrt()
-        for backend in ("cpp", "torch")
-    )
-    assert ours <= 1.1 * plain
 
 
 def grad_tensors(*tensors: torch.Tensor, place: torch.device | str = "cpu") -> list[torch.Tensor]:
