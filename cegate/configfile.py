@@ -56,9 +56,9 @@ def read_config(
         if _get(mapping, key) is None:
             mapping = _replaced(mapping, key.split("."), value)
     for key, text in overrides:
-        if key == "run.method":  # another method than the file's takes the place of what the file's had decided
-            for decided, value in METHODS.get(text, {}).items():
-                mapping = _replaced(mapping, decided.split("."), value)
+        method = _get(_replaced({}, key.split("."), _Text(text)), "run.method")
+        for decided, value in METHODS.get(str(method), {}).items():  # in place of what the file's method had decided
+            mapping = _replaced(mapping, decided.split("."), value)
     for key, text in overrides:
         mapping = _replaced(mapping, key.split("."), _Text(text))
     config, problems = _build(Config, mapping, "")
@@ -245,6 +245,7 @@ class _Text(str):
 def _get(mapping: Any, key: str) -> Any:
     """The value at a dotted key, or None."""
     for name in key.split("."):
+        mapping = _loaded(mapping)
         mapping = mapping.get(name) if isinstance(mapping, Mapping) else None
     return mapping
 

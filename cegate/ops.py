@@ -6,7 +6,8 @@ lack of one. A backend that is named and cannot run raises :class:`~cegate.error
 Nothing is compiled at import.
 
 ``adapters`` lets one batch carry samples of several adapters: weights then have a leading axis A, and ``adapters[b]``
-is the index of sample b's adapter, or -1 where the operator is off for it (see :mod:`cegate.dispatch`).
+is the index of sample b's adapter, or -1 where the operator is off for it (see :mod:`cegate.dispatch`). None or empty
+means no axis A, and on for every sample.
 """
 
 from __future__ import annotations
@@ -76,25 +77,30 @@ def _no_cpp(op: str, backend: str) -> str:
 
 
 def _runs(adapters: Sequence[int]) -> list[tuple[int, slice]]:
-    """(adapter, samples) of neighbours with equal adapters; slices, so that no sample is copied to run them."""
+    """(adapter, samples) of neighbours with equal adapters; slices, so that no sample is copied to run them.
+
+    Without a sample there is still a run: outputs get their shape and weights their gradient, zero.
+    """
     runs, first = [], 0
     for adapter, group in groupby(adapters):
         after = first + sum(1 for _ in group)
         runs.append((adapter, slice(first, after)))
         first = after
-    return runs
+    return runs or [(0, slice(0, 0))]
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _check_adapters(op: str, adapters: Sequence[int], x: Tensor, stacked: int) -> None:
+def _checked_adapters(op: str, adapters: Sequence[int] | None, x: Tensor, stacked: int) -> Sequence[int]:
+    adapters = adapters or []
     if len(adapters) != len(x):
         raise ValueError(f"{op}: adapters has {len(adapters)} entries for {len(x)} samples")
     for b, adapter in enumerate(adapters):
         if not -1 <= adapter < stacked:
             raise ValueError(f"{op}: adapters[{b}] is {adapter}, accepted are -1 (off) to {stacked - 1}")
+    return adapters
 
 
 def _own(weights: Sequence[Tensor | None], adapter: int, stacked: bool) -> list[Tensor | None]:
@@ -188,10 +194,10 @@ def frequency_adapter(
         cast = [weight if weight.dtype == x.dtype else weight.to(x.dtype) for weight in weights]
         return native.frequency_adapter(x, *cast, *_filter(x, grid, cutoff, band), adapters or [])[0]
     rest = {"cutoff": cutoff, "band": band, "tau": tau, "backend": backend}
-    if not adapters:
-        return _kernel(_frequency_adapter, x, grid, *weights, **rest)
     stacked = down.ndim == 4
-    _check_adapters("frequency_adapter", adapters, x, len(down) if stacked else 1)
+    if not (adapters or stacked):
+        return _kernel(_frequency_adapter, x, grid, *weights, **rest)
+    adapters = _checked_adapters("frequency_adapter", adapters, x, len(down) if stacked else 1)
     own_cutoffs = isinstance(cutoff, Tensor) and cutoff.ndim == 1
 
     def run(adapter: int, samples: slice) -> Tensor:
@@ -241,11 +247,11 @@ def low_rank(
     if activation in native.ACTIVATIONS and _runs_in_cpp("low_rank", backend, named):
         return _low_rank_cpp(x, down, up, base, down_bias, up_bias, native.ACTIVATIONS[activation], scale, adapters)
     rest = {"activation": activation, "scale": scale, "backend": backend}
-    if not adapters:
+    stacked = down.ndim == 3
+    if not (adapters or stacked):
         biases = {"base": base, "down_bias": down_bias, "up_bias": up_bias}
         return _kernel(_low_rank, x, down, up, **biases, **rest)
-    stacked = down.ndim == 3
-    _check_adapters("low_rank", adapters, x, len(down) if stacked else 1)
+    adapters = _checked_adapters("low_rank", adapters, x, len(down) if stacked else 1)
     base = x.new_zeros(*x.shape[:-1], up.shape[-2]) if base is None else base
 
     def run(adapter: int, samples: slice) -> Tensor:
@@ -316,10 +322,10 @@ def low_rank_qv_(
         torch.autograd.graph.increment_version(qkv)
         return qkv
     chosen = "auto" if backend == "cpp" else backend
-    if not adapters:
-        return _kernel(_low_rank_qv_, qkv, x, *weights, scale, backend=chosen)
     stacked = down_q.ndim == 3
-    _check_adapters("low_rank_qv_", adapters, x, len(down_q) if stacked else 1)
+    if not (adapters or stacked):
+        return _kernel(_low_rank_qv_, qkv, x, *weights, scale, backend=chosen)
+    adapters = _checked_adapters("low_rank_qv_", adapters, x, len(down_q) if stacked else 1)
     parts = []
     for adapter, samples in _runs(adapters):
         part = qkv[samples]  # a view: added to in place

@@ -431,6 +431,20 @@ def test_a_wrong_adapter_index_is_named(backend):
         ops.low_rank(x, down, up, adapters=[0], backend=backend)
 
 
+@pytest.mark.parametrize("backend", BOTH)
+def test_an_empty_batch_passes_weights_of_several_adapters(backend):
+    x = torch.randn(0, 6, 8)
+    down, up = torch.randn(2, 4, 8, requires_grad=True), torch.randn(2, 8, 4)
+    y = ops.low_rank(x, down, up, adapters=[], backend=backend)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert torch.equal(down.grad, torch.zeros_like(down))
+    qkv = torch.randn(0, 6, 24)
+    assert ops.low_rank_qv_(qkv, x, down, up, down, up, adapters=[], backend=backend).shape == qkv.shape
+    weights = frequency_weights(8, 3, (2,))
+    assert ops.frequency_adapter(x, (2, 3), *weights, adapters=[], backend=backend).shape == x.shape
+
+
 SHAPES = st.lists(st.integers(0, 5), min_size=0, max_size=4)
 ANY_DTYPE = st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.float16])
 

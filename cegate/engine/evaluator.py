@@ -25,6 +25,7 @@ from cegate.engine.sets import open_evaluated
 from cegate.errors import CheckpointError, ConfigError
 from cegate.losses import pixel_cross_entropy
 from cegate.metrics import Confusion, Scores
+from cegate.models.head import likeliest_class
 from cegate.models.segmenter import Segmenter
 from cegate.models.sliding import slide
 from cegate.runfolder import RunFolder, write_json, write_text, written_aside
@@ -96,7 +97,7 @@ def evaluate(
         logits = predict_logits(segmenter, item.image, precision=precision, **windows)
         loss_sum += pixel_cross_entropy(logits, item.label.to(logits.device)).item()
         tile = Confusion(segmenter.classes)
-        tile.update(logits.argmax(1).cpu(), item.label)
+        tile.update(likeliest_class(logits).cpu(), item.label)
         names += item.names
         tiles.append(tile.matrix.numpy())
     segmenter.train(was_training)

@@ -14,6 +14,7 @@ from cegate.data.datasets import Item, SegmentationSet
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import predict_logits
 from cegate.engine.runtime import Precision
+from cegate.models.head import likeliest_class
 from cegate.models.segmenter import Segmenter
 from cegate.runfolder import RunFolder
 
@@ -58,4 +59,4 @@ def mask_of(segmenter: Segmenter, item: Item, precision: Precision) -> np.ndarra
     data = segmenter.config.data
     image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
     logits = predict_logits(segmenter, image, crop=data.crop, stride=data.stride, fit=item.fit, precision=precision)
-    return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
+    return likeliest_class(logits[0]).to(torch.uint8).cpu().numpy()

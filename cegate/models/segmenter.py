@@ -17,7 +17,7 @@ from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.losses import pixel_cross_entropy
 from cegate.models.adapters import Adapter, AdapterBank, Chosen, Gates
-from cegate.models.head import Head
+from cegate.models.head import Head, likeliest_class
 from cegate.models.heads import build_head
 from cegate.models.sliding import slide
 from cegate.models.vit import build_vit, extract_features, feature_layers
@@ -187,7 +187,7 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def predict(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> np.ndarray:
         """Class index of every pixel, (H, W) uint8, of a (bands, H, W) or (H, W, bands) array or an image file."""
-        return self._logits(image, adapter).argmax(0).to(torch.uint8).cpu().numpy()
+        return likeliest_class(self._logits(image, adapter)).to(torch.uint8).cpu().numpy()
 
     @torch.no_grad()
     def predict_proba(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> np.ndarray:
