@@ -52,7 +52,11 @@ def test_a_method_in_a_file_or_on_the_command_line_means_the_same(tmp_path, meth
     in_file = read_config(write(tmp_path / "a.yaml", run={"method": method}))
     assert in_file == read_config(to_mapping(in_file))
     below = write(tmp_path / "b.yaml", run={"method": "gate"})
-    assert in_file == read_config(below, [("run.method", method)]) == read_config(below, [("run", f"{{method: {method}}}")])
+    assert (
+        in_file
+        == read_config(below, [("run.method", method)])
+        == read_config(below, [("run", f"{{method: {method}}}")])
+    )
 
 
 def test_methods_differ_only_in_what_they_decide():
