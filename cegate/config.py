@@ -240,7 +240,7 @@ class AdaptConfig:
     weight: float = 0.5
     """Factor of the mixed images' loss."""
     confidence: float | None = None
-    """Weigh the mixed loss by the share of pixels whose pseudo-label is surer than this (DACS: 0.968); default: off."""
+    """Weigh pseudo-labels by the share of them that are at least this sure (DACS: 0.968); default: off."""
     fisher_domains: Literal["source", "both"] = "both"
     """Samples of a Fisher probe after the warm-up: source alone, or as many target images with pseudo-labels beside."""
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -133,6 +134,7 @@ def measure_fisher(
     estimator: Literal["per_sample", "batch"] = "per_sample",
     loss: Literal["task", "nll"] = "task",
     loss_scale: float = 1.0,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float] | dict[str, Tensor]:
     """Empirical Fisher of every site, all sites on.
 
@@ -146,6 +148,7 @@ def measure_fisher(
         estimator: ``per_sample`` squares every sample's gradient (the Fisher), ``batch`` the mean gradient.
         loss: ``task`` takes the training loss as -log p, ``nll`` the mean pixel cross entropy.
         loss_scale: factor on the loss during backward, divided out again; for float16.
+        precision: makes the autocast context of a forward pass; backward passes run outside of it, as in training.
 
     Returns:
         Site -> unnormalised score >= 0 in (kind, layer) order: mean over samples of the squared gradient of the
@@ -160,7 +163,8 @@ def measure_fisher(
     samples = 0
     with _as_found(model), torch.random.fork_rng(devices), toolbox.tapped(tap), torch.enable_grad():
         for batch in batches:
-            losses = measure(batch.image, batch.label)
+            with precision():
+                losses = measure(batch.image, batch.label)
             if not torch.isfinite(losses).all():
                 raise TrainingError(f"the Fisher probe has losses {losses.tolist()}; look for NaN in data or weights")
             (losses.sum() * loss_scale).backward()

@@ -27,7 +27,7 @@ _OWN_FILES = ("config.yaml", "env.json", "result.json", "nan_batch.json", "metri
 _OWN_FOLDERS = ("checkpoints", "adapter", "figures")
 _ASIDE = re.compile(r"\.(?P<stem>.+)\.[a-z0-9_]{8}(?P<suffix>\.\w+)")  # as `written_aside` calls its files
 
-# a resumed run may differ in these and still give the same numbers
+# a resumed run may differ in these: the same numbers, but for last digits on another device
 FREE_ON_RESUME = (
     "run.name",
     "run.work_dir",

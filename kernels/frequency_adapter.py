@@ -195,7 +195,6 @@ def frequency_adapter(
     Source: Earth-Adapter, arXiv:2504.06220; spec: project first, filter after.
     """
     _check(x, down, down_bias, up, up_bias, router, router_bias)
-    kept = make_filter(x, grid, cutoff, band, tau)
     dtype = compute_dtype(x)
     chosen = pick_backend("frequency_adapter", backend, limits=_limits(grid, down), x=x, down=down)
     enter = torch.cat([down.flatten(0, 1), router]).to(dtype)  # [3d+3, C]
@@ -203,6 +202,7 @@ def frequency_adapter(
     leave = torch.cat([up.mT.flatten(0, 1), up_bias]).to(dtype)  # [3d+3, C]
     scale = torch.as_tensor(scale, dtype=dtype, device=x.device)
     with torch.autocast(x.device.type, enabled=False):
+        kept = make_filter(x, grid, cutoff, band, tau)
         return _FrequencyAdapter.apply(
             x, enter, enter_bias, leave, scale, *learnable_weights(kept, cutoff), kept, tuple(grid),
             chosen if x.numel() else "torch",

@@ -95,17 +95,22 @@ def box_filter(*key: object) -> tuple:
 
 @functools.lru_cache(maxsize=256)
 def _box_filter(grid: tuple[int, int], c: int, band: str, dtype: torch.dtype, device: torch.device) -> GridFilter:
-    """The filter with the sharp edge, c frequency bins from the centre; cached."""
+    """The filter with the sharp edge, c frequency bins from the centre; cached.
+
+    Made in float64 on the CPU, which neither autocast nor TF32 touches: the cache outlives the mode that filled it.
+    """
     official = band == "official"
     highest, halved = (c if c or not official else -1), (c if official else None)
-    with torch.inference_mode(False), torch.no_grad():  # the cache outlives the mode that filled it
-        rows, row_weights, _ = _axis(grid[0], highest, halved, dtype, device)
-        columns, column_weights, _ = _axis(grid[1], highest, halved, dtype, device)
+    with torch.inference_mode(False), torch.no_grad():
+        exact = (torch.float64, torch.device("cpu"))
+        rows, row_weights, _ = _axis(grid[0], highest, halved, *exact)
+        columns, column_weights, _ = _axis(grid[1], highest, halved, *exact)
         even, odd = (rows.mT * row_weights) @ rows, rows.new_zeros(0, 0)
         coupled = official and 0 < 2 * c < min(grid)
         if coupled:
             odd = (torch.outer(rows[-2], rows[-1]) - torch.outer(rows[-1], rows[-2])) / 2
-    return GridFilter(rows, columns, row_weights, column_weights, even, odd, coupled)
+        parts = (part.to(device, dtype) for part in (rows, columns, row_weights, column_weights, even, odd))
+    return GridFilter(*parts, coupled)
 
 
 def smooth_filter(
@@ -316,9 +321,10 @@ def low_pass(
 
     Source: Earth-Adapter, arXiv:2504.06220.
     """
-    kept = make_filter(x, grid, cutoff, band, tau)
     chosen = pick_backend("low_pass", backend, limits=grid_limits(grid), x=x)
-    return _LowPass.apply(x, *learnable_weights(kept, cutoff), kept, tuple(grid), chosen if x.numel() else "torch")
+    with torch.autocast(x.device.type, enabled=False):  # sums of a whole grid: never in half precision
+        kept = make_filter(x, grid, cutoff, band, tau)
+        return _LowPass.apply(x, *learnable_weights(kept, cutoff), kept, tuple(grid), chosen if x.numel() else "torch")
 
 
 def learnable_weights(kept: GridFilter, cutoff: float | Tensor) -> tuple[Tensor | None, Tensor | None]:

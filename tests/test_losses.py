@@ -41,6 +41,16 @@ def test_half_precision_logits_are_averaged_in_float32(dtype):
     torch.testing.assert_close(loss, pixel_cross_entropy(logits.float(), labels), rtol=0, atol=0)
 
 
+def test_a_pixel_counts_as_much_as_its_weight_says():
+    logits, labels = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(0, 3, (2, 4, 5))
+    labels[:, 0] = 255
+    left = torch.zeros(4, 5, dtype=torch.bool).index_fill_(1, torch.tensor([0, 1]), True)
+    halves = [pixel_cross_entropy(logits, labels.where(half, 255)) for half in (left, ~left)]
+    expected = (2 * 6 * halves[0] + 0.5 * 9 * halves[1]) / 15
+    found = pixel_cross_entropy(logits, labels, torch.where(left, 2.0, 0.5).expand(2, 4, 5))
+    torch.testing.assert_close(found, expected)
+
+
 def test_gradient_is_exact():
     logits = torch.randn(2, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[[0, 1, 255], [2, 2, 1]], [[255, 255, 0], [1, 0, 2]]])

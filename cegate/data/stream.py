@@ -1,7 +1,8 @@
 """Batches as a pure function of (seed, purpose, iteration): equal for any number of workers, and after any resume.
 
-Every epoch is a permutation drawn from the seed. Every sample of a batch has a generator of its own, seeded by
-(seed, purpose, iteration, slot), that decides on its crop and its changes. Nothing here touches a global generator.
+Every epoch is a permutation of its own, seeded by (seed, purpose, epoch). Every sample of a batch has a generator of
+its own, seeded by (seed, purpose, iteration, slot), that decides on its crop and its changes. Nothing here touches a
+global generator.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from cegate.config import IGNORE, AugmentConfig
 from cegate.data.datasets import UNLABELLED, SegmentationSet
-from cegate.data.transforms import augment_from, draw_class_mask, normalise
+from cegate.data.transforms import augment_from, draw_class_mask, fill_up, normalise
 from cegate.errors import CegateError, ConfigError
+
+# what a draw decides; part of its seed, or an epoch and an iteration of equal number would share a generator
+_ORDER, _CHANGES = 0, 1
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class TrainStream:
         """The batch of an iteration, >= 0."""
         samples = [self._sample(iteration, slot) for slot in range(self.batch_size)]
         images, labels, names = zip(*samples, strict=True)
-        image = torch.from_numpy(normalise(np.stack(images), self.mean, self.std))
+        image = torch.from_numpy(np.stack(images))
         label, valid = torch.from_numpy(np.stack(labels).astype(np.int64)), None
         if not self.dataset.labelled:
             label, valid = torch.full_like(label, IGNORE), label == UNLABELLED
@@ -107,14 +111,15 @@ class TrainStream:
 
     def _sample(self, iteration: int, slot: int) -> tuple[np.ndarray, np.ndarray, str]:
         index = self._index(iteration * self.batch_size + slot)
-        rng = np.random.default_rng([*self._key, iteration, slot])
+        rng = np.random.default_rng([*self._key, _CHANGES, iteration, slot])
         image, label = augment_from(self.dataset, index, rng, crop=self.crop, cfg=self.augment)
+        image, label = fill_up(normalise(image, self.mean, self.std), label, self.crop)
         return image, label, self.dataset.item_name(index)
 
     def _index(self, draw: int) -> int:
         """Which item the draw-th sample of the stream comes from."""
         epoch, position = divmod(draw, len(self.dataset))
-        order = np.random.default_rng([*self._key, epoch]).permutation(len(self.dataset))
+        order = np.random.default_rng([*self._key, _ORDER, epoch]).permutation(len(self.dataset))
         return int(order[position])
 
     def loader(

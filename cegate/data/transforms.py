@@ -134,11 +134,10 @@ def augment(item: Item, rng: np.random.Generator, *, crop: int, cfg: AugmentConf
         cfg: what is changed and how far.
 
     Returns:
-        image [C, crop, crop] float32 0..1 and label [crop, crop] uint8; right of and below a smaller picture the image
-        is 0 and the label 255.
+        image [C, h, w] float32 0..1 and label [h, w] uint8; h and w are the crop, or less where the resized picture is.
     """
     box, label = draw_crop(item.label.shape, lambda window: item.label[window.slices], rng, crop=crop, cfg=cfg)
-    return _finish(box.resample_image(item.image[:, *box.window().slices]), label, rng, crop, cfg)
+    return _finish(box.resample_image(item.image[:, *box.window().slices]), label, rng, cfg)
 
 
 def augment_from(
@@ -147,19 +146,24 @@ def augment_from(
     """As `augment`, but only the part that is needed is read from the set."""
     box, _ = draw_crop(dataset.size(index), lambda window: dataset.read_label(index, window), rng, crop=crop, cfg=cfg)
     part = dataset.read(index, box.window())
-    return _finish(box.resample_image(part.image), box.resample_label(part.label), rng, crop, cfg)
+    return _finish(box.resample_image(part.image), box.resample_label(part.label), rng, cfg)
 
 
 def _finish(
-    image: np.ndarray, label: np.ndarray, rng: np.random.Generator, crop: int, cfg: AugmentConfig
+    image: np.ndarray, label: np.ndarray, rng: np.random.Generator, cfg: AugmentConfig
 ) -> tuple[np.ndarray, np.ndarray]:
     if cfg.flip and rng.random() < 0.5:
         image, label = image[:, :, ::-1], label[:, ::-1]
     if cfg.photometric:
         image = distort_colours(image, rng)
-    below, right = (crop - side for side in label.shape)
-    image = np.pad(image, ((0, 0), (0, below), (0, right)))
-    return image, np.pad(label, ((0, below), (0, right)), constant_values=IGNORE)
+    return image, label
+
+
+def fill_up(image: np.ndarray, label: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Extend a normalised image [C, h, w] to [C, side, side] below and to the right with 0, which is the mean colour as
+    where windows slide, and its label [h, w] to [side, side] with 255."""
+    margins = [(0, side - length) for length in label.shape]
+    return np.pad(image, [(0, 0), *margins]), np.pad(label, margins, constant_values=IGNORE)
 
 
 def draw_class_mask(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -84,7 +84,9 @@ def mix_domains(pair: DomainPair, pseudo: Tensor) -> tuple[Tensor, Tensor]:
     return image, torch.where(pair.pasted, pair.source.label, pseudo)
 
 
-def share_above(likely: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """Share of each sample's valid pixels [B, H, W] whose class is likelier than the threshold, [B]; 0 without any."""
-    sure = ((likely > threshold) & valid).flatten(1).sum(1)
-    return sure / valid.flatten(1).sum(1).clamp(min=1)
+def share_of_sure(likely: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """Share [] of a batch's valid pixels [B, H, W] whose class is at least as likely as the threshold; 0 without any.
+
+    What the target's pixels of a mixture weigh in DACS; those of the source, whose labels are true, weigh 1.
+    """
+    return ((likely >= threshold) & valid).sum() / valid.sum().clamp(min=1)

@@ -20,12 +20,13 @@ from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import EvalStream
-from cegate.engine.runtime import Precision, pick_device, precision_of
+from cegate.engine.runtime import pick_device
 from cegate.engine.sets import open_evaluated
 from cegate.errors import CheckpointError, ConfigError
 from cegate.losses import pixel_cross_entropy
 from cegate.metrics import Confusion, Scores
 from cegate.models.head import likeliest_class
+from cegate.models.precision import Precision, precision_of
 from cegate.models.segmenter import Segmenter
 from cegate.models.sliding import slide
 from cegate.runfolder import RunFolder, write_json, write_text, written_aside
@@ -92,15 +93,17 @@ def evaluate(
     was_training = segmenter.training
     segmenter.eval()
     stream = EvalStream(dataset, mean=segmenter.mean, std=segmenter.std)
-    for item in stream.loader(workers=workers):
-        windows = {"crop": crop, "stride": stride, "batch": batch, "fit": dataset.fit}
-        logits = predict_logits(segmenter, item.image, precision=precision, **windows)
-        loss_sum += pixel_cross_entropy(logits, item.label.to(logits.device)).item()
-        tile = Confusion(segmenter.classes)
-        tile.update(likeliest_class(logits).cpu(), item.label)
-        names += item.names
-        tiles.append(tile.matrix.numpy())
-    segmenter.train(was_training)
+    try:
+        for item in stream.loader(workers=workers):
+            windows = {"crop": crop, "stride": stride, "batch": batch, "fit": dataset.fit}
+            logits = predict_logits(segmenter, item.image, precision=precision, **windows)
+            loss_sum += pixel_cross_entropy(logits, item.label.to(logits.device)).item()
+            tile = Confusion(segmenter.classes)
+            tile.update(likeliest_class(logits).cpu(), item.label)
+            names += item.names
+            tiles.append(tile.matrix.numpy())
+    finally:
+        segmenter.train(was_training)
     counts = np.stack(tiles)
     confusion = Confusion(segmenter.classes, counts.sum(axis=0))
     return Evaluation(dataset.name, confusion, loss_sum / len(names), Tiles(names, counts))
@@ -128,7 +131,8 @@ def predict_logits(
         logits = predict_logits(segmenter, shrunk, crop=crop, stride=stride, batch=batch, precision=precision)
         return F.interpolate(logits, image.shape[-2:], mode="bilinear")
     with precision():
-        return slide(segmenter, image.to(segmenter.device), crop, stride, batch=batch)
+        shares = segmenter.head.log_shares
+        return slide(segmenter, image.to(segmenter.device), crop, stride, batch=batch, log_shares=shares)
 
 
 def evaluate_run(

@@ -8,12 +8,13 @@ from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import Batch, DomainPair, PairStream, TrainStream
-from cegate.engine.adaptation import Teacher, mix_domains, share_above
+from cegate.engine.adaptation import Teacher, mix_domains, share_of_sure
 from cegate.models.segmenter import Segmenter
 
 
@@ -136,11 +137,12 @@ class Dacs(Supervised):
         if pair.target is None:
             return terms
         pseudo, likely = self.teacher.label(pair.target.image, pair.target.valid)
-        losses = self.segmenter.loss(*mix_domains(pair, pseudo))
+        weights = None
         if self.adapt.confidence is not None:
-            confident = share_above(likely, pair.target.valid, self.adapt.confidence)
-            losses = losses * confident
-            self._seen["confident"].append(confident.mean().item())
+            sure = share_of_sure(likely, pair.target.valid, self.adapt.confidence)
+            weights = torch.where(pair.pasted, 1.0, sure)
+            self._seen["confident"].append(sure.item())
+        losses = self.segmenter.loss(*mix_domains(pair, pseudo), weights=weights)
         self._seen["mixed"].append(losses.detach().float().mean().item())
         names = [f"{target} with {source}" for target, source in zip(pair.target.names, pair.source.names, strict=True)]
         return [*terms, Term("mixed", losses, names, self.adapt.weight)]

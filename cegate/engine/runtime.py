@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, precision, determinism, seeds, Ctrl-C."""
+"""Where and how a run computes: device, determinism, seeds, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import signal
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +20,6 @@ import torch
 from cegate.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-Precision = Callable[[], AbstractContextManager[Any]]
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,15 +38,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
     return device
-
-
-def precision_of(name: str, device: torch.device) -> tuple[str, Precision]:
-    """The precision that is used, and a maker of its autocast context."""
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if name == "fp32":
-        return name, nullcontext
-    return name, partial(torch.autocast, device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[name])
 
 
 @contextmanager

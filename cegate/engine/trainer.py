@@ -41,14 +41,14 @@ from cegate.engine.runtime import (
     deterministic,
     peak_memory,
     pick_device,
-    precision_of,
     seed_everything,
 )
 from cegate.engine.schedule import learning_rate, parameter_groups
 from cegate.engine.sets import Sets, open_sets, value_range_of
-from cegate.errors import CheckpointError, TrainingError
+from cegate.errors import CheckpointError, ConfigError, TrainingError
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan, draw_k, normalize, select_top_k
+from cegate.models.precision import precision_of
 from cegate.models.segmenter import Segmenter, build, starting_plan
 from cegate.models.vit import weight_hash
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run, read_json, write_json
@@ -80,6 +80,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
     console = console or Console(stderr=True)
     check_folder(config, resume=resume, overwrite=overwrite)
     device = pick_device(config.run.device)
+    if config.run.deterministic and device.type == "cuda" and config.model.head == "mask2former":
+        raise ConfigError(
+            "run.deterministic=true: torch has no deterministic form of mask2former's sampling on a GPU; use "
+            "model.head=linear, run.device=cpu, or leave it out"
+        )
     config, sets = open_sets(config)
     segmenter = build(config)
     with (
@@ -185,6 +190,8 @@ class Trainer:
         self._start(state)
         title = "baseline" if stage == "before" else "training"
         with Reporter(self.console, title, train.iterations, self.iteration) as reporter:
+            if state is not None and self._is_due(train.eval_every):
+                reporter.evaluated(self._evaluate())  # again: the run may have ended in the middle of it
             for batch in self.objective.batches(self.iteration, train.iterations):
                 if self._scoring_is_due():
                     self._score()
@@ -192,12 +199,17 @@ class Trainer:
                 self.iteration += 1
                 reporter.step(loss)
                 self._log_loss(loss)
-                if self.iteration % train.eval_every == 0 or self.iteration == train.iterations:
+                saves, evaluates = self._is_due(train.checkpoint_every), self._is_due(train.eval_every)
+                if saves or evaluates:
+                    self._save(numbered=saves and stage == "after")
+                if evaluates:
                     reporter.evaluated(self._evaluate())
-                if self.iteration % train.checkpoint_every == 0 or self.iteration == train.iterations:
-                    self._save("last", f"iter_{self.iteration}")
                 if self.interrupt.asked:
                     self._stop()
+
+    def _is_due(self, every: int) -> bool:
+        """Whether the iteration ends a period, or the schedule."""
+        return self.iteration % every == 0 or self.iteration == self.config.train.iterations
 
     def _start(self, state: State | None) -> None:
         """Put model, optimiser and counters where the stage begins or goes on."""
@@ -235,9 +247,9 @@ class Trainer:
         with self.precision():
             terms = self.objective.terms(batch, self.iteration)
         loss = torch.stack([term.weight * term.losses.float().mean() for term in terms]).sum()
-        if not math.isfinite(value := loss.item()):
-            self._refuse_nan(terms)
         self.scaler.scale(loss).backward()
+        if not math.isfinite(value := loss.item()):  # after backward: until here a GPU need not wait for Python
+            self._refuse_nan(terms)
         if config.train.clip is not None:
             self.scaler.unscale_(self.optimizer)
             learning = (p for group in self.optimizer.param_groups for p in group["params"])
@@ -303,15 +315,15 @@ class Trainer:
         """Site -> Fisher mass, not normalised."""
         gate = self.config.gate
         seed_everything(self.config.run.seed, "fisher", self.iteration)
-        with self.precision():
-            return measure_fisher(
-                self.segmenter,
-                self.segmenter.toolbox,
-                self.objective.probe(self.iteration),
-                estimator=gate.estimator,
-                loss=gate.loss,
-                loss_scale=FISHER_LOSS_SCALE if self.precision_name == "fp16" else 1.0,
-            )
+        return measure_fisher(
+            self.segmenter,
+            self.segmenter.toolbox,
+            self.objective.probe(self.iteration),
+            estimator=gate.estimator,
+            loss=gate.loss,
+            loss_scale=FISHER_LOSS_SCALE if self.precision_name == "fp16" else 1.0,
+            precision=self.precision,
+        )
 
     # journal --------------------------------------------------------------------------------------------------------
 
@@ -328,7 +340,11 @@ class Trainer:
         log.debug("%s iteration %d: loss %.4f, lr %.2e", self.stage, self.iteration, mean, lr)
 
     def _evaluate(self) -> str:
-        """Measure every domain; keep the model if it is the best so far; return its mIoU as text."""
+        """Measure every domain; keep the model if it is the best so far; return its mIoU as text.
+
+        The state was saved just before. So nothing that is kept is ever younger than what a resume goes on from, and a
+        run that ends in here loses no more than this evaluation, which the resume makes again.
+        """
         data = self.config.data
         evaluations = [
             evaluate(
@@ -355,17 +371,15 @@ class Trainer:
         return results.best_iteration(self.folder.metrics.records, stage or self.stage, validated=validated)
 
     def _keep_best(self, evaluations: list[Evaluation]) -> None:
-        if self.stage == "before":
-            self._save("before")
-            return
-        self._save("best")
-        for item in evaluations:
+        name = "before" if self.stage == "before" else "best"
+        copy_checkpoint(self.folder.last, self.folder.checkpoints / f"{name}.pt")
+        for item in evaluations if self.stage == "after" else ():
             evaluator.write_evaluation(self.folder.eval / item.domain, item, iteration=self.iteration)
 
     # saving and resuming --------------------------------------------------------------------------------------------
 
-    def _save(self, first: str, *copies: str) -> None:
-        """Save the state under a name, and copy it under others."""
+    def _save(self, *, numbered: bool = False) -> None:
+        """Save the state as the last one and, where numbered ones are kept, under the number of its iteration."""
         plan = self.segmenter.toolbox.plan
         self.peak_memory = max(self.peak_memory or 0, peak_memory(self.device))
         state = State(
@@ -387,15 +401,17 @@ class Trainer:
             backbone_sha256=self.backbone_sha256,
             classes=list(self.segmenter.classes),
         )
-        folder = self.folder.checkpoints
-        save_state(folder / f"{first}.pt", state)
-        keep = self.config.train.keep_checkpoints if self.stage == "after" else 0
-        for name in copies if keep else ():
-            copy_checkpoint(folder / f"{first}.pt", folder / f"{name}.pt")
-        keep_newest(folder, keep)
+        folder, keep = self.folder.checkpoints, self.config.train.keep_checkpoints
+        save_state(self.folder.last, state)
+        if numbered and keep:
+            copy_checkpoint(self.folder.last, folder / f"iter_{self.iteration}.pt")
+        keep_newest(folder, keep if self.stage == "after" else 0)
 
     def _resume(self) -> State | None:
-        """The state to go on from; the journals lose what comes after it, which is going to be written again."""
+        """The state to go on from; the journals lose what comes after it, which is going to be written again.
+
+        So does the evaluation of the state itself, see :meth:`_evaluate`.
+        """
         path = self.folder.path / "env.json"
         environment = self._environment()
         state = load_state(self.folder.last) if self.folder.last.is_file() else None
@@ -403,13 +419,14 @@ class Trainer:
             write_json(path, environment)
         else:
             self._refuse_other_data(environment["data"])
+            self._refuse_other_precision()
             self.peak_memory = state.peak_memory_bytes
             log.info("going on from iteration %d of stage %s", state.iteration, state.stage)
         position = (-1, -1) if state is None else state.position
 
         def is_past(record: dict[str, Any]) -> bool:
-            stage = record.get("stage", record["split"])
-            return (STAGES.index(stage), record["iteration"]) <= position
+            at = (STAGES.index(record.get("stage", record["split"])), record["iteration"])
+            return at < position or (at == position and record["split"] == "train")
 
         self.folder.metrics.keep(is_past)
         self.folder.gates.keep(lambda record: (STAGES.index("after"), record["iteration"]) < position)
@@ -449,8 +466,17 @@ class Trainer:
                 "or start a run of another name"
             )
 
+    def _refuse_other_precision(self) -> None:
+        before = read_json(self.folder.path / "env.json")
+        if before["precision"] != self.precision_name:
+            raise CheckpointError(
+                f"{self.folder.path} was started with {before['precision']} on {before['gpu'] or before['device']}; "
+                f"here run.precision={self.config.run.precision} is {self.precision_name}, which gives other numbers: "
+                "go on on such a device, or start a run of another name"
+            )
+
     def _stop(self) -> None:
-        self._save("last")
+        self._save()
         raise KeyboardInterrupt(f"interrupted after iteration {self.iteration} and saved")
 
     # the end --------------------------------------------------------------------------------------------------------

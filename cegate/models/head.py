@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.errors import ConfigError
-from cegate.losses import pixel_cross_entropy
+from cegate.losses import at_least_float32, pixel_cross_entropy
 
 FEATURES = 4
 """Maps that a head takes."""
@@ -41,6 +41,8 @@ class Head(nn.Module, ABC):
 
     query_width: int | None = None
     """Width of the head's queries, where it has some that a refiner can give."""
+    log_shares: bool = False
+    """Whether logits are logarithms of shares: then overlapping windows are averaged as shares."""
 
     def take_queries(self, refiner: QuerySource) -> None:
         """Use a refiner's queries in place of the head's own while the refiner is attached.
@@ -62,17 +64,19 @@ class Head(nn.Module, ABC):
             [B, K, H, W].
         """
 
-    def loss(self, features: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def loss(self, features: Sequence[Tensor], labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """Task loss of each sample alone: ``loss(f, y)[b]`` is ``loss(f[b:b+1], y[b:b+1])[0]`` from equal random state.
 
         Args:
             features: four maps [B, C, h, w], shallow to deep.
             labels: [B, H, W] int64, 0..K-1, or 255 where a pixel does not count.
+            weights: [B, H, W] how much each pixel counts; default: 1. A head whose loss is no mean over pixels weighs
+                a sample by the mean over its valid ones.
 
         Returns:
             [B], float32 or float64; 0 with gradient 0 for a sample without a valid pixel. Here: pixel cross entropy.
         """
-        return pixel_cross_entropy(self(features, tuple(labels.shape[-2:])), labels)
+        return pixel_cross_entropy(self(features, tuple(labels.shape[-2:])), labels, weights)
 
 
 class LinearHead(Head):
@@ -96,5 +100,6 @@ class LinearHead(Head):
 
     def forward(self, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         tokens = torch.cat([self.norm(f.permute(0, 2, 3, 1)) for f in features], dim=-1)  # [B, h, w, 4C]
-        logits = self.classifier(tokens).permute(0, 3, 1, 2)
+        # wide, or backward would add a token's hundreds of pixels up in half precision on a GPU
+        logits = at_least_float32(self.classifier(tokens)).permute(0, 3, 1, 2)
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)

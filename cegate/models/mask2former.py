@@ -27,7 +27,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from cegate.config import IGNORE
 from cegate.errors import ConfigError
-from cegate.losses import at_least_float32
+from cegate.losses import at_least_float32, mean_over_valid
 from cegate.models.head import FEATURES, Head, QuerySource
 
 GROUPS = 32
@@ -64,6 +64,8 @@ class Mask2FormerHead(Head):
     Raises:
         ConfigError: ``width`` is not a multiple of 32.
     """
+
+    log_shares = True
 
     def __init__(
         self,
@@ -121,13 +123,14 @@ class Mask2FormerHead(Head):
         pairs = zip(class_logits[-1], mask_logits[-1], strict=True)
         return torch.stack([_log_share(classes, masks, size) for classes, masks in pairs])
 
-    def loss(self, features: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def loss(self, features: Sequence[Tensor], labels: Tensor, weights: Tensor | None = None) -> Tensor:
         class_logits, mask_logits = self.decoder(features)
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         # layers of samples -> samples of layers; unbind, because an index has a gradient of the size of the batch
         masks = zip(*(layer.unbind() for layer in mask_logits), strict=True)
         samples = zip(torch.stack(class_logits, dim=1), masks, labels, strict=True)
-        return torch.stack([self.criterion(*sample, seed) for sample in samples])
+        losses = torch.stack([self.criterion(*sample, seed) for sample in samples])
+        return losses if weights is None else losses * mean_over_valid(weights, labels)
 
 
 class _Decoder(Mask2FormerPreTrainedModel):

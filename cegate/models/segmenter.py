@@ -19,6 +19,7 @@ from cegate.losses import pixel_cross_entropy
 from cegate.models.adapters import Adapter, AdapterBank, Chosen, Gates
 from cegate.models.head import Head, likeliest_class
 from cegate.models.heads import build_head
+from cegate.models.precision import precision_of
 from cegate.models.sliding import slide
 from cegate.models.vit import build_vit, extract_features, feature_layers
 from cegate.palette import default_palette
@@ -131,21 +132,26 @@ class Segmenter(nn.Module):
         logits = [head([f[part] for f in features], size)[..., :height, :width] for part, head in heads]
         return call.restore(logits)
 
-    def loss(self, images: Tensor, labels: Tensor, *, gates: Gates | None = None) -> Tensor:
+    def loss(
+        self, images: Tensor, labels: Tensor, *, weights: Tensor | None = None, gates: Gates | None = None
+    ) -> Tensor:
         """Task loss of each sample alone, [B]; it does not depend on what else is in the batch.
 
         Args:
             images: [B, bands, H, W] normalised float32.
             labels: [B, H, W] int64, 255 ignored.
+            weights: [B, H, W] how much each pixel counts; default: 1.
             gates: as in :meth:`forward`.
         """
         images, labels = self._whole_patches(images, 0.0), self._whole_patches(labels, self.ignore)
+        weights = None if weights is None else self._whole_patches(weights, 0.0)
         if gates is None:
-            return self.head.loss(self.features(images), labels)
+            return self.head.loss(self.features(images), labels, weights)
         call = self.bank.call(self.toolbox, len(images), gates, None)
         with self.toolbox.dispatched(call.shares):
             features = self.features(call.sort(images))
-        return call.restore([self.head.loss(features, call.sort(labels))])
+        sorted_weights = None if weights is None else call.sort(weights)
+        return call.restore([self.head.loss(features, call.sort(labels), sorted_weights)])
 
     def nll(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean pixel cross entropy of each sample's semantic prediction, [B]."""
@@ -196,14 +202,17 @@ class Segmenter(nn.Module):
 
     def _logits(self, image: np.ndarray | str | Path, adapter: str | int | None) -> Tensor:
         pixels = self.normalise(image, adapter=adapter)
-        forward, data = self, self.config.data
+        forward, head, data = self, self.head, self.config.data
         if adapter is not None:
-            forward, data = partial(self, adapter=adapter), self.bank.named(adapter).config.data
+            forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
+            data = self.bank.named(adapter).config.data
+        _, precision = precision_of(self.config.run.precision, self.device)
+        windows = {"crop": data.crop, "stride": data.stride, "log_shares": head.log_shares}
         was_training = self.training
         self.eval()
         try:
-            with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-                return slide(forward, pixels.to(self.device)[None], crop=data.crop, stride=data.stride)[0]
+            with precision():
+                return slide(forward, pixels.to(self.device)[None], **windows)[0]
         finally:
             self.train(was_training)
 

@@ -34,6 +34,7 @@ def slide(
     stride: int | None = None,
     *,
     batch: int | None = None,
+    log_shares: bool = False,
 ) -> Tensor:
     """Logits of a whole image, averaged where windows overlap.
 
@@ -44,6 +45,8 @@ def slide(
         crop: side of a window in pixels.
         stride: step between windows in pixels; default two thirds of the window.
         batch: windows per forward pass; it changes speed and memory only; default by the device and ``crop``.
+        log_shares: the logits are logarithms of shares (`Head.log_shares`) and are averaged as shares. The mean of
+            logarithms would let one sure window overrule all others.
 
     Returns:
         [1, K, H, W] in the dtype of the logits, at least float32. One window gives exactly ``forward(image)``.
@@ -56,16 +59,19 @@ def slide(
         for top in window_starts(image.shape[-2], crop, stride)
         for left in window_starts(image.shape[-1], crop, stride)
     ]
+    log_shares = log_shares and len(corners) > 1
     total = count = None
     for first in range(0, len(corners), batch):
         chunk = corners[first : first + batch]
         windows = torch.cat([image[..., top : top + crop, left : left + crop] for top, left in chunk])
         logits = forward(windows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits.exp() if log_shares else logits
         if total is None:
             total = logits.new_zeros(1, logits.shape[1], *image.shape[-2:])
             count = logits.new_zeros(image.shape[-2:])
         for window, (top, left) in zip(logits, chunk, strict=True):
             total[0, :, top : top + crop, left : left + crop] += window
             count[top : top + crop, left : left + crop] += 1
-    return (total / count)[..., :height, :width]
+    mean = (total / count)[..., :height, :width]
+    return mean.log() if log_shares else mean

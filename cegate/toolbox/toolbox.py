@@ -86,9 +86,14 @@ class Toolbox(nn.Module):
     def apply(self, plan: GatePlan) -> None:  # type: ignore[override]
         """Switch to a plan: its sites run, its active sites learn, every other site is unhooked.
 
+        A function in place of a plan is called with every module, as `torch.nn.Module.apply` does.
+
         Raises:
             ConfigError: the plan names a site that this toolbox lacks, or spatial sites are merged.
         """
+        if callable(plan):
+            super().apply(plan)
+            return
         self._check(plan.on)
         self._unhook()
         for name, site in self._sites.items():

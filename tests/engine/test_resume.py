@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import signal
 import statistics
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 
 from cegate.checkpoint import load_state
 from cegate.data import datasets
+from cegate.engine import evaluator
 from cegate.engine.trainer import Trainer, train
 from cegate.errors import CheckpointError
-from cegate.runfolder import read_json
+from cegate.metrics import Confusion
+from cegate.runfolder import folder_of, read_json
 
 CHANGES = {"train__baseline": True, "gate__inactive": "frozen", "train__clip": 1.0}
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -93,6 +97,44 @@ def test_what_was_measured_survives_a_resume(small, monkeypatch):
     assert found["score_seconds"] > 0 and found["peak_memory_bytes"] > 0
     train(config, resume=True)
     assert read_json(result) == found
+
+
+def test_a_run_that_ends_in_an_evaluation_makes_it_again(whole, small, monkeypatch):
+    config, write = small("cut", **CHANGES, train__checkpoint_every=5), evaluator.write_evaluation
+
+    def write_until(folder, evaluation, **more):
+        if more["iteration"] == 4 and evaluation.domain == "arid":
+            raise RuntimeError("power cut")
+        write(folder, evaluation, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluator, "write_evaluation", write_until)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(config)
+    assert load_state(folder_of(config) / "checkpoints/last.pt").iteration == 4
+    assert_equal_runs(whole, train(config, resume=True).path, ("last", "best", "before"))
+
+
+def test_what_counts_after_a_resume_is_of_one_model_even_if_numbers_come_out_otherwise(small, monkeypatch):
+    """As on a GPU: the life that was cut found its best model where the next one does not."""
+    config = small(train__checkpoint_every=5)
+    run_until(monkeypatch, config, "after", 5)
+    folder, scores = folder_of(config), Confusion.scores
+    cut = load_state(folder / "checkpoints/last.pt").iteration
+    assert load_state(folder / "checkpoints/best.pt").iteration <= cut
+    monkeypatch.setattr(Confusion, "scores", lambda self: replace(scores(self), mIoU=0.9 - 0.1 * next(worse)))
+    worse = iter(range(100))
+    result = read_json(train(config, resume=True).path / "result.json")
+    found = {read_json(path)["iteration"] for path in folder.glob("eval/*/metrics.json")}
+    assert found == {result["iteration"]} == {load_state(folder / "checkpoints/best.pt").iteration}
+
+
+def test_resume_refuses_another_precision(small, monkeypatch):
+    config = small()
+    run_until(monkeypatch, config, "after", 5)
+    monkeypatch.setattr("cegate.engine.trainer.precision_of", lambda name, device: ("bf16", nullcontext))
+    with pytest.raises(CheckpointError, match=r"started with fp32 on cpu; here run.precision=auto is bf16"):
+        train(config, resume=True)
 
 
 def test_interrupt_saves_and_says_how_to_go_on(small, monkeypatch):

@@ -14,6 +14,7 @@ from cegate.engine.trainer import Trainer, describe, train
 from cegate.errors import CheckpointError, ConfigError, DataError, TrainingError
 from cegate.methods import METHODS
 from cegate.models.segmenter import Segmenter
+from cegate.runfolder import folder_of
 
 PROMISED = (
     *("config.yaml", "env.json", "train.log", "metrics.jsonl", "gates.jsonl"),
@@ -204,3 +205,11 @@ def test_a_first_round_without_scores_stops_the_run(small, monkeypatch):
     monkeypatch.setattr(Trainer, "_measure", lambda self: dict.fromkeys(self.segmenter.toolbox.sites, 0.0))
     with pytest.raises(TrainingError, match=r"all Fisher scores of iteration 0 are 0.* 3 crops.*raise gate\.samples"):
         train(small())
+
+
+def test_what_has_no_deterministic_form_on_a_gpu_is_refused_before_anything_is_written(small, monkeypatch):
+    monkeypatch.setattr("cegate.engine.trainer.pick_device", lambda name: torch.device("cuda"))
+    config = small(run__deterministic=True, model__head="mask2former")
+    with pytest.raises(ConfigError, match=r"no deterministic form of mask2former.*use model\.head=linear"):
+        train(config)
+    assert not folder_of(config).exists()

@@ -119,6 +119,16 @@ def test_the_kernel_is_deterministic(device):
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize(("backend", "grid"), [("torch", (31, 9)), ("triton", (9, 31))])
+def test_autocast_rounds_nothing_and_leaves_nothing_behind(backend, grid, device):
+    x = random_tokens(grid, dtype=torch.float32).to(device)
+    exact = low_pass_fft(x.double(), grid, 0.9)
+    with torch.autocast(device.type, torch.bfloat16):  # no other test has filtered on this grid
+        under = low_pass(x, grid, 0.9, backend=backend)
+    for y in (under, low_pass(x, grid, 0.9, backend=backend)):
+        torch.testing.assert_close(y.double(), exact, atol=1e-5, rtol=0)
+
+
 def test_all_problems_are_named_at_once():
     with pytest.raises(ValueError, match=r"\[B, 12, C\].*cutoff=2.*band='round'"):
         low_pass(torch.zeros(1, 11, 2), (3, 4), 2, "round")

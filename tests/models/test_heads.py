@@ -98,6 +98,22 @@ def test_sample_without_valid_pixels_has_no_loss_and_no_gradient(name, batch):
 
 
 @both_heads
+def test_weights_of_one_value_scale_the_loss(name):
+    head, features, labels = small_head(name), draw_features(), draw_labels()
+    torch.manual_seed(0)
+    plain = head.loss(features, labels)
+    torch.manual_seed(0)
+    weights = torch.tensor([0.0, 0.25, 2.0])[:, None, None].expand(labels.shape)
+    torch.testing.assert_close(head.loss(features, labels, weights), plain * torch.tensor([0.0, 0.25, 2.0]))
+
+
+@both_heads
+def test_logits_are_wide_whatever_autocast_says(name):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small_head(name)(draw_features(), (64, 48)).dtype == torch.float32
+
+
+@both_heads
 def test_every_weight_learns(name):
     head = small_head(name)
     head.loss(draw_features(), draw_labels()).sum().backward()

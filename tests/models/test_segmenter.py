@@ -13,6 +13,7 @@ from cegate.config import (
     FrequencyConfig,
     GateConfig,
     ModelConfig,
+    RunConfig,
     SemanticConfig,
     SetConfig,
     SpatialConfig,
@@ -169,3 +170,14 @@ def test_build_takes_a_dict_and_names_an_unknown_key():
 def test_what_does_not_fit_is_named(change, error, message):
     with pytest.raises(error, match=message):
         cegate.build(replace(CONFIG, **change))
+
+
+def test_prediction_computes_in_the_precision_of_the_run(model):
+    image = np.random.default_rng(0).integers(0, 255, (3, 64, 64), np.uint8)
+    twin = cegate.build(replace(CONFIG, run=RunConfig(precision="bf16")))
+    for segmenter in (model, twin):
+        torch.nn.init.normal_(segmenter.head.classifier.weight, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        narrow = model(model.normalise(image)[None]).softmax(1)[0].numpy()
+    np.testing.assert_array_equal(twin.predict_proba(image), narrow)
+    assert (model.predict_proba(image) != narrow).any()

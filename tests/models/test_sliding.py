@@ -57,6 +57,17 @@ def test_overlapping_windows_are_averaged():
     assert logits.tolist() == [0, 0, 0.5, 0.5, 1, 1]
 
 
+def test_logarithms_of_shares_are_averaged_as_shares():
+    windows = iter([torch.tensor([0.999, 0.001]), torch.tensor([0.5, 0.5])])
+
+    def forward(images):
+        return next(windows).log().view(1, 2, 1, 1).expand(1, 2, 4, 4)
+
+    logits = slide(forward, torch.zeros(1, 1, 4, 6), 4, 2, batch=1, log_shares=True)[0, :, 0]
+    torch.testing.assert_close(logits.exp()[0], torch.tensor([0.999, 0.999, 0.7495, 0.7495, 0.5, 0.5]))
+    torch.testing.assert_close(logits.exp().sum(0), torch.ones(6))
+
+
 def test_small_windows_run_together_and_large_ones_alone():
     device = torch.device("cpu")
     counts = [windows_at_once(device, crop) for crop in (32, 128, 512, 4096)]

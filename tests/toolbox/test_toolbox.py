@@ -88,6 +88,13 @@ def test_gates_off_leave_the_model_without_a_single_hook(vit):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in vit.modules())
 
 
+def test_apply_takes_a_function_as_every_module_does(vit):
+    toolbox, seen = wrap(vit, SMALL), []
+    torch.nn.ModuleList([toolbox]).apply(lambda module: seen.append(type(module)))
+    assert type(toolbox) in seen and torch.nn.ModuleList in seen
+    assert toolbox.plan == GatePlan()
+
+
 def test_one_block_follows_the_formulas(images):
     vit = make_vit("dinov2-registers", depth=1)
     toolbox = wrap(vit, SMALL)
