@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -23,8 +24,7 @@ TOLERANCE = 0.1  # of a site's score: a gradient in bfloat16 through 24 layers i
 
 def fisher_pass(model: Segmenter, images: Tensor, labels: Tensor) -> dict[str, float]:
     """What the trainer runs."""
-    with mixed_precision(DEVICE):
-        return measure_fisher(model, model.toolbox, [Probe(images, labels)])
+    return measure_fisher(model, model.toolbox, [Probe(images, labels)], precision=partial(mixed_precision, DEVICE))
 
 
 def plain_pass(model: Segmenter, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from gpu_side_by_side import gpu_side_by_side, needs_gpu
@@ -123,8 +125,7 @@ def bench_fisher_beside_on_the_gpu(benchmark, name: str):
     probe = [Probe(images, labels)]
 
     def candidate() -> dict[str, float]:
-        with mixed_precision(DEVICE):
-            return measure_fisher(ours, ours.toolbox, probe)
+        return measure_fisher(ours, ours.toolbox, probe, precision=partial(mixed_precision, DEVICE))
 
     def rival() -> dict[str, float]:
         with mixed_precision(DEVICE):

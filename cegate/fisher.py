@@ -113,6 +113,15 @@ class SummedGradients:
         return dict(mass)
 
 
+def _fewest(samples: int, device: torch.device) -> int:
+    """Of all processes: one that has nothing to add up would leave the others waiting."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return samples
+    count = torch.tensor(samples, device=device)
+    dist.all_reduce(count, dist.ReduceOp.MIN)
+    return int(count)
+
+
 def _over_processes(totals: dict[str, Tensor], samples: int) -> int:
     """Add up sums in place, and samples, over all processes, so that every one chooses the same gates."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -155,7 +164,7 @@ def measure_fisher(
         per-sample loss, summed over the site's weights. With ``diagonal``: weight name (``spatial.0.down_q``) -> it.
 
     Raises:
-        TrainingError: the probe is empty or a loss is not finite.
+        TrainingError: the probe is empty, here or in another process, or a loss is not finite.
     """
     tap = (SquaredGradients if estimator == "per_sample" else SummedGradients)(diagonal, loss_scale)
     measure = model.loss if loss == "task" else model.nll
@@ -169,8 +178,8 @@ def measure_fisher(
                 raise TrainingError(f"the Fisher probe has losses {losses.tolist()}; look for NaN in data or weights")
             (losses.sum() * loss_scale).backward()
             samples += len(losses)
-    if not samples:
-        raise TrainingError("the Fisher probe is empty; gate.samples must be at least 1")
+    if not _fewest(samples, next(toolbox.parameters()).device):
+        raise TrainingError("the Fisher probe is empty, of one process at least; gate.samples must be at least 1")
     result = tap.result(samples)
     # a site behind the last layer that the head sees never runs: its gradient is zero
     if diagonal:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -145,12 +146,17 @@ def test_a_loss_scale_is_divided_out():
     assert scaled == pytest.approx(plain, rel=1e-9)
 
 
-def test_bfloat16_autocast_gives_nearly_the_scores_of_float32():
+def test_bfloat16_autocast_gives_nearly_the_scores_of_float32_and_ends_before_backward(monkeypatch):
     model, probe = make_model().float(), make_probe()
     probe.image = probe.image.float()
     exact = measure_fisher(model, model.toolbox, [probe])
-    with torch.autocast("cpu", torch.bfloat16):
-        rounded = measure_fisher(model, model.toolbox, [probe])
+    backward, narrow = torch.Tensor.backward, []
+    monkeypatch.setattr(
+        torch.Tensor, "backward", lambda loss: narrow.append(torch.is_autocast_enabled("cpu")) or backward(loss)
+    )
+    bfloat16 = partial(torch.autocast, "cpu", torch.bfloat16)
+    rounded = measure_fisher(model, model.toolbox, [probe], precision=bfloat16)
+    assert narrow == [False]
     for site, score in exact.items():
         assert rounded[site] == pytest.approx(score, rel=0.25, abs=1e-3 * max(exact.values())), site
     assert rounded != exact
@@ -180,6 +186,7 @@ def test_scoring_leaves_gradients_modes_plan_flags_and_random_state_as_found(hea
 
 IN_A_PROCESS = """
 import json, sys, runpy, torch
+from cegate.errors import TrainingError
 from cegate.fisher import measure_fisher
 rank, rendezvous, this_file, probe_file = int(sys.argv[1]), *sys.argv[2:]
 test = runpy.run_path(this_file)
@@ -192,6 +199,12 @@ own = test["Probe"](image[part], label[part])
 scores = [measure_fisher(model, model.toolbox, [own], estimator=e) for e in ("per_sample", "batch")]
 diagonal = measure_fisher(model, model.toolbox, [own], diagonal=True)
 print(json.dumps([*scores, {name: float(value.sum()) for name, value in diagonal.items()}]))
+try:
+    measure_fisher(model, model.toolbox, [own] if rank else [])
+except TrainingError as error:
+    assert "empty" in str(error)
+else:
+    raise AssertionError("one process had no samples")
 torch.distributed.destroy_process_group()
 """
 
@@ -204,6 +217,7 @@ def test_every_process_gets_the_scores_of_all_samples(tmp_path):
     common = [f"file://{tmp_path}/rendezvous", __file__, str(tmp_path / "probe.pt")]
     processes = [subprocess.Popen([*command, str(rank), *common], stdout=subprocess.PIPE) for rank in (0, 1)]
     first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
+    assert [process.returncode for process in processes] == [0, 0]
     assert first == second
     *scores, diagonal = first
     for found, estimator in zip(scores, ("per_sample", "batch"), strict=True):
