@@ -61,8 +61,8 @@ def load_many(
     """
     from cegate.checkpoint import load_adapter
 
-    if not paths:
-        raise ConfigError("load_many needs at least one adapter, e.g. {'arid': 'runs/arid'}")
+    if not paths or not isinstance(paths, Mapping):
+        raise ConfigError("load_many needs at least one adapter and its name, e.g. {'arid': 'runs/arid'}")
     model = load_adapter(Path(next(iter(paths.values()))), device, weights=weights)
     for name, path in paths.items():
         model.add_adapter(name, read_adapter(path))

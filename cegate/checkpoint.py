@@ -22,6 +22,7 @@ from cegate.configfile import read_config
 from cegate.errors import CheckpointError, ConfigError, nearest
 from cegate.gate import GatePlan
 from cegate.models.adapters import Adapter, misfits
+from cegate.models.compute import pick_device
 from cegate.models.segmenter import Segmenter, build
 from cegate.models.vit import weight_hash
 from cegate.runfolder import RunFolder, write_json, write_text, written_aside
@@ -181,7 +182,7 @@ def _check_fit(
 # --- adapter folder -------------------------------------------------------------------------------------------------
 
 
-def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, results: Mapping[str, float]) -> None:
+def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, results: Mapping[str, float | None]) -> None:
     """Write the folder that one shares: trained sites that are on, the refiner, the head, and what is needed to rebuild
     the model.
 
@@ -189,7 +190,7 @@ def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, resul
         folder: made if needed; its three files are replaced.
         segmenter: model with its final plan applied.
         backbone_sha256: `weight_hash` of the frozen backbone.
-        results: domain -> mIoU, 0..1, for the card.
+        results: domain -> mIoU, 0..1, for the card; None where no pixel has a label.
     """
     on = segmenter.toolbox.plan.on
     weights = {key: value.cpu().contiguous() for key, value in trained_weights(segmenter, on).items()}
@@ -230,12 +231,14 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "crop": config.data.crop,
         "stride": config.data.stride,
         "seed": config.run.seed,
+        "precision": config.run.precision,
     }
 
 
-def _card(description: Mapping[str, Any], weights: Mapping[str, Tensor], results: Mapping[str, float]) -> str:
+def _card(description: Mapping[str, Any], weights: Mapping[str, Tensor], results: Mapping[str, float | None]) -> str:
     sites = [*description["active_sites"], *description["frozen_sites"]]
-    rows = "".join(f"| {domain} | {100 * miou:.1f} |\n" for domain, miou in results.items())
+    shown = {domain: "–" if miou is None else f"{100 * miou:.1f}" for domain, miou in results.items()}
+    rows = "".join(f"| {domain} | {miou} |\n" for domain, miou in shown.items())
     table = f"\n| domain | mIoU (%) |\n|---|---|\n{rows}" if rows else ""
     count = sum(weight.numel() for weight in weights.values())
     refiner = description["refiner"]
@@ -314,7 +317,7 @@ def load_adapter(path: Path, device: str | torch.device | None = None, *, weight
     segmenter.mean, segmenter.std = tuple(description["mean"]), tuple(description["std"])
     segmenter.value_range = description["value_range"]
     segmenter.ignore = description["ignore"]
-    return segmenter.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    return segmenter.to(device if isinstance(device, torch.device) else pick_device(device or "auto")).eval()
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -346,7 +349,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str | None) -> Config:
     mapping = {
-        "run": {"seed": description["seed"]},
+        "run": {"seed": description["seed"], "precision": description.get("precision", "auto")},
         "data": {
             "classes": description["classes"],
             "palette": description["palette"],

@@ -62,6 +62,9 @@ def command(function: Callable[[Sequence[str]], int]) -> Main:
         except BrokenPipeError:  # the reader of our output has gone, as in `cegate train --help | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return GOOD
+        except OSError as error:  # no permission, a full disk, a file where a folder is wanted
+            place = f"{error.filename}: " if error.filename else ""
+            return _say(f"error: {place}{error.strerror or error}; see that it can be read and written", FAILED)
 
     return main
 

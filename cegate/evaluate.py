@@ -37,9 +37,7 @@ def main(argv: Sequence[str]) -> int:
     from cegate.runfolder import RunFolder
 
     run = RunFolder(Path(options["run"]))
-    run.config()
-    weights = [("model.weights", options["weights"])] if options["weights"] else []
-    config = cli.parse_config(argv, USAGE, base=run.config_file, more=weights)
+    config = cli.parse_config(argv, USAGE, base=run.config_file, more=run.overrides(options["weights"]))
     output = Path(options["output"]) if options["output"] else None
     evaluations = evaluator.evaluate_run(
         run, config, checkpoint=options["checkpoint"] or "best", output=output, overwrite=options["overwrite"]

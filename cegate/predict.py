@@ -21,6 +21,7 @@ USAGE = cli.Usage(
         cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
         cli.Option("device", "auto, cpu or cuda:<index>; default auto.", "NAME"),
         cli.Option("overwrite", "Replace existing masks."),
+        cli.Option("keep", "Leave out images that have a mask already, as to go on after an interruption."),
     ),
     bare="input",
 )
@@ -40,10 +41,13 @@ def main(argv: Sequence[str]) -> int:
 
     from cegate.checkpoint import load_adapter
     from cegate.engine import predictor
-    from cegate.engine.runtime import pick_device
+    from cegate.models.compute import pick_device
 
     images = predictor.find_images(options["input"])
-    masks = predictor.plan_outputs(images, Path(options["output"]), overwrite=options["overwrite"])
+    if options["overwrite"] and options["keep"]:
+        raise ConfigError("give one of --overwrite and --keep")
+    kept = {"overwrite": options["overwrite"], "keep": options["keep"]}
+    masks = predictor.plan_outputs(images, Path(options["output"]), **kept)
     device = pick_device(options["device"] or "auto")
     segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
     written = predictor.predict_files(segmenter, masks)

@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> int:
 
     folders = [Path(folder) for folder in options["run"]]
     runs = read_runs(folders)
-    weights = [("model.weights", options["weights"])] if options["weights"] else []
-    config = cli.parse_config(argv, USAGE, base=runs[0].folder.config_file, more=weights)
+    main_run = runs[0].folder
+    config = cli.parse_config(argv, USAGE, base=main_run.config_file, more=main_run.overrides(options["weights"]))
     page = Path(options["output"]) if options["output"] else folders[0] / "report.html"
     check_output(page, overwrite=options["overwrite"])
     write_page(runs, config, page, tiles=tiles)

@@ -25,6 +25,8 @@ LOCK = ".lock"
 # what training alone writes: files of the run folder, and folders below it
 _OWN_FILES = ("config.yaml", "env.json", "result.json", "nan_batch.json", "metrics.jsonl", "gates.jsonl")
 _OWN_FOLDERS = ("checkpoints", "adapter", "figures")
+_JOURNALS = ("metrics.jsonl", "gates.jsonl")
+_BEFORE_THE_FIRST_ITERATION = ("config.yaml", "env.json", "train.log", "nan_batch.json", *_JOURNALS)
 _ASIDE = re.compile(r"\.(?P<stem>.+)\.[a-z0-9_]{8}(?P<suffix>\.\w+)")  # as `written_aside` calls its files
 
 # a resumed run may differ in these: the same numbers, but for last digits on another device
@@ -57,6 +59,20 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def writable_folder(path: Path, option: str) -> Path:
+    """Make a folder if needed, or say before any work is done why nothing can be written there.
+
+    Raises:
+        CheckpointError: it cannot be made or written to; the option to change is named.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written to ({error.strerror}); give another {option}") from error
 
 
 def _umask() -> int:
@@ -173,6 +189,18 @@ class RunFolder:
             )
         return read_config(self.config_file)
 
+    def overrides(self, weights: str | None = None) -> list[tuple[str, str]]:
+        """What a later look at the run puts on top of its configuration, before the user's own keys.
+
+        The image size of the backbone stays, so that data.crop may be another: then windows are of another size.
+
+        Args:
+            weights: of the backbone, where they lie elsewhere than in training.
+        """
+        config = self.config()
+        size = [] if config.model.image_size else [("model.image_size", str(config.data.crop))]
+        return size + ([("model.weights", weights)] if weights else [])
+
 
 def folder_of(config: Config) -> Path:
     """Where the run goes: run.work_dir, or runs/<name>."""
@@ -187,8 +215,10 @@ def check_folder(config: Config, *, resume: bool = False, overwrite: bool = Fals
     """
     path = folder_of(config)
     is_run = (path / "config.yaml").is_file()
-    # a run that was killed before it had a config.yaml is none
+    # a run that ended before it had a config.yaml is none, and one before its first iteration has nothing to lose
     trifles = {path / LOCK, *_leftovers(path)}
+    if is_run and not _is_begun(path):
+        trifles |= {path / name for name in _BEFORE_THE_FIRST_ITERATION}
     taken = path.exists() and (not path.is_dir() or any(file not in trifles for file in path.iterdir()))
     if resume and not is_run:
         raise CheckpointError(f"there is no run in {path} to resume; leave out --resume to start one")
@@ -200,6 +230,12 @@ def check_folder(config: Config, *, resume: bool = False, overwrite: bool = Fals
             "another run.name or run.work_dir starts beside it"
         )
     return path
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether a run has anything that training made."""
+    metrics = path / "metrics.jsonl"
+    return any(path.glob("checkpoints/*.pt")) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 @contextlib.contextmanager
@@ -216,11 +252,15 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
             another configuration.
     """
     path = check_folder(config, resume=resume, overwrite=overwrite)
+    writable_folder(path, "run.work_dir or run.name")
     with contextlib.ExitStack() as held:
         held.enter_context(_locked(path))
         check_folder(config, resume=resume, overwrite=overwrite)  # another process may just have been here
         if resume:
             _refuse_changes(RunFolder(path).config(), config, path)
+        elif not _is_begun(path):
+            for name in _JOURNALS:
+                (path / name).unlink(missing_ok=True)
         elif (path / "config.yaml").is_file():
             path.rename(_free_name(path))
             held.enter_context(_locked(path))
@@ -285,7 +325,7 @@ def _refuse_changes(old: Config, new: Config, path: Path) -> None:
     if changed:
         raise CheckpointError(
             f"{path} was started with other values of {', '.join(changed)}; resume it with "
-            f"--config {path / 'config.yaml'}, or start a run of another name"
+            f"--config {path / 'config.yaml'}, or start anew with another run.name or with --overwrite"
         )
 
 

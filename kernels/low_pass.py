@@ -109,7 +109,7 @@ def _box_filter(grid: tuple[int, int], c: int, band: str, dtype: torch.dtype, de
         coupled = official and 0 < 2 * c < min(grid)
         if coupled:
             odd = (torch.outer(rows[-2], rows[-1]) - torch.outer(rows[-1], rows[-2])) / 2
-        parts = (part.to(device, dtype) for part in (rows, columns, row_weights, column_weights, even, odd))
+        parts = [part.to(device, dtype) for part in (rows, columns, row_weights, column_weights, even, odd)]
     return GridFilter(*parts, coupled)
 
 

@@ -172,6 +172,11 @@ def test_the_entry_point_knows_its_verbs(capsys):
         (ConfigError("bad\n  key"), 2, "error: bad key"),
         (DataError("bad file"), 1, "error: bad file"),
         (CegateError("bad"), 1, "error: bad"),
+        (
+            PermissionError(13, "Permission denied", "ro/x"),
+            1,
+            "error: ro/x: Permission denied; see that it can be read and written",
+        ),
         (KeyboardInterrupt("saved; go on with --resume"), 130, "saved; go on with --resume"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -222,6 +227,16 @@ def test_evaluate_takes_weights_that_have_moved(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluator, "evaluate_run", lambda run, config, **_: seen.append(config) or [])
     assert evaluate.main(["--run", str(tmp_path), "--weights", "moved/vit.pth"]) == cli.GOOD
     assert seen[0].model.weights == "moved/vit.pth"
+
+
+def test_windows_of_another_size_leave_the_backbone_as_it_was(tmp_path, monkeypatch):
+    from cegate.engine import evaluator
+
+    (tmp_path / "config.yaml").write_text(to_yaml(read_config({"data": GOOD_DATA | {"crop": 64}})))
+    seen = []
+    monkeypatch.setattr(evaluator, "evaluate_run", lambda run, config, **_: seen.append(config) or [])
+    assert evaluate.main(["--run", str(tmp_path), "--data.crop", "128"]) == cli.GOOD
+    assert (seen[0].data.crop, seen[0].model.image_size) == (128, 64)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +321,7 @@ def test_every_leaf_is_listed():
         ({"toolbox": {"frequency": {"cutoff": 1.5}}}, "toolbox.frequency.cutoff=1.5 is out of range"),
         ({"gate": {"method": "fixed"}}, "gate.sites is empty"),
         ({"gate": {"sites": ["spatial"]}}, "gate.sites: 'spatial' is not <kind>.<layer>"),
+        ({"gate": {"sites": ["spatial.1"]}}, "gate.sites is read by gate.method fixed alone, not by fisher"),
         ({"train": {"warmup": 50, "iterations": 50}}, "train.warmup=50 leaves nothing"),
         ({"train": {"lr": float("nan")}}, "train.lr=nan is out of range"),
         ({"train": {"iterations": 2.5}}, "train.iterations=2.5 is not accepted; expected an integer"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import pytest
 from cegate.configfile import read_config
 from cegate.errors import CheckpointError
 from cegate.matrix.cells import Cell
-from cegate.runfolder import LOCK, check_folder, open_run, take_lock
+from cegate.runfolder import LOCK, RunFolder, check_folder, open_run, take_lock, writable_folder
 
 
 @pytest.fixture
@@ -20,9 +21,15 @@ def config(tmp_path: Path):
     return read_config({"run": {"work_dir": str(tmp_path / "run")}})
 
 
+def begin(run: RunFolder) -> None:
+    """What the first iterations of a training leave."""
+    run.metrics.append({"iteration": 10, "split": "train", "stage": "after", "loss": 1.0})
+
+
 @pytest.mark.parametrize("how", ["resume", "overwrite"])
 def test_a_folder_in_use_is_refused_and_left_alone(config, tmp_path, how):
     with open_run(config) as run:
+        begin(run)
         (run.path / "train.log").write_text("mine")
         with pytest.raises(CheckpointError, match=r"run is in use: another process is training there; wait"):
             open_run(config, **{how: True}).__enter__()
@@ -32,8 +39,8 @@ def test_a_folder_in_use_is_refused_and_left_alone(config, tmp_path, how):
 
 
 def test_an_overwritten_run_stays_locked_in_both_places(config, tmp_path):
-    with open_run(config):
-        pass
+    with open_run(config) as run:
+        begin(run)
     with open_run(config, overwrite=True) as run:
         for folder in (run.path, tmp_path / "run.old-1"):
             assert take_lock(folder / LOCK) is None, folder
@@ -43,13 +50,32 @@ def test_a_run_that_began_meanwhile_is_seen(config, monkeypatch):
     def take_late(path):
         with monkeypatch.context() as patch:
             patch.setattr("cegate.runfolder.take_lock", take_lock)
-            with open_run(config):
-                pass
+            with open_run(config) as run:
+                begin(run)
         return take_lock(path)
 
     monkeypatch.setattr("cegate.runfolder.take_lock", take_late)
     with pytest.raises(CheckpointError, match="holds a run already"):
         open_run(config).__enter__()
+
+
+def test_a_run_that_failed_before_its_first_iteration_does_not_keep_its_name(config, tmp_path):
+    with open_run(config) as run:
+        run.gates.append({"iteration": 0, "scores": {}, "active": []})
+    other = replace(config, train=replace(config.train, lr=0.5))
+    with open_run(other) as run:
+        assert run.config().train.lr == 0.5 and run.gates.records == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    (tmp_path / "run/notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        check_folder(config)
+
+
+@pytest.mark.parametrize("place", ["file/run", "file"])
+def test_a_place_that_takes_no_folder_is_named_before_any_work(tmp_path, place):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=rf"{place} cannot be written to \((Not a directory|File exists)\); give"):
+        writable_folder(tmp_path / place, "--output")
 
 
 def test_a_worker_that_outlives_its_run_does_not_keep_it(config):

@@ -25,6 +25,7 @@ from cegate.data.rasters import (
     Header,
     LabelMap,
     Window,
+    check_scale,
     read_header,
     read_image,
     read_mask,
@@ -45,6 +46,7 @@ UNLABELLED = 254
 DEFAULT_BANDS = (1, 2, 3)
 BandRange = tuple[float, float]
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
+_SCALE_SIDE = 1024  # of the middle of an image that its scale is told from
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,12 @@ class SegmentationSet(ABC):
                 f"set {self.name!r}: pixels are {dtype}, but the model learns from "
                 f"{'8-bit pixels' if of_bytes else f'pixels of up to {highest:g}'}; give the set a value_range"
             )
+        if not of_bytes:
+            self._look_at_scale()
+
+    def _look_at_scale(self) -> None:
+        """Refuse a first image that is scaled otherwise than a range which is not its own."""
+        return
 
     def _dtype_of_all(self) -> str:
         """Of the files, which then must agree."""
@@ -167,7 +175,7 @@ class SegmentationSet(ABC):
         if self._nan == "error":
             raise DataError(
                 f"{self._describe(index)}: {int(bad.sum())} of {bad.size} pixels are NaN or infinite in bands "
-                f"{list(self.bands)}; mend the file, or set data's nan to 'ignore' to leave those pixels out"
+                f"{list(self.bands)}; mend the file, or give the set {self.name!r} nan: ignore to leave them out"
             )
         image[:, bad] = 0
         return np.where(bad, np.uint8(IGNORE), label)
@@ -281,6 +289,13 @@ class FileSet(SegmentationSet):
     def _dtype_of_all(self) -> str:
         self._dtype = self._header(0).dtype
         return self._dtype
+
+    def _look_at_scale(self) -> None:
+        height, width = (min(side, _SCALE_SIDE) for side in self.size(0))
+        middle = [(side - part) // 2 for side, part in zip(self.size(0), (height, width), strict=True)]
+        part = read_image(self._pairs[0].image, self.bands, window=Window(*middle, height, width))
+        what = f"set {self.name!r}: {self._describe(0)}"
+        check_scale(part, self.value_range, what, "give the set a value_range of its own")
 
     def _own_range(self) -> tuple[BandRange, ...]:
         return super()._own_range() if self._dtype == "uint8" else self._percentiles()

@@ -309,10 +309,10 @@ def _unmapped_message(path: str | Path, codes: np.ndarray, labels: LabelMap) -> 
     shown = ", ".join(f"{_spell(values[k], labels.colours)} ({counts[k]} px)" for k in order[:_SHOWN])
     more = f" and {len(order) - _SHOWN} more" if len(order) > _SHOWN else ""
     kind = "colours" if labels.colours else "values"
-    return (
-        f"{path}: mask {kind} outside the label map: {shown}{more}; known are {labels.describe()}; "
-        "add them to label_map, as a class or as 'ignore'"
-    )
+    advice = "add them to label_map, as a class or as 'ignore'"
+    if not labels.colours and not (values == np.rint(values)).all():
+        advice = "a label_map takes integers: write the masks anew, with an integer that is ignored where there is none"
+    return f"{path}: mask {kind} outside the label map: {shown}{more}; known are {labels.describe()}; {advice}"
 
 
 def to_unit(image: np.ndarray, value_range: Sequence[tuple[float, float]]) -> np.ndarray:
@@ -334,6 +334,40 @@ def to_unit(image: np.ndarray, value_range: Sequence[tuple[float, float]]) -> np
     return np.clip(unit, 0, 1, out=unit)
 
 
+# no reflectance is above it, and digital numbers are
+_HIGHEST_REFLECTANCE = 2.0
+# looked at in each band, evenly spread
+_SCALE_PX = 1 << 18
+
+
+def check_scale(pixels: np.ndarray, value_range: Sequence[tuple[float, float]], what: str, advice: str) -> None:
+    """Refuse reflectances (0..1) where digital numbers (hundreds, thousands) are meant, and the other way round: they
+    would all be clipped to one value.
+
+    Args:
+        pixels: [C, H, W] of any real dtype; NaN do not count.
+        value_range: (low, high) of each band that becomes 0..1.
+        what: names the pixels in the message.
+        advice: what to do about it.
+
+    Raises:
+        DataError: the scales differ; both are named.
+    """
+    wanted = max(high for _, high in value_range)
+    if wanted > _HIGHEST_REFLECTANCE and not np.issubdtype(pixels.dtype, np.floating):
+        return
+    sample = pixels.reshape(len(pixels), -1)
+    sample = sample[:, :: -(-sample.shape[1] // _SCALE_PX) or 1]
+    sample = sample[np.isfinite(sample)]
+    highest = float(sample.max(initial=0))
+    too_low = 0 < highest <= _HIGHEST_REFLECTANCE < wanted
+    if too_low or (sample.size and wanted <= _HIGHEST_REFLECTANCE < float(np.median(sample))):
+        raise DataError(
+            f"{what}: pixels of {pixels.dtype} up to {highest:g} do not fit the range the model learned from, up to "
+            f"{wanted:g}; {advice}"
+        )
+
+
 def write_mask(
     path: str | Path, mask: np.ndarray, *, like: str | Path | None = None, palette: Sequence[str] | None = None
 ) -> None:
@@ -342,8 +376,8 @@ def write_mask(
     Args:
         path: target; its suffix decides the format: .png, .tif or .tiff.
         mask: [H, W] uint8.
-        like: a raster of the same size whose coordinate system and transform a TIFF takes over; a PNG has no place for
-            them.
+        like: a raster of the same size whose coordinate system and transform, or ground control points, a TIFF takes
+            over; a PNG has no place for them.
         palette: "#RRGGBB" per class, stored as colour table; 255 is black.
 
     Raises:
@@ -368,6 +402,8 @@ def write_mask(
                 raise DataError(f"{path}: the mask is {width}x{height}, but {like} is {src.width}x{src.height} pixels")
             if profile["driver"] == "GTiff" and (src.crs is not None or not src.transform.is_identity):
                 profile |= {"crs": src.crs, "transform": src.transform}
+            elif profile["driver"] == "GTiff" and src.gcps[0]:
+                profile |= {"crs": src.gcps[1], "gcps": src.gcps[0]}
 
     def fill(dst: DatasetWriter) -> None:
         if palette is not None:

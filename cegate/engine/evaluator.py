@@ -20,16 +20,15 @@ from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import EvalStream
-from cegate.engine.runtime import pick_device
 from cegate.engine.sets import open_evaluated
 from cegate.errors import CheckpointError, ConfigError
 from cegate.losses import pixel_cross_entropy
 from cegate.metrics import Confusion, Scores
+from cegate.models.compute import Precision, pick_device, precision_of
 from cegate.models.head import likeliest_class
-from cegate.models.precision import Precision, precision_of
 from cegate.models.segmenter import Segmenter
 from cegate.models.sliding import slide
-from cegate.runfolder import RunFolder, write_json, write_text, written_aside
+from cegate.runfolder import RunFolder, writable_folder, write_json, write_text, written_aside
 
 
 @dataclass(frozen=True)
@@ -159,6 +158,8 @@ def evaluate_run(
     for domain in domains if output is not None and not overwrite else ():
         if (output / domain).exists():
             raise CheckpointError(f"{output / domain} exists; give another --output, or --overwrite to replace it")
+    if output is not None:
+        writable_folder(output, "--output")
     device = pick_device(config.run.device)
     segmenter = load_checkpoint(run, checkpoint, config, device)
     validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range)

@@ -13,8 +13,8 @@ from cegate.checkpoint import load_state, restore
 from cegate.data.datasets import Item, SegmentationSet
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import predict_logits
+from cegate.models.compute import Precision
 from cegate.models.head import likeliest_class
-from cegate.models.precision import Precision
 from cegate.models.segmenter import Segmenter
 from cegate.runfolder import RunFolder
 

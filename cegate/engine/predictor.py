@@ -13,7 +13,7 @@ from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from cegate.data.rasters import SUFFIXES, write_mask
 from cegate.errors import DataError
 from cegate.models.segmenter import Segmenter
-from cegate.runfolder import written_aside
+from cegate.runfolder import writable_folder, written_aside
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 
@@ -48,12 +48,21 @@ def is_georeferenced(path: Path) -> bool:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
             with rasterio.open(path) as src:
-                return src.crs is not None or not src.transform.is_identity
+                return src.crs is not None or not src.transform.is_identity or bool(src.gcps[0])
     except RasterioError as error:
         raise DataError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
 
 
-def plan_outputs(images: Sequence[Path], output: Path, *, overwrite: bool = False) -> dict[Path, Path]:
+def _suffix_for(image: Path) -> str:
+    try:
+        return ".tif" if is_georeferenced(image) else ".png"
+    except DataError:
+        return ".png"  # why there will be none is said when its turn comes
+
+
+def plan_outputs(
+    images: Sequence[Path], output: Path, *, overwrite: bool = False, keep: bool = False
+) -> dict[Path, Path]:
     """Decide where each mask goes, before any work is done.
 
     Args:
@@ -61,35 +70,42 @@ def plan_outputs(images: Sequence[Path], output: Path, *, overwrite: bool = Fals
         output: a .png or .tif file for one image, else a folder. In a folder a mask is named after its image: a .tif
             for a georeferenced image, a .png for others.
         overwrite: existing masks may be replaced.
+        keep: images that have a mask already are left out.
 
     Returns:
         Image -> mask file.
 
     Raises:
         DataError: a mask exists, would replace an image, or two images want the same name.
+        CheckpointError: nothing can be written there.
     """
     if output.suffix.lower() in MASK_SUFFIXES and not output.is_dir():
         if len(images) != 1:
             raise DataError(f"--output {output} is one file for {len(images)} images; give a folder")
         masks = {images[0]: output}
     else:
-        masks = {image: output / f"{image.stem}{'.tif' if is_georeferenced(image) else '.png'}" for image in images}
+        masks = {image: output / f"{image.stem}{_suffix_for(image)}" for image in images}
     taken: dict[Path, Path] = {}
     for image, mask in masks.items():
         if mask in taken:
             raise DataError(f"{taken[mask]} and {image} would both be written to {mask}; predict them into two folders")
         if mask.resolve() in {other.resolve() for other in images}:
             raise DataError(f"the mask of {image} would replace the image {mask}; give another --output")
-        if mask.exists() and not overwrite:
-            raise DataError(f"{mask} exists; give another --output, or --overwrite to replace it")
+        if mask.exists() and not (overwrite or keep):
+            raise DataError(
+                f"{mask} exists; give another --output, --overwrite to replace it, or --keep to leave its image out"
+            )
         taken[mask] = image
-    return masks
+    for folder in {mask.parent for mask in masks.values()}:
+        writable_folder(folder, "--output")
+    return {image: mask for image, mask in masks.items() if not (keep and mask.exists())}
 
 
 def predict_files(segmenter: Segmenter, masks: dict[Path, Path]) -> Iterator[Path]:
     """Segment images and write their masks: single-band class indices with the palette as colour table.
 
-    A georeferenced image's coordinate system and transform go into a .tif. Each mask is whole or absent.
+    A georeferenced image's coordinate system and transform go into a .tif. Each mask is whole or absent. An image that
+    cannot be used does not stop the others.
 
     Args:
         segmenter: the model.
@@ -99,15 +115,22 @@ def predict_files(segmenter: Segmenter, masks: dict[Path, Path]) -> Iterator[Pat
         Mask files as they are written.
 
     Raises:
-        DataError: an image cannot be read or does not fit the model, or a mask cannot be written; the masks before it
-            stay, and so does an older one in its place.
+        DataError: a mask cannot be written; those before it stay, and so does an older one in its place. Or, at the
+            end: images that cannot be read or do not fit the model, each with its reason.
     """
+    failed: list[str] = []
     for image, mask in masks.items():
-        like = image if mask.suffix.lower() != ".png" and is_georeferenced(image) else None
-        classes = segmenter.predict(image)
+        try:
+            like = image if mask.suffix.lower() != ".png" and is_georeferenced(image) else None
+            classes = segmenter.predict(image)
+        except DataError as error:
+            failed.append(str(error))
+            continue
         try:
             with written_aside(mask) as aside:
                 write_mask(aside, classes, like=like, palette=segmenter.palette)
         except OSError as error:
             raise DataError(f"{mask} cannot be written ({error.strerror or error}); give another --output") from error
         yield mask
+    if failed:
+        raise DataError(f"{len(failed)} of {len(masks)} images have no mask: {'; '.join(failed)}")

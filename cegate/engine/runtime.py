@@ -1,4 +1,4 @@
-"""Where and how a run computes: device, determinism, seeds, Ctrl-C."""
+"""How a run computes: determinism, seeds, memory, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,27 +17,7 @@ from types import FrameType
 import numpy as np
 import torch
 
-from cegate.errors import ConfigError
-
 log = logging.getLogger(__name__)
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, or the CPU without one. A GPU with an index becomes the current one.
-
-    Raises:
-        ConfigError: the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"run.device={name} is not there; this machine has {torch.cuda.device_count()} GPUs, use cpu or auto"
-        )
-    device = torch.device(name)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
-    return device
 
 
 @contextmanager

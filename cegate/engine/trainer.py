@@ -40,7 +40,6 @@ from cegate.engine.runtime import (
     Interrupt,
     deterministic,
     peak_memory,
-    pick_device,
     seed_everything,
 )
 from cegate.engine.schedule import learning_rate, parameter_groups
@@ -48,7 +47,7 @@ from cegate.engine.sets import Sets, open_sets, value_range_of
 from cegate.errors import CheckpointError, ConfigError, TrainingError
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan, draw_k, normalize, select_top_k
-from cegate.models.precision import precision_of
+from cegate.models.compute import pick_device, precision_of
 from cegate.models.segmenter import Segmenter, build, starting_plan
 from cegate.models.vit import weight_hash
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run, read_json, write_json

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.config import IGNORE, Config
-from cegate.data.rasters import EIGHT_BIT, read_image, to_unit
+from cegate.data.rasters import EIGHT_BIT, check_scale, read_header, read_image, to_unit
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.losses import pixel_cross_entropy
 from cegate.models.adapters import Adapter, AdapterBank, Chosen, Gates
+from cegate.models.compute import precision_of
 from cegate.models.head import Head, likeliest_class
 from cegate.models.heads import build_head
-from cegate.models.precision import precision_of
 from cegate.models.sliding import slide
 from cegate.models.vit import build_vit, extract_features, feature_layers
 from cegate.palette import default_palette
@@ -229,7 +229,7 @@ class Segmenter(nn.Module):
         """
         given = self if adapter is None else self.bank.named(adapter)
         name = str(image) if isinstance(image, str | Path) else "image"
-        pixels = read_image(image, given.bands) if isinstance(image, str | Path) else self._bands_first(image)
+        pixels = _read_bands(image, given.bands) if isinstance(image, str | Path) else self._bands_first(image)
         if np.isnan(pixels).any():
             raise DataError(f"{name} has {int(np.isnan(pixels).any(0).sum())} NaN pixels; fill them before prediction")
         if given.value_range is None and pixels.dtype != np.uint8:
@@ -241,17 +241,28 @@ class Segmenter(nn.Module):
                 f"{name} is uint8, the model was trained on pixels of up to {highest:g}; give the image "
                 "as it was before it was scaled to 8 bits"
             )
+        check_scale(pixels, value_range, name, "give the image as it was scaled for training")
         unit = to_unit(pixels, value_range)
         mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (given.mean, given.std))
         return torch.from_numpy((unit - mean) / std)
 
     def _bands_first(self, image: np.ndarray) -> np.ndarray:
-        bands = len(self.bands)
+        image, bands = np.asarray(image), len(self.bands)
         if image.ndim == 3 and image.shape[0] == bands:
             return image
         if image.ndim == 3 and image.shape[-1] == bands:
             return np.moveaxis(image, -1, 0)
         raise DataError(f"image has shape {image.shape}; the model takes ({bands}, H, W) or (H, W, {bands})")
+
+
+def _read_bands(path: str | Path, bands: Sequence[int]) -> np.ndarray:
+    count = read_header(path).bands
+    if max(bands) > count:
+        raise DataError(
+            f"{path} has {count} bands, the model reads the bands {', '.join(map(str, bands))}; give images that have "
+            "them"
+        )
+    return read_image(path, bands)
 
 
 def normalisation(vit: nn.Module, bands: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

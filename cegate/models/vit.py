@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cegate.errors import BackboneError, nearest
+from cegate.toolbox.toolbox import check_blocks
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ def build_vit(
         BackboneError: unknown name, unsuitable size, unreachable hub, or weights that do not fit; keys are named.
     """
     vit = _create(name, weights == "auto", image_size, patch_size, in_chans)
+    check_blocks(vit)
     if weights == "none":
         log.warning("backbone %s has RANDOM weights (model.weights=none)", name)
     elif name == TINY and weights == "auto":
@@ -67,6 +69,8 @@ def _create(name: str, pretrained: bool, image_size: int, patch_size: int | None
     if patch_size is not None:
         options["patch_size"] = patch_size
     try:
+        if pretrained:
+            _refuse_unsuited(name, options)
         return _create_any_size(name, pretrained, options)
     except (OSError, RuntimeError) as error:  # the hub, or weights that do not fit
         if not pretrained:
@@ -76,10 +80,24 @@ def _create(name: str, pretrained: bool, image_size: int, patch_size: int | None
             "give model.weights a file, or 'none' for random weights"
         ) from error
     except (TypeError, ValueError, AssertionError) as error:
+        if isinstance(error, BackboneError):
+            raise
+        if "'img_size'" in str(error):
+            raise BackboneError(f"model.backbone={name!r} is no vision transformer{_near_vits(name)}") from error
         own = f" (its own image size is {own_size})" if own_size else ""
         raise BackboneError(
             f"cannot build {name} with image_size={image_size}, patch_size={patch_size}{own}: {_line(error)}"
         ) from error
+
+
+def _refuse_unsuited(name: str, options: dict[str, object]) -> None:
+    """Whether an architecture can be served, before its weights are looked for; without memory for its weights."""
+    with torch.device("meta"):
+        try:
+            vit = _create_any_size(name, False, options)
+        except RuntimeError:  # some models compute with their weights while they are made; they are checked later
+            return
+    check_blocks(vit)
 
 
 def _near_vits(name: str) -> str:

@@ -19,10 +19,9 @@ from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import Item, SegmentationSet, open_set
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import percent, predict_logits
-from cegate.engine.runtime import pick_device
 from cegate.errors import CegateError, DataError
 from cegate.metrics import Confusion
-from cegate.models.precision import Precision, precision_of
+from cegate.models.compute import Precision, pick_device, precision_of
 from cegate.models.segmenter import Segmenter, ValueRange
 from cegate.page.outcome import domain_title
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain

@@ -15,7 +15,7 @@ from cegate.page import outcome
 from cegate.page.choice import gate_part, stability_part
 from cegate.page.reading import RunFiles
 from cegate.page.tiles import tiles_part
-from cegate.runfolder import write_text
+from cegate.runfolder import writable_folder, write_text
 
 TEMPLATE = "page.html"
 
@@ -26,12 +26,13 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     Raises:
         CheckpointError: it exists, is a folder, or is no .html file.
     """
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise CheckpointError(f"--output {path} is no .html file; give a name such as {path.with_suffix('.html')}")
     if path.is_dir():
         raise CheckpointError(f"--output {path} is a folder; give a file in it, such as {path / 'report.html'}")
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise CheckpointError(f"--output {path} is no .html file; give a name such as {path.with_suffix('.html')}")
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists; give another --output, or --overwrite to replace it")
+    writable_folder(path.parent, "--output")
 
 
 def write_page(runs: Sequence[RunFiles], config: Config, path: Path, *, tiles: int) -> None:

@@ -231,7 +231,14 @@ def check_blocks(vit: nn.Module) -> nn.ModuleList:
     blocks = getattr(vit, "blocks", None)
     if not isinstance(blocks, nn.ModuleList | nn.Sequential) or not len(blocks):
         raise BackboneError(f"{type(vit).__name__} has no list of blocks; use a timm vision transformer")
+    if hasattr(vit, "blocks_token_only"):
+        raise BackboneError(f"{type(vit).__name__} keeps its class token out of the first blocks; use a plain ViT")
     for index, block in enumerate(blocks):
+        if hasattr(block, "window_size"):
+            raise BackboneError(
+                f"block {index} of {type(vit).__name__} sees its tokens as a map, in windows; use a ViT whose blocks "
+                "take [B, tokens, C] (DINOv2, DINOv3, MAE, DeiT, AugReg, EVA-02)"
+            )
         missing = [part for part in ("norm1", "attn", "norm2", "mlp") if not hasattr(block, part)]
         attn = getattr(block, "attn", None)
         if not missing and not (hasattr(attn, "qkv") or (hasattr(attn, "q_proj") and hasattr(attn, "v_proj"))):

@@ -248,6 +248,10 @@ def test_a_range_of_another_set_counts_where_there_is_none_of_its_own(tmp_path):
     assert own.read(0).image.min() == 1
     with pytest.raises(DataError, match="set 'north': pixels are uint16, but the model learns from 8-bit pixels; give"):
         open_set(cfg, name="north", classes=CLASSES, like=[(0, 255)] * 3)
+    with pytest.raises(
+        DataError, match=r"set 'north': .*a\.tif: pixels of uint16 up to 500 do not fit .* up to 0.7; give"
+    ):
+        open_set(cfg, name="north", classes=CLASSES, like=[(0, 0.7)] * 3)
     scenes = SetConfig(kind="generated", split="arid")
     with pytest.raises(DataError, match=r"set 'arid': pixels are uint8, but .* of up to 2000; give the set"):
         open_set(scenes, name="arid", like=like)
@@ -271,7 +275,7 @@ def test_nan_pixels_are_refused_or_ignored(tmp_path):
     pixels[0, 5, 5] = np.inf
     path = write(tmp_path / "images/a.tif", pixels)
     write(tmp_path / "masks/a.tif", mask())
-    with pytest.raises(DataError, match=rf"{path.name}: 2 of 120 pixels are NaN or infinite.*nan to 'ignore'"):
+    with pytest.raises(DataError, match=rf"{path.name}: 2 of 120 pixels are NaN or infinite.*'source' nan: ignore"):
         open_folder(tmp_path).read(0)
     item = open_folder(tmp_path, nan="ignore").read(0)
     assert np.isfinite(item.image).all()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import signal
 import warnings
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis.extra import numpy as hnp
 from cegate.data.rasters import (
     LabelMap,
     Window,
+    check_scale,
     read_header,
     read_image,
     read_mask,
@@ -180,7 +182,7 @@ def test_colours_outside_the_map_are_named_with_their_pixel_counts(tmp_path):
 
 def test_nan_in_a_float_mask_is_outside_the_map(tmp_path):
     path = write(tmp_path / "m.tif", np.array([[0, np.nan]], np.float32))
-    with pytest.raises(DataError, match=r"nan \(1 px\)"):
+    with pytest.raises(DataError, match=r"nan \(1 px\).*a label_map takes integers: write the masks anew"):
         read_mask(path, classes=CLASSES)
 
 
@@ -228,6 +230,29 @@ def test_scaling_maps_the_range_to_0_and_1_and_clips(image, low, span):
     unit = to_unit(image, [(low, low + span)] * 2)
     assert unit.dtype == np.float32
     np.testing.assert_allclose(unit, np.clip((image.astype(float) - low) / span, 0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top", "wanted", "fits"),
+    [
+        ("float32", 0.9, 2500, False),
+        ("float32", 0.0, 2500, True),  # a tile without data
+        ("float32", 1800, 2500, True),
+        ("uint16", 2, 2500, True),  # deep shadow, in the same numbers
+        ("uint8", 200, 0.6, False),
+        ("uint16", 3000, 0.6, False),
+        ("float32", 1.3, 0.6, True),
+    ],
+)
+def test_reflectances_are_not_taken_for_digital_numbers(dtype, top, wanted, fits):
+    pixels = (np.linspace(0.2, 1, 3 * 20 * 20).reshape(3, 20, 20) * top).astype(dtype)
+    if dtype == "float32":
+        pixels[:, 3, 4] = np.nan
+    expected = (
+        nullcontext() if fits else pytest.raises(DataError, match=f"tile: pixels of {dtype} up to .* up to {wanted}")
+    )
+    with expected:
+        check_scale(pixels, [(0.0, wanted)] * 3, "tile", "scale it")
 
 
 def test_a_constant_band_becomes_0():

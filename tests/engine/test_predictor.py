@@ -3,11 +3,13 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
+from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 
 import cegate
@@ -88,11 +90,50 @@ def test_images_of_one_name_are_told_apart(images, tmp_path):
         plan_outputs([images / "a.png", twin], tmp_path / "out")
 
 
-def test_an_unreadable_image_is_named(tmp_path):
-    broken = tmp_path / "broken.tif"
-    broken.write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"broken\.tif"):
-        plan_outputs([broken], tmp_path / "out")
+def test_images_that_cannot_be_used_are_named_after_the_others_are_done(images, small, tmp_path):
+    (images / "aa_broken.tif").write_bytes(b"no picture")
+    (images / "two_bands.tif").write_bytes(two_bands(images / "b.tif"))
+    masks = plan_outputs(find_images([str(images)]), tmp_path / "out")
+    predicted = predict_files(cegate.build(small()), masks)
+    assert [mask.name for mask in islice(predicted, 3)] == ["a.png", "b.tif", "c.png"]
+    why = r"2 of 5 images have no mask: .*aa_broken\.tif.*two_bands\.tif has 2 bands, the model reads"
+    with pytest.raises(DataError, match=why):
+        next(predicted)
+    assert plan_outputs(find_images([str(images)]), tmp_path / "out", keep=True).keys() == {
+        images / "aa_broken.tif",
+        images / "two_bands.tif",
+    }
+
+
+def two_bands(path: Path) -> bytes:
+    with rasterio.open(path) as src, rasterio.MemoryFile() as memory:
+        with memory.open(driver="GTiff", count=2, height=30, width=44, dtype="uint8") as out:
+            out.write(src.read([1, 2]))
+        return memory.read()
+
+
+def test_ground_control_points_are_kept(images, small, tmp_path):
+    points = [GroundControlPoint(row, column, 10 + column, 50 - row) for row, column in ((0, 0), (0, 44), (30, 0))]
+    with (
+        rasterio.open(images / "b.tif") as src,
+        rasterio.open(
+            images / "gcp.tif",
+            "w",
+            driver="GTiff",
+            count=3,
+            height=30,
+            width=44,
+            dtype="uint8",
+            gcps=points,
+            crs="EPSG:4326",
+        ) as out,
+    ):
+        out.write(src.read())
+    (mask,) = predict_files(cegate.build(small()), plan_outputs([images / "gcp.tif"], tmp_path / "out"))
+    with rasterio.open(mask) as written:
+        found, crs = written.gcps
+    assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
+    assert crs == "EPSG:4326"
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(images, small, tmp_path, monkeypatch, capfd):

@@ -1,0 +1,54 @@
+"""Where and in which precision a forward pass computes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from cegate.errors import ConfigError
+
+Precision = Callable[[], AbstractContextManager[Any]]
+"""Makes the autocast context of a forward pass."""
+
+# of the first GPUs with bfloat16; older ones emulate it, slowly
+AMPERE = (8, 0)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the first GPU, or the CPU without one. A GPU with an index becomes the current one.
+
+    Raises:
+        ConfigError: no device has that name, or it is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:<index>")
+    if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name!r} is not there; this machine has {torch.cuda.device_count()} GPUs, use cpu or auto"
+        )
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton launches on the current device, wherever the tensors are
+    return device
+
+
+def precision_of(name: str, device: torch.device) -> tuple[str, Precision]:
+    """The precision that is used, and a maker of its autocast context.
+
+    Args:
+        name: ``run.precision``; ``auto`` is bf16 on a GPU that has it and fp32 elsewhere.
+        device: where the model is.
+    """
+    if name == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
+        name = "bf16" if has_bf16 else "fp32"
+    if name == "fp32":
+        return name, nullcontext
+    return name, partial(torch.autocast, device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[name])
