@@ -378,7 +378,7 @@ def write_mask(
         mask: [H, W] uint8.
         like: a raster of the same size whose coordinate system and transform, or ground control points, a TIFF takes
             over; a PNG has no place for them.
-        palette: "#RRGGBB" per class, stored as colour table; 255 is black.
+        palette: "#RRGGBB" per class, stored as colour table; 255, which a TIFF calls nodata, is black.
 
     Raises:
         DataError: another suffix, dtype or shape, or a size that differs from that of `like`.
@@ -395,7 +395,7 @@ def write_mask(
     height, width = mask.shape
     profile = {"driver": drivers[path.suffix.lower()], "height": height, "width": width, "count": 1, "dtype": "uint8"}
     if profile["driver"] == "GTiff":
-        profile["compress"] = "deflate"
+        profile |= {"compress": "deflate", "nodata": IGNORE}
     if like is not None:
         with _open(like) as src:
             if src.shape != mask.shape:

@@ -192,16 +192,21 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> np.ndarray:
-        """Class index of every pixel, (H, W) uint8, of a (bands, H, W) or (H, W, bands) array or an image file."""
-        return likeliest_class(self._logits(image, adapter)).to(torch.uint8).cpu().numpy()
+        """Class index of every pixel, (H, W) uint8, of a (bands, H, W) or (H, W, bands) array or an image file; 255
+        where a band is NaN or infinite."""
+        logits, empty = self._logits(image, adapter)
+        return np.where(empty, np.uint8(IGNORE), likeliest_class(logits).to(torch.uint8).cpu().numpy())
 
     @torch.no_grad()
     def predict_proba(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> np.ndarray:
-        """Class probabilities, (K, H, W) float32, of a (bands, H, W) or (H, W, bands) array or an image file."""
-        return self._logits(image, adapter).float().softmax(0).cpu().numpy()
+        """Class probabilities, (K, H, W) float32, of a (bands, H, W) or (H, W, bands) array or an image file; NaN
+        where a band is NaN or infinite."""
+        logits, empty = self._logits(image, adapter)
+        return np.where(empty, np.float32(np.nan), logits.float().softmax(0).cpu().numpy())
 
-    def _logits(self, image: np.ndarray | str | Path, adapter: str | int | None) -> Tensor:
-        pixels = self.normalise(image, adapter=adapter)
+    def _logits(self, image: np.ndarray | str | Path, adapter: str | int | None) -> tuple[Tensor, np.ndarray]:
+        """Logits [K, H, W], and [H, W] bool where there are no pixels to see."""
+        pixels, empty = self._normalised(image, adapter)
         forward, head, data = self, self.head, self.config.data
         if adapter is not None:
             forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
@@ -212,7 +217,7 @@ class Segmenter(nn.Module):
         self.eval()
         try:
             with precision():
-                return slide(forward, pixels.to(self.device)[None], **windows)[0]
+                return slide(forward, pixels.to(self.device)[None], **windows)[0], empty
         finally:
             self.train(was_training)
 
@@ -225,13 +230,21 @@ class Segmenter(nn.Module):
 
         Raises:
             ConfigError: there is no such adapter.
-            DataError: wrong number of bands, NaN pixels, or a depth whose value range is unknown.
+            DataError: wrong number of bands, NaN or infinite pixels, or a scale that is not that of training.
         """
+        tensor, empty = self._normalised(image, adapter)
+        if empty.any():
+            raise DataError(
+                f"{_name_of(image)} has {int(empty.sum())} NaN or infinite pixels; fill them, or call predict, which "
+                "leaves them out"
+            )
+        return tensor
+
+    def _normalised(self, image: np.ndarray | str | Path, adapter: str | int | None) -> tuple[Tensor, np.ndarray]:
+        """The tensor of `normalise`, and [H, W] bool where a band is not finite; there it is black, as in training."""
         given = self if adapter is None else self.bank.named(adapter)
-        name = str(image) if isinstance(image, str | Path) else "image"
+        name = _name_of(image)
         pixels = _read_bands(image, given.bands) if isinstance(image, str | Path) else self._bands_first(image)
-        if np.isnan(pixels).any():
-            raise DataError(f"{name} has {int(np.isnan(pixels).any(0).sum())} NaN pixels; fill them before prediction")
         if given.value_range is None and pixels.dtype != np.uint8:
             raise DataError(f"{name} is {pixels.dtype}, the model was trained on 8-bit images; convert it to uint8")
         value_range = given.value_range or [EIGHT_BIT] * len(given.bands)
@@ -242,9 +255,12 @@ class Segmenter(nn.Module):
                 "as it was before it was scaled to 8 bits"
             )
         check_scale(pixels, value_range, name, "give the image as it was scaled for training")
-        unit = to_unit(pixels, value_range)
+        unit, empty = to_unit(pixels, value_range), np.zeros(pixels.shape[1:], bool)
+        if np.issubdtype(pixels.dtype, np.floating):
+            empty = ~np.isfinite(pixels).all(0)
+            unit[:, empty] = 0
         mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (given.mean, given.std))
-        return torch.from_numpy((unit - mean) / std)
+        return torch.from_numpy((unit - mean) / std), empty
 
     def _bands_first(self, image: np.ndarray) -> np.ndarray:
         image, bands = np.asarray(image), len(self.bands)
@@ -253,6 +269,10 @@ class Segmenter(nn.Module):
         if image.ndim == 3 and image.shape[-1] == bands:
             return np.moveaxis(image, -1, 0)
         raise DataError(f"image has shape {image.shape}; the model takes ({bands}, H, W) or (H, W, {bands})")
+
+
+def _name_of(image: np.ndarray | str | Path) -> str:
+    return str(image) if isinstance(image, str | Path) else "image"
 
 
 def _read_bands(path: str | Path, bands: Sequence[int]) -> np.ndarray:

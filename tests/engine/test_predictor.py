@@ -40,6 +40,7 @@ def test_georeferenced_input_gives_a_geotiff_and_the_rest_png(images, small, tmp
     assert [mask.name for mask in predict_files(segmenter, masks)] == ["a.png", "b.tif", "c.png"]
     with rasterio.open(images / "b.tif") as src, rasterio.open(tmp_path / "out/b.tif") as mask:
         assert (mask.crs, mask.transform, mask.shape) == (src.crs, src.transform, src.shape)
+        assert mask.nodata == 255
         assert np.array_equal(mask.read(1), segmenter.predict(images / "b.tif"))
         assert "#{:02X}{:02X}{:02X}".format(*mask.colormap(1)[1][:3]) == segmenter.palette[1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.tif", "c.png"]

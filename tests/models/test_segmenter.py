@@ -102,10 +102,9 @@ def test_predicting_from_a_file_equals_predicting_from_its_pixels(model, tmp_pat
     ("image", "message"),
     [
         (np.zeros((5, 64, 64), np.uint8), r"\(5, 64, 64\).*\(3, H, W\)"),
-        (np.full((3, 64, 64), np.nan, np.float32), "4096 NaN pixels"),
         (np.zeros((3, 64, 64), np.uint16), "uint16.*8-bit"),
     ],
-    ids=["bands", "nan", "depth"],
+    ids=["bands", "depth"],
 )
 def test_unsuitable_images_are_refused(model, image, message):
     with pytest.raises(DataError, match=message):
@@ -127,6 +126,23 @@ def test_eight_bit_pixels_are_refused_where_the_range_is_wider(model):
     try:
         with pytest.raises(DataError, match="image is uint8, the model was trained on pixels of up to 4000; give the"):
             model.predict(np.zeros((3, 64, 64), np.uint8))
+    finally:
+        model.value_range = None
+
+
+def test_pixels_without_a_value_are_left_out(model):
+    image = np.random.default_rng(0).uniform(300, 900, (3, 50, 64)).astype(np.float32)
+    model.value_range = [[300, 900]] * 3
+    try:
+        whole, filled = model.predict(image), image.copy()
+        image[1, :10, :20], image[0, 40, 63], filled[:, :10, :20], filled[:, 40, 63] = np.nan, -np.inf, 0, 0
+        empty = ~np.isfinite(image).all(0)
+        shares, classes = model.predict_proba(image), model.predict(image)
+        assert (classes[empty] == 255).all() and (classes[~empty] < 3).all() and whole.max() < 3
+        assert np.isnan(shares[:, empty]).all()
+        np.testing.assert_array_equal(shares[:, ~empty], model.predict_proba(filled)[:, ~empty])
+        with pytest.raises(DataError, match="image has 201 NaN or infinite pixels; fill them, or call predict"):
+            model.normalise(image)
     finally:
         model.value_range = None
 
