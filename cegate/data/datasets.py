@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -26,12 +27,15 @@ from cegate.data.rasters import (
     LabelMap,
     Window,
     check_scale,
+    misplacement,
     read_header,
     read_image,
     read_mask,
     to_unit,
 )
 from cegate.errors import ConfigError, DataError, nearest
+
+log = logging.getLogger(__name__)
 
 LOVEDA_CLASSES: tuple[str, ...] = ("background", "building", "road", "water", "barren", "forest", "agricultural")
 """Train ids of LoveDA; files hold them plus one, and 0 where there is no data."""
@@ -219,6 +223,7 @@ class FileSet(SegmentationSet):
         super().__init__(name, classes, labels, cfg.bands or DEFAULT_BANDS, cfg.nan)
         self._pairs = pairs
         self._headers: dict[int, Header] = {}
+        self._misplaced: dict[str, float] = {}  # mask -> pixels
         self._dtype: str | None = None  # of every file, where the range was not given
         self._header(0)
 
@@ -256,12 +261,20 @@ class FileSet(SegmentationSet):
                     f"{pair.image}: pixels are {image.dtype}, but the set's first image has {self._dtype}; "
                     "use files of one kind, or set value_range"
                 )
+            if (off := misplacement(image, mask)) > 1:
+                self._misplaced[str(pair.mask)] = off
             self._headers[index] = image
         return self._headers[index]
 
     def check(self) -> None:
         for index in range(len(self)):
             self._header(index)
+        if self._misplaced:
+            log.warning(
+                "set %r: by their georeferences %d of %d masks do not lie where their images do, the first is %s "
+                "(%.1f px off); pixels are paired as they are stored",
+                *(self.name, len(self._misplaced), len(self), *next(iter(self._misplaced.items()))),
+            )
 
     def fingerprint(self) -> str:
         facts = [

@@ -5,6 +5,7 @@ Nodata tags are never applied to pixels: a set whose background happens to carry
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,8 @@ class Header:
     dtype: str
     nodata: tuple[float | None, ...] = ()
     """The tag of each band; a palette image has none."""
+    place: rasterio.Affine | None = None
+    """From (column, row) to map coordinates, where the file says so."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -101,8 +104,22 @@ def read_header(path: str | Path) -> Header:
     """
     with _open(path) as src:
         if _colour_table(src) is not None:
-            return Header(src.height, src.width, 3, src.dtypes[0], (None,) * 3)
-        return Header(src.height, src.width, src.count, src.dtypes[0], src.nodatavals)
+            return Header(src.height, src.width, 3, src.dtypes[0], (None,) * 3, _place(src))
+        return Header(src.height, src.width, src.count, src.dtypes[0], src.nodatavals, _place(src))
+
+
+def _place(src: rasterio.DatasetReader) -> rasterio.Affine | None:
+    return None if src.transform.is_identity else src.transform
+
+
+def misplacement(image: Header, mask: Header) -> float:
+    """How far a mask lies from its image by what both files say of their places: the farthest corner, in pixels of the
+    image; 0 where one of them says nothing."""
+    if image.place is None or mask.place is None:
+        return 0.0
+    to_image, (height, width) = ~image.place * mask.place, image.size
+    corners = [(0, 0), (width, 0), (0, height), (width, height)]
+    return max(math.dist(to_image * corner, corner) for corner in corners)
 
 
 def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: Window | None = None) -> np.ndarray:

@@ -11,6 +11,7 @@ import pytest
 import rasterio
 from hypothesis import given
 from hypothesis import strategies as st
+from rasterio.transform import from_origin
 
 from cegate.config import SetConfig
 from cegate.data import climates, datasets, pairs, scenes
@@ -521,3 +522,22 @@ def test_nan_in_sentinel_1_is_refused_unless_it_is_ignored(shared, tmp_path):
 def test_a_nodata_tag_of_0_leaves_the_background_of_nrcan(shared):
     data, _ = open_shared(shared, "nrcan")
     assert (data.read(0).label == 0).mean() > 0.9
+
+
+def test_a_mask_that_lies_elsewhere_is_said_once_for_the_set(tmp_path, caplog):
+    for number, left in enumerate((500.0, 500.4, 650.0, 700.0)):
+        for kind, x, array in (("images", 500.0, image()), ("masks", left, mask()[None])):
+            path = tmp_path / kind / f"{number}.tif"
+            path.parent.mkdir(exist_ok=True)
+            size = {"height": 12, "width": 10, "count": len(array), "dtype": "uint8"}
+            with rasterio.open(path, "w", driver="GTiff", transform=from_origin(x, 9000, 0.5, 0.5), **size) as dst:
+                dst.write(array)
+    open_folder(tmp_path).check()
+    (record,) = caplog.records
+    said = r"2 of 4 masks do not lie where their images do, the first is .*masks/2\.tif \(300\.0 px off\)"
+    assert re.search(said, record.getMessage())
+    (tmp_path / "masks/2.tif").unlink(), (tmp_path / "images/2.tif").unlink()
+    (tmp_path / "masks/3.tif").unlink(), write(tmp_path / "masks/3.tif", mask())
+    caplog.clear()
+    open_folder(tmp_path).check()
+    assert caplog.records == []

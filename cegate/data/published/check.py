@@ -15,7 +15,7 @@ from cegate.data.pairs import Pair, find_pairs
 from cegate.data.prepared import IMAGES, LABELS, Manifest, read_manifest
 from cegate.data.published.base import unknown_codes
 from cegate.data.published.prepare import run_all
-from cegate.data.rasters import SUFFIXES, read_codes, read_header
+from cegate.data.rasters import SUFFIXES, misplacement, read_codes, read_header
 from cegate.errors import DataError
 
 _LISTED = 12
@@ -138,6 +138,8 @@ def _check_pair(pair: Pair, allowed: Sequence[int]) -> Findings:
                 f"{pair.mask}: the label is {mask.width}x{mask.height} pixels, but its image {pair.image} is "
                 f"{image.width}x{image.height}"
             )
+        elif (off := misplacement(image, mask)) > 1:
+            problems.append(f"{pair.mask}: by its georeference the label lies {off:.1f} px off its image {pair.image}")
         codes = read_codes(pair.mask, colours=False)
         values = frozenset(np.unique(codes).tolist())
         if values - set(allowed):
