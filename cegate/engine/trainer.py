@@ -314,10 +314,12 @@ class Trainer:
         """Site -> Fisher mass, not normalised."""
         gate = self.config.gate
         seed_everything(self.config.run.seed, "fisher", self.iteration)
+        with self.precision():  # a teacher labels samples of the target as it does in training
+            probe = self.objective.probe(self.iteration)
         return measure_fisher(
             self.segmenter,
             self.segmenter.toolbox,
-            self.objective.probe(self.iteration),
+            probe,
             estimator=gate.estimator,
             loss=gate.loss,
             loss_scale=FISHER_LOSS_SCALE if self.precision_name == "fp16" else 1.0,

@@ -281,6 +281,18 @@ def test_no_mask_of_the_target_is_ever_opened(small, tmp_path, monkeypatch):
     assert "mixed" in lines(result.path / "metrics.jsonl")[-3]
 
 
+def test_the_teacher_computes_in_the_precision_of_the_run(small, monkeypatch, no_figures):
+    label, narrow = Teacher.label, []
+
+    def label_and_note(self, images, valid):
+        narrow.append(torch.is_autocast_enabled("cpu"))
+        return label(self, images, valid)
+
+    monkeypatch.setattr(Teacher, "label", label_and_note)
+    train(small(**DACS, run__precision="bf16"))
+    assert len(narrow) > 4 and all(narrow)  # in training and in the Fisher probe
+
+
 def test_confidence_scales_the_mixed_loss(small):
     sure = train(small("a", **DACS, adapt__confidence=1e-9)).path
     plain = train(small("b", **DACS)).path
