@@ -317,7 +317,7 @@ def load_adapter(path: Path, device: str | torch.device | None = None, *, weight
     segmenter.mean, segmenter.std = tuple(description["mean"]), tuple(description["std"])
     segmenter.value_range = description["value_range"]
     segmenter.ignore = description["ignore"]
-    return segmenter.to(device if isinstance(device, torch.device) else pick_device(device or "auto")).eval()
+    return segmenter.to(pick_device(device or "auto") if isinstance(device, str | None) else device).eval()
 
 
 def read_adapter(path: Path) -> Adapter:

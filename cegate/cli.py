@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import functools
 import os
 import re
@@ -20,6 +21,12 @@ from cegate.config import Config
 from cegate.errors import CegateError, ConfigError
 
 GOOD, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# what a user can mend: no permission, a full disk, a file where a folder is wanted; all else is ours
+_OF_A_PLACE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+}
 
 Main = Callable[[Sequence[str] | None], int]
 
@@ -62,9 +69,11 @@ def command(function: Callable[[Sequence[str]], int]) -> Main:
         except BrokenPipeError:  # the reader of our output has gone, as in `cegate train --help | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return GOOD
-        except OSError as error:  # no permission, a full disk, a file where a folder is wanted
+        except OSError as error:
+            if error.errno not in _OF_A_PLACE:
+                raise
             place = f"{error.filename}: " if error.filename else ""
-            return _say(f"error: {place}{error.strerror or error}; see that it can be read and written", FAILED)
+            return _say(f"error: {place}{error.strerror}; see that it can be read and written", FAILED)
 
     return main
 

@@ -268,7 +268,7 @@ class TrainConfig:
     log_every: int = 50
     """Iterations between two lines of metrics.jsonl."""
     checkpoint_every: int = 1000
-    """Iterations between checkpoints."""
+    """Iterations between checkpoints; every evaluation begins with one too."""
     keep_checkpoints: int = 1
     """Numbered checkpoints kept beside last and best."""
     baseline: bool = False

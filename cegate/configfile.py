@@ -551,8 +551,6 @@ def _gate_problems(config: Config) -> Iterator[str]:
     yield from _bounds(gate, "gate", k=">=1", interval=">=1", samples=">=1")
     if gate.method == "fixed" and not gate.sites:
         yield "gate.sites is empty; gate.method 'fixed' needs sites such as [spatial.7, semantic.0]"
-    if gate.sites and gate.method != "fixed":
-        yield f"gate.sites is read by gate.method fixed alone, not by {gate.method}; leave out one of the two"
     for site in gate.sites:
         kind, _, layer = site.partition(".")
         if kind not in config.toolbox.kinds or not layer.isdecimal():

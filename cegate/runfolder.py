@@ -25,8 +25,7 @@ LOCK = ".lock"
 # what training alone writes: files of the run folder, and folders below it
 _OWN_FILES = ("config.yaml", "env.json", "result.json", "nan_batch.json", "metrics.jsonl", "gates.jsonl")
 _OWN_FOLDERS = ("checkpoints", "adapter", "figures")
-_JOURNALS = ("metrics.jsonl", "gates.jsonl")
-_BEFORE_THE_FIRST_ITERATION = ("config.yaml", "env.json", "train.log", "nan_batch.json", *_JOURNALS)
+_OF_A_FALSE_START = ("config.yaml", "env.json", "train.log", "nan_batch.json", "metrics.jsonl", "gates.jsonl")
 _ASIDE = re.compile(r"\.(?P<stem>.+)\.[a-z0-9_]{8}(?P<suffix>\.\w+)")  # as `written_aside` calls its files
 
 # a resumed run may differ in these: the same numbers, but for last digits on another device
@@ -129,14 +128,14 @@ class Journal:
         self.path = path
         self.records: list[dict[str, Any]] = list(read_journal(path))
 
-    def append(self, record: Mapping[str, Any]) -> None:
-        """Add one line, which is on the disk when this returns."""
-        record = _without_nan(dict(record))
+    def append(self, *records: Mapping[str, Any]) -> None:
+        """Add one or more lines together, which are on the disk when this returns."""
+        lines = [_without_nan(dict(record)) for record in records]
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-        self.records.append(record)
+        self.records += lines
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop lines that a resumed run is going to write again; they are the only ones ever dropped."""
@@ -190,7 +189,7 @@ class RunFolder:
         return read_config(self.config_file)
 
     def overrides(self, weights: str | None = None) -> list[tuple[str, str]]:
-        """What a later look at the run puts on top of its configuration, before the user's own keys.
+        """What a later look at the run puts on top of its configuration.
 
         The image size of the backbone stays, so that data.crop may be another: then windows are of another size.
 
@@ -215,11 +214,7 @@ def check_folder(config: Config, *, resume: bool = False, overwrite: bool = Fals
     """
     path = folder_of(config)
     is_run = (path / "config.yaml").is_file()
-    # a run that ended before it had a config.yaml is none, and one before its first iteration has nothing to lose
-    trifles = {path / LOCK, *_leftovers(path)}
-    if is_run and not _is_begun(path):
-        trifles |= {path / name for name in _BEFORE_THE_FIRST_ITERATION}
-    taken = path.exists() and (not path.is_dir() or any(file not in trifles for file in path.iterdir()))
+    taken = path.exists() and not _is_free(path)
     if resume and not is_run:
         raise CheckpointError(f"there is no run in {path} to resume; leave out --resume to start one")
     if taken and not is_run:
@@ -232,10 +227,17 @@ def check_folder(config: Config, *, resume: bool = False, overwrite: bool = Fals
     return path
 
 
-def _is_begun(path: Path) -> bool:
-    """Whether a run has anything that training made."""
-    metrics = path / "metrics.jsonl"
-    return any(path.glob("checkpoints/*.pt")) or (metrics.is_file() and metrics.stat().st_size > 0)
+def _is_free(path: Path) -> bool:
+    """Whether a folder has nothing to lose: it is empty but for what a killed process left aside, or it is of a run
+    that failed before it had measured or saved anything."""
+    if not path.is_dir():
+        return False
+    trifles = {path / LOCK, *_leftovers(path)}
+    if (path / "env.json").is_file():  # a config.yaml alone may be a user's own
+        trifles |= {path / name for name in _OF_A_FALSE_START}
+        metrics = path / "metrics.jsonl"
+        trifles -= {metrics} if metrics.is_file() and metrics.stat().st_size else set()
+    return all(file in trifles for file in path.iterdir())
 
 
 @contextlib.contextmanager
@@ -258,8 +260,8 @@ def open_run(config: Config, *, resume: bool = False, overwrite: bool = False) -
         check_folder(config, resume=resume, overwrite=overwrite)  # another process may just have been here
         if resume:
             _refuse_changes(RunFolder(path).config(), config, path)
-        elif not _is_begun(path):
-            for name in _JOURNALS:
+        elif _is_free(path):
+            for name in _OF_A_FALSE_START:
                 (path / name).unlink(missing_ok=True)
         elif (path / "config.yaml").is_file():
             path.rename(_free_name(path))

@@ -321,7 +321,6 @@ def test_every_leaf_is_listed():
         ({"toolbox": {"frequency": {"cutoff": 1.5}}}, "toolbox.frequency.cutoff=1.5 is out of range"),
         ({"gate": {"method": "fixed"}}, "gate.sites is empty"),
         ({"gate": {"sites": ["spatial"]}}, "gate.sites: 'spatial' is not <kind>.<layer>"),
-        ({"gate": {"sites": ["spatial.1"]}}, "gate.sites is read by gate.method fixed alone, not by fisher"),
         ({"train": {"warmup": 50, "iterations": 50}}, "train.warmup=50 leaves nothing"),
         ({"train": {"lr": float("nan")}}, "train.lr=nan is out of range"),
         ({"train": {"iterations": 2.5}}, "train.iterations=2.5 is not accepted; expected an integer"),

@@ -13,7 +13,7 @@ import pytest
 from cegate.configfile import read_config
 from cegate.errors import CheckpointError
 from cegate.matrix.cells import Cell
-from cegate.runfolder import LOCK, RunFolder, check_folder, open_run, take_lock, writable_folder
+from cegate.runfolder import LOCK, RunFolder, check_folder, open_run, take_lock, writable_folder, write_json
 
 
 @pytest.fixture
@@ -62,13 +62,24 @@ def test_a_run_that_began_meanwhile_is_seen(config, monkeypatch):
 def test_a_run_that_failed_before_its_first_iteration_does_not_keep_its_name(config, tmp_path):
     with open_run(config) as run:
         run.gates.append({"iteration": 0, "scores": {}, "active": []})
+        for name in ("env.json", "nan_batch.json"):
+            write_json(run.path / name, {})
     other = replace(config, train=replace(config.train, lr=0.5))
     with open_run(other) as run:
         assert run.config().train.lr == 0.5 and run.gates.records == []
+        assert not (run.path / "nan_batch.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     (tmp_path / "run/notes.txt").write_text("mine")
     with pytest.raises(CheckpointError, match="holds a run already"):
         check_folder(config)
+
+
+def test_a_config_of_the_users_own_is_no_failed_run(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("# mine\n")
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        open_run(config).__enter__()
+    assert (tmp_path / "run/config.yaml").read_text() == "# mine\n"
 
 
 @pytest.mark.parametrize("place", ["file/run", "file"])

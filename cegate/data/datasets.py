@@ -23,6 +23,7 @@ from cegate.data import climates, prepared, scenes
 from cegate.data.pairs import Pair, find_pairs
 from cegate.data.rasters import (
     EIGHT_BIT,
+    REFLECTANCE,
     Header,
     LabelMap,
     Window,
@@ -132,7 +133,8 @@ class SegmentationSet(ABC):
         self.value_range = tuple((float(low), float(high)) for low, high in like)
         highest = max(high for _, high in self.value_range)
         of_bytes = all(pair == EIGHT_BIT for pair in self.value_range)
-        if of_bytes != (dtype == "uint8") and (of_bytes or highest > EIGHT_BIT[1]):
+        fits_bytes = REFLECTANCE < highest <= EIGHT_BIT[1]
+        if of_bytes != (dtype == "uint8") and (of_bytes or not fits_bytes):
             raise DataError(
                 f"set {self.name!r}: pixels are {dtype}, but the model learns from "
                 f"{'8-bit pixels' if of_bytes else f'pixels of up to {highest:g}'}; give the set a value_range"

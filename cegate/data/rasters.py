@@ -5,7 +5,6 @@ Nodata tags are never applied to pixels: a set whose background happens to carry
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,8 +57,8 @@ class Header:
     dtype: str
     nodata: tuple[float | None, ...] = ()
     """The tag of each band; a palette image has none."""
-    place: rasterio.Affine | None = None
-    """From (column, row) to map coordinates, where the file says so."""
+    place: tuple[np.ndarray, object] | None = None
+    """[3, 3] from (column, row, 1) to map coordinates, and their system, where the file says so."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -108,18 +107,20 @@ def read_header(path: str | Path) -> Header:
         return Header(src.height, src.width, src.count, src.dtypes[0], src.nodatavals, _place(src))
 
 
-def _place(src: rasterio.DatasetReader) -> rasterio.Affine | None:
-    return None if src.transform.is_identity else src.transform
+def _place(src: rasterio.DatasetReader) -> tuple[np.ndarray, object] | None:
+    matrix = np.array(src.transform, float).reshape(3, 3)
+    return None if src.transform.is_identity or not np.linalg.det(matrix) else (matrix, src.crs)
 
 
 def misplacement(image: Header, mask: Header) -> float:
     """How far a mask lies from its image by what both files say of their places: the farthest corner, in pixels of the
-    image; 0 where one of them says nothing."""
-    if image.place is None or mask.place is None:
+    image; 0 where one of them says nothing, or speaks of another coordinate system."""
+    if image.place is None or mask.place is None or image.place[1] != mask.place[1]:
         return 0.0
-    to_image, (height, width) = ~image.place * mask.place, image.size
-    corners = [(0, 0), (width, 0), (0, height), (width, height)]
-    return max(math.dist(to_image * corner, corner) for corner in corners)
+    height, width = image.size
+    corners = np.array([(0, 0, 1), (width, 0, 1), (0, height, 1), (width, height, 1)], float).T
+    moved = np.linalg.solve(image.place[0], mask.place[0] @ corners)
+    return float(np.linalg.norm((moved - corners)[:2], axis=0).max())
 
 
 def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: Window | None = None) -> np.ndarray:
@@ -351,18 +352,18 @@ def to_unit(image: np.ndarray, value_range: Sequence[tuple[float, float]]) -> np
     return np.clip(unit, 0, 1, out=unit)
 
 
-# no reflectance is above it, and digital numbers are
-_HIGHEST_REFLECTANCE = 2.0
+# reflectances end below 2; what reaches 100 are digital numbers, and nothing that is measured is above a million
+REFLECTANCE, _NUMBER, _NO_DATA = 2.0, 100.0, 1e6
 # looked at in each band, evenly spread
 _SCALE_PX = 1 << 18
 
 
 def check_scale(pixels: np.ndarray, value_range: Sequence[tuple[float, float]], what: str, advice: str) -> None:
     """Refuse reflectances (0..1) where digital numbers (hundreds, thousands) are meant, and the other way round: they
-    would all be clipped to one value.
+    would all be clipped to one value. What may be either, or is so in some bands only, passes.
 
     Args:
-        pixels: [C, H, W] of any real dtype; NaN do not count.
+        pixels: [C, H, W] of any real dtype; NaN and huge values, which stand for no data, do not count.
         value_range: (low, high) of each band that becomes 0..1.
         what: names the pixels in the message.
         advice: what to do about it.
@@ -370,19 +371,26 @@ def check_scale(pixels: np.ndarray, value_range: Sequence[tuple[float, float]], 
     Raises:
         DataError: the scales differ; both are named.
     """
-    wanted = max(high for _, high in value_range)
-    if wanted > _HIGHEST_REFLECTANCE and not np.issubdtype(pixels.dtype, np.floating):
+    is_float = np.issubdtype(pixels.dtype, np.floating)
+    if not is_float and any(high > REFLECTANCE for _, high in value_range):
         return
-    sample = pixels.reshape(len(pixels), -1)
-    sample = sample[:, :: -(-sample.shape[1] // _SCALE_PX) or 1]
-    sample = sample[np.isfinite(sample)]
-    highest = float(sample.max(initial=0))
-    too_low = 0 < highest <= _HIGHEST_REFLECTANCE < wanted
-    if too_low or (sample.size and wanted <= _HIGHEST_REFLECTANCE < float(np.median(sample))):
-        raise DataError(
-            f"{what}: pixels of {pixels.dtype} up to {highest:g} do not fit the range the model learned from, up to "
-            f"{wanted:g}; {advice}"
-        )
+    bands = pixels.reshape(len(pixels), -1)
+    step = max(1, bands.shape[1] // _SCALE_PX)
+    highest = 0.0
+    for band, (_, wanted) in zip(bands, value_range, strict=True):
+        values = band[::step].astype(np.float64)
+        values = values[np.isfinite(values) & (np.abs(values) < _NO_DATA)]
+        top, middle = (float(values.max()), float(np.median(values))) if values.size else (0.0, 0.0)
+        too_low = is_float and wanted >= _NUMBER and 0 < middle <= top <= REFLECTANCE
+        too_high = wanted <= REFLECTANCE and middle > (_NUMBER if is_float else REFLECTANCE)
+        if not (too_low or too_high):
+            return
+        highest = max(highest, top)
+    wanted = max(high for _, high in value_range)
+    raise DataError(
+        f"{what}: pixels of {pixels.dtype} up to {highest:g} do not fit the range the model learned from, up to "
+        f"{wanted:g}; {advice}"
+    )
 
 
 def write_mask(

@@ -56,8 +56,8 @@ def is_georeferenced(path: Path) -> bool:
 def _suffix_for(image: Path) -> str:
     try:
         return ".tif" if is_georeferenced(image) else ".png"
-    except DataError:
-        return ".png"  # why there will be none is said when its turn comes
+    except DataError:  # there will be no mask; why is said when its turn comes
+        return ".tif" if image.suffix.lower() in (".tif", ".tiff") else ".png"
 
 
 def plan_outputs(

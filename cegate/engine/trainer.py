@@ -7,6 +7,7 @@ import math
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -189,8 +190,10 @@ class Trainer:
         self._start(state)
         title = "baseline" if stage == "before" else "training"
         with Reporter(self.console, title, train.iterations, self.iteration) as reporter:
-            if state is not None and self._is_due(train.eval_every):
-                reporter.evaluated(self._evaluate())  # again: the run may have ended in the middle of it
+            if state is not None and self._is_due(train.eval_every) and not self._is_evaluated():
+                place = (stage, self.iteration)
+                self.folder.metrics.keep(lambda record: (record["split"], record["iteration"]) != place)
+                reporter.evaluated(self._evaluate())  # the run ended in the middle of it
             for batch in self.objective.batches(self.iteration, train.iterations):
                 if self._scoring_is_due():
                     self._score()
@@ -343,8 +346,8 @@ class Trainer:
     def _evaluate(self) -> str:
         """Measure every domain; keep the model if it is the best so far; return its mIoU as text.
 
-        The state was saved just before. So nothing that is kept is ever younger than what a resume goes on from, and a
-        run that ends in here loses no more than this evaluation, which the resume makes again.
+        The state was saved just before, and the journal is written last. So nothing that is kept is ever younger than
+        what a resume goes on from, and what the journal holds is kept; a run that ends in here is evaluated again.
         """
         data = self.config.data
         evaluations = [
@@ -358,18 +361,25 @@ class Trainer:
             )
             for dataset in self.sets.evaluated
         ]
-        for evaluation in evaluations:
-            record = {"iteration": self.iteration, "split": self.stage, "domain": evaluation.domain}
-            self.folder.metrics.append({**record, "loss": evaluation.loss, **evaluation.scores.to_dict()})
+        place = {"iteration": self.iteration, "split": self.stage}
+        records = [{**place, "domain": item.domain, "loss": item.loss, **item.scores.to_dict()} for item in evaluations]
+        if self._best_iteration(records=records) in (None, self.iteration):
+            self._keep_best(evaluations)
+        self.folder.metrics.append(*records)
         text = ", ".join(f"{item.domain} {percent(item.scores.mIoU)}" for item in evaluations)
         log.info("%s iteration %d: mIoU %s", self.stage, self.iteration, text or "not measured")
-        if self._best_iteration() in (None, self.iteration):
-            self._keep_best(evaluations)
         return text or "–"
 
-    def _best_iteration(self, stage: str | None = None) -> int | None:
+    def _is_evaluated(self) -> bool:
+        """Whether the journal holds the evaluation of this iteration."""
+        found = results.records_of(self.folder.metrics.records, self.stage, self.iteration)
+        return bool(found) and found.keys() == {dataset.name for dataset in self.sets.evaluated}
+
+    def _best_iteration(self, stage: str | None = None, *, records: Sequence[results.Record] = ()) -> int | None:
+        """The iteration of a stage that counts, by the journal and further records."""
         validated = self.sets.validation is not None
-        return results.best_iteration(self.folder.metrics.records, stage or self.stage, validated=validated)
+        known = [*self.folder.metrics.records, *records]
+        return results.best_iteration(known, stage or self.stage, validated=validated)
 
     def _keep_best(self, evaluations: list[Evaluation]) -> None:
         name = "before" if self.stage == "before" else "best"
@@ -409,10 +419,7 @@ class Trainer:
         keep_newest(folder, keep if self.stage == "after" else 0)
 
     def _resume(self) -> State | None:
-        """The state to go on from; the journals lose what comes after it, which is going to be written again.
-
-        So does the evaluation of the state itself, see :meth:`_evaluate`.
-        """
+        """The state to go on from; the journals lose what comes after it, which is going to be written again."""
         path = self.folder.path / "env.json"
         environment = self._environment()
         state = load_state(self.folder.last) if self.folder.last.is_file() else None
@@ -426,8 +433,8 @@ class Trainer:
         position = (-1, -1) if state is None else state.position
 
         def is_past(record: dict[str, Any]) -> bool:
-            at = (STAGES.index(record.get("stage", record["split"])), record["iteration"])
-            return at < position or (at == position and record["split"] == "train")
+            stage = record.get("stage", record["split"])
+            return (STAGES.index(stage), record["iteration"]) <= position
 
         self.folder.metrics.keep(is_past)
         self.folder.gates.keep(lambda record: (STAGES.index("after"), record["iteration"]) < position)
@@ -499,7 +506,12 @@ class Trainer:
         )
         self._draw()
         self._write_result(state.iteration, before, after)
-        why = "chosen on the validation set" if self.sets.validation else "the last one: there is no validation set"
+        if self.sets.validation is None:
+            why = "the last one: there is no validation set"
+        elif after[SOURCE_DOMAIN]["mIoU"] is None:
+            why = "the last one: the validation set has no label"
+        else:
+            why = "chosen on the validation set"
         return Result(folder.path, before, after, (f"The model of iteration {state.iteration} counts, {why}.",))
 
     def _draw(self) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.config import IGNORE, Config
-from cegate.data.rasters import EIGHT_BIT, check_scale, read_header, read_image, to_unit
+from cegate.data.rasters import EIGHT_BIT, REFLECTANCE, check_scale, read_header, read_image, to_unit
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.losses import pixel_cross_entropy
@@ -249,7 +249,7 @@ class Segmenter(nn.Module):
             raise DataError(f"{name} is {pixels.dtype}, the model was trained on 8-bit images; convert it to uint8")
         value_range = given.value_range or [EIGHT_BIT] * len(given.bands)
         highest = max(high for _, high in value_range)
-        if pixels.dtype == np.uint8 and highest > EIGHT_BIT[1]:
+        if pixels.dtype == np.uint8 and not REFLECTANCE < highest <= EIGHT_BIT[1]:
             raise DataError(
                 f"{name} is uint8, the model was trained on pixels of up to {highest:g}; give the image "
                 "as it was before it was scaled to 8 bits"

@@ -45,7 +45,8 @@ def build_vit(
         The model in evaluation mode; no parameter requires a gradient.
 
     Raises:
-        BackboneError: unknown name, unsuitable size, unreachable hub, or weights that do not fit; keys are named.
+        BackboneError: unknown name, an architecture that the toolbox cannot serve, unsuitable size, unreachable hub, or
+            weights that do not fit; keys are named.
     """
     vit = _create(name, weights == "auto", image_size, patch_size, in_chans)
     check_blocks(vit)

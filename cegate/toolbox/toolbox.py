@@ -83,7 +83,7 @@ class Toolbox(nn.Module):
         for site in self.plan.active:
             yield from self._sites[site].parameters()
 
-    def apply(self, plan: GatePlan) -> None:  # type: ignore[override]
+    def apply(self, plan: GatePlan) -> Toolbox:  # type: ignore[override]
         """Switch to a plan: its sites run, its active sites learn, every other site is unhooked.
 
         A function in place of a plan is called with every module, as `torch.nn.Module.apply` does.
@@ -92,8 +92,7 @@ class Toolbox(nn.Module):
             ConfigError: the plan names a site that this toolbox lacks, or spatial sites are merged.
         """
         if callable(plan):
-            super().apply(plan)
-            return
+            return super().apply(plan)
         self._check(plan.on)
         self._unhook()
         for name, site in self._sites.items():
@@ -104,6 +103,7 @@ class Toolbox(nn.Module):
                     parameter.grad = None
         self.plan = plan
         self._hook(plan.on)
+        return self
 
     def _check(self, sites: Iterable[str]) -> None:
         """Whether the sites can be switched on now."""

@@ -256,6 +256,8 @@ def test_a_range_of_another_set_counts_where_there_is_none_of_its_own(tmp_path):
     scenes = SetConfig(kind="generated", split="arid")
     with pytest.raises(DataError, match=r"set 'arid': pixels are uint8, but .* of up to 2000; give the set"):
         open_set(scenes, name="arid", like=like)
+    with pytest.raises(DataError, match=r"set 'arid': pixels are uint8, but .* of up to 0\.7; give the set"):
+        open_set(scenes, name="arid", like=[(0, 0.7)] * 3)
 
 
 def test_a_given_range_replaces_percentiles(tmp_path):

@@ -12,11 +12,13 @@ import rasterio
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from rasterio.transform import from_origin
 
 from cegate.data.rasters import (
     LabelMap,
     Window,
     check_scale,
+    misplacement,
     read_header,
     read_image,
     read_mask,
@@ -238,6 +240,8 @@ def test_scaling_maps_the_range_to_0_and_1_and_clips(image, low, span):
         ("float32", 0.9, 2500, False),
         ("float32", 0.0, 2500, True),  # a tile without data
         ("float32", 1800, 2500, True),
+        ("float32", 1.9, 2.3, True),  # radar, indices
+        ("float32", 1.0, 5, True),
         ("uint16", 2, 2500, True),  # deep shadow, in the same numbers
         ("uint8", 200, 0.6, False),
         ("uint16", 3000, 0.6, False),
@@ -253,6 +257,35 @@ def test_reflectances_are_not_taken_for_digital_numbers(dtype, top, wanted, fits
     )
     with expected:
         check_scale(pixels, [(0.0, wanted)] * 3, "tile", "scale it")
+
+
+def test_a_scale_is_refused_only_where_every_band_says_so():
+    reflectance = np.full((3, 8, 8), 0.2, np.float32)
+    check_scale(reflectance, [(100, 2500), (100, 2500), (0, 1)], "tile", "scale it")  # two bands, and an index
+    nearly_empty = np.zeros((3, 8, 8), np.float32)
+    nearly_empty[:, 0, 0] = 1
+    check_scale(nearly_empty, [(100, 2500)] * 3, "tile", "scale it")
+    without_data = np.full((3, 8, 8), 1e20, np.float32)
+    without_data[:, :2] = 0.3
+    check_scale(without_data, [(0, 0.6)] * 3, "tile", "scale it")
+
+
+def test_places_that_cannot_be_compared_are_not(tmp_path):
+    shape = {"height": 8, "width": 9, "count": 1, "dtype": "uint8"}
+    places = {
+        "utm": {"crs": "EPSG:32633", "transform": from_origin(500000, 5000000, 0.5, 0.5)},
+        "degrees": {"crs": "EPSG:4326", "transform": from_origin(15, 45, 1e-5, 1e-5)},
+        "moved": {"crs": "EPSG:32633", "transform": from_origin(500001, 5000000, 0.5, 0.5)},
+        "none": {},
+        "broken": {"crs": "EPSG:32633", "transform": rasterio.Affine(0.5, 0, 1, 0.5, 0, 1)},
+    }
+    headers = {}
+    for name, place in places.items():
+        with rasterio.open(tmp_path / f"{name}.tif", "w", driver="GTiff", **shape, **place) as out:
+            out.write(np.zeros((1, 8, 9), np.uint8))
+        headers[name] = read_header(tmp_path / f"{name}.tif")
+    found = {name: misplacement(headers["utm"], header) for name, header in headers.items()}
+    assert found == pytest.approx({"utm": 0, "degrees": 0, "moved": 2, "none": 0, "broken": 0}, abs=1e-6)
 
 
 def test_a_constant_band_becomes_0():

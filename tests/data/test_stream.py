@@ -160,3 +160,11 @@ def test_a_batch_moves_whole(scenes, device):
 def test_wrong_settings_are_named(scenes, keys, message):
     with pytest.raises(ConfigError, match=message):
         stream(scenes, **keys)
+
+
+def test_what_lies_beside_a_small_picture_is_the_mean_colour():
+    small = open_set(SetConfig(kind="generated", split="temperate", limit=2, tile=20), name="source")
+    batch = stream(small, augment=AugmentConfig(resize=[1.0, 1.0], photometric=False)).batch(0)
+    assert (batch.label[:, 20:] == 255).all() and (batch.label[:, :, 20:] == 255).all()
+    assert (batch.image[:, :, 20:] == 0).all() and (batch.image[:, :, :, 20:] == 0).all()
+    assert batch.image[:, :, :20, :20].abs().min() > 0

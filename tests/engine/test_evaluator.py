@@ -13,6 +13,7 @@ from cegate.engine.evaluator import evaluate, evaluate_run, percent, predict_log
 from cegate.engine.trainer import Trainer, train
 from cegate.errors import CheckpointError, ConfigError
 from cegate.models.segmenter import Segmenter
+from cegate.models.sliding import slide
 from cegate.runfolder import RunFolder
 
 
@@ -117,3 +118,14 @@ def test_a_run_is_evaluated_as_it_was_in_training(small, monkeypatch, tmp_path):
         evaluate_run(run, other)
     with pytest.raises(CheckpointError, match=r"there is no checkpoint .*missing\.pt"):
         evaluate_run(run, run.config(), checkpoint="missing.pt")
+
+
+def test_windows_of_mask2former_are_averaged_as_shares(small, arid):
+    model = cegate.build(small(model__head="mask2former"))
+    pixels = (arid.read(0).image * 255).round().astype(np.uint8)
+    image = model.normalise(pixels)[None]
+    with torch.no_grad():
+        expected = slide(model.eval(), image, 32, log_shares=True)
+        assert not torch.allclose(expected, slide(model, image, 32), atol=1e-4)
+    torch.testing.assert_close(predict_logits(model, image, crop=32), expected)
+    np.testing.assert_allclose(model.predict_proba(pixels), expected[0].exp(), atol=1e-5)

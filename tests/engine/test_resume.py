@@ -112,21 +112,33 @@ def test_a_run_that_ends_in_an_evaluation_makes_it_again(whole, small, monkeypat
         with pytest.raises(RuntimeError, match="power cut"):
             train(config)
     assert load_state(folder_of(config) / "checkpoints/last.pt").iteration == 4
+    assert "mIoU" not in (folder_of(config) / "metrics.jsonl").read_text().splitlines()[-1]
     assert_equal_runs(whole, train(config, resume=True).path, ("last", "best", "before"))
 
 
 def test_what_counts_after_a_resume_is_of_one_model_even_if_numbers_come_out_otherwise(small, monkeypatch):
     """As on a GPU: the life that was cut found its best model where the next one does not."""
-    config = small(train__checkpoint_every=5)
+    config, scores, evaluate = (
+        small(train__eval_every=2, train__checkpoint_every=3),
+        Confusion.scores,
+        Trainer._evaluate,
+    )
+    folder, values, current = folder_of(config), iter([0.3, 0.6, 0.2, 0.1]), {}
+
+    def evaluate_as_told(self):
+        current["mIoU"] = next(values)
+        return evaluate(self)
+
+    monkeypatch.setattr(Trainer, "_evaluate", evaluate_as_told)
+    monkeypatch.setattr(Confusion, "scores", lambda self: replace(scores(self), **current))
     run_until(monkeypatch, config, "after", 5)
-    folder, scores = folder_of(config), Confusion.scores
-    cut = load_state(folder / "checkpoints/last.pt").iteration
-    assert load_state(folder / "checkpoints/best.pt").iteration <= cut
-    monkeypatch.setattr(Confusion, "scores", lambda self: replace(scores(self), mIoU=0.9 - 0.1 * next(worse)))
-    worse = iter(range(100))
+    assert [load_state(folder / f"checkpoints/{name}.pt").iteration for name in ("last", "best")] == [4, 4]
     result = read_json(train(config, resume=True).path / "result.json")
-    found = {read_json(path)["iteration"] for path in folder.glob("eval/*/metrics.json")}
-    assert found == {result["iteration"]} == {load_state(folder / "checkpoints/best.pt").iteration}
+    assert result["iteration"] == load_state(folder / "checkpoints/best.pt").iteration == 4
+    for domain, record in result["after"].items():
+        written = read_json(folder / "eval" / domain / "metrics.json")
+        assert (record["iteration"], record["mIoU"]) == (written["iteration"], written["mIoU"]) == (4, 0.6)
+    assert next(values, None) is None  # nothing was evaluated twice
 
 
 def test_resume_refuses_another_precision(small, monkeypatch):
