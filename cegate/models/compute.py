@@ -10,12 +10,10 @@ from typing import Any
 import torch
 
 from cegate.errors import ConfigError
+from cegate.kernels._support import MIN_CAPABILITY
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the autocast context of a forward pass."""
-
-# of the first GPUs with bfloat16; older ones emulate it, slowly
-AMPERE = (8, 0)
 
 
 def pick_device(name: str) -> torch.device:
@@ -47,7 +45,8 @@ def precision_of(name: str, device: torch.device) -> tuple[str, Precision]:
         device: where the model is.
     """
     if name == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= AMPERE
+        # torch calls bfloat16 supported where it is emulated, slowly, too
+        has_bf16 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
         name = "bf16" if has_bf16 else "fp32"
     if name == "fp32":
         return name, nullcontext
