@@ -22,18 +22,15 @@ from cegate.config import IGNORE, SetConfig
 from cegate.data import climates, prepared, scenes
 from cegate.data.pairs import Pair, find_pairs
 from cegate.data.rasters import (
-    EIGHT_BIT,
-    REFLECTANCE,
     Header,
     LabelMap,
     Window,
-    check_scale,
     misplacement,
     read_header,
     read_image,
     read_mask,
-    to_unit,
 )
+from cegate.data.scale import EIGHT_BIT, ValueRange, check_depth, check_scale, is_eight_bit, to_unit
 from cegate.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -49,7 +46,6 @@ LARGE_PX = 2**24
 UNLABELLED = 254
 """Label of a pixel of a set that was opened without labels."""
 DEFAULT_BANDS = (1, 2, 3)
-BandRange = tuple[float, float]
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
 _SCALE_SIDE = 1024  # of the middle of an image that its scale is told from
 
@@ -84,7 +80,7 @@ class SegmentationSet(ABC):
 
     def __init__(self, name: str, classes: Sequence[str], labels: LabelMap, bands: Sequence[int], nan: str) -> None:
         self.name, self.classes, self.bands = name, tuple(classes), tuple(bands)
-        self.value_range: tuple[BandRange, ...] = (EIGHT_BIT,) * len(self.bands)
+        self.value_range: tuple[tuple[float, float], ...] = (EIGHT_BIT,) * len(self.bands)
         self.palette: tuple[str, ...] = ()
         self.fit: int | None = None
         self._labels, self._nan = labels, nan
@@ -109,7 +105,7 @@ class SegmentationSet(ABC):
     def check(self) -> None:
         """Look at the header of every file; raises the first DataError, which names the file."""
 
-    def choose_range(self, given: Sequence[float] | None, like: Sequence[Sequence[float]] | None) -> None:
+    def choose_range(self, given: Sequence[float] | None, like: ValueRange | None) -> None:
         """Settle `value_range`.
 
         Args:
@@ -131,15 +127,8 @@ class SegmentationSet(ABC):
             self.value_range = self._own_range()
             return
         self.value_range = tuple((float(low), float(high)) for low, high in like)
-        highest = max(high for _, high in self.value_range)
-        of_bytes = all(pair == EIGHT_BIT for pair in self.value_range)
-        fits_bytes = REFLECTANCE < highest <= EIGHT_BIT[1]
-        if of_bytes != (dtype == "uint8") and (of_bytes or not fits_bytes):
-            raise DataError(
-                f"set {self.name!r}: pixels are {dtype}, but the model learns from "
-                f"{'8-bit pixels' if of_bytes else f'pixels of up to {highest:g}'}; give the set a value_range"
-            )
-        if not of_bytes:
+        check_depth(dtype, self.value_range, f"set {self.name!r}", "give the set a value_range")
+        if not is_eight_bit(self.value_range):
             self._look_at_scale()
 
     def _look_at_scale(self) -> None:
@@ -150,7 +139,7 @@ class SegmentationSet(ABC):
         """Of the files, which then must agree."""
         return "uint8"
 
-    def _own_range(self) -> tuple[BandRange, ...]:
+    def _own_range(self) -> tuple[tuple[float, float], ...]:
         """Of each band, as the set's pixels alone suggest it."""
         return (EIGHT_BIT,) * len(self.bands)
 
@@ -169,22 +158,15 @@ class SegmentationSet(ABC):
             DataError: missing, damaged or unfit file; NaN pixels where the set does not allow them.
         """
         pixels, label = self._pixels(index, window), self.read_label(index, window)
-        image = to_unit(pixels, self.value_range)
-        if np.issubdtype(pixels.dtype, np.floating):
-            bad = ~np.isfinite(pixels).all(0)
-            if bad.any():
-                label = self._without(index, image, label, bad)
+        image, empty = to_unit(pixels, self.value_range)
+        if empty.any():
+            if self._nan == "error":
+                raise DataError(
+                    f"{self._describe(index)}: {int(empty.sum())} of {empty.size} pixels are NaN or infinite in bands "
+                    f"{list(self.bands)}; mend the file, or give the set {self.name!r} nan: ignore to leave them out"
+                )
+            label = np.where(empty, np.uint8(IGNORE), label)
         return Item(image, label, self.item_name(index), self.fit)
-
-    def _without(self, index: int, image: np.ndarray, label: np.ndarray, bad: np.ndarray) -> np.ndarray:
-        """Blank the bad pixels of image in place; returns a label that ignores them."""
-        if self._nan == "error":
-            raise DataError(
-                f"{self._describe(index)}: {int(bad.sum())} of {bad.size} pixels are NaN or infinite in bands "
-                f"{list(self.bands)}; mend the file, or give the set {self.name!r} nan: ignore to leave them out"
-            )
-        image[:, bad] = 0
-        return np.where(bad, np.uint8(IGNORE), label)
 
     def _describe(self, index: int) -> str:
         return self.item_name(index)
@@ -312,10 +294,10 @@ class FileSet(SegmentationSet):
         what = f"set {self.name!r}: {self._describe(0)}"
         check_scale(part, self.value_range, what, "give the set a value_range of its own")
 
-    def _own_range(self) -> tuple[BandRange, ...]:
+    def _own_range(self) -> tuple[tuple[float, float], ...]:
         return super()._own_range() if self._dtype == "uint8" else self._percentiles()
 
-    def _percentiles(self) -> tuple[BandRange, ...]:
+    def _percentiles(self) -> tuple[tuple[float, float], ...]:
         """1st and 99th percentile of each band, of evenly spread pixels of evenly spread files.
 
         Pixels of the value that a file's tag calls nodata do not count, unless the band has no others.
@@ -428,7 +410,7 @@ def open_set(
     name: str,
     classes: Sequence[str] = (),
     labelled: bool = True,
-    like: Sequence[Sequence[float]] | None = None,
+    like: ValueRange | None = None,
 ) -> SegmentationSet:
     """Open a set of images and masks.
 

@@ -26,8 +26,6 @@ SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", "
 # by default GDAL fills what is missing of a truncated JPEG with grey and of a truncated PNG with zeros, in silence
 _STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
 _UNMAPPED = 254
-EIGHT_BIT = (0.0, 255.0)
-"""The range of a band of 8-bit pixels."""
 _IN_ARCHIVE = "/vsizip/"  # GDAL's spelling of a file in a zip
 _SHOWN = 6
 
@@ -331,66 +329,6 @@ def _unmapped_message(path: str | Path, codes: np.ndarray, labels: LabelMap) -> 
     if not labels.colours and not (values == np.rint(values)).all():
         advice = "a label_map takes integers: write the masks anew, with an integer that is ignored where there is none"
     return f"{path}: mask {kind} outside the label map: {shown}{more}; known are {labels.describe()}; {advice}"
-
-
-def to_unit(image: np.ndarray, value_range: Sequence[tuple[float, float]]) -> np.ndarray:
-    """Scale pixels so that each band's range becomes 0..1; what lies outside is clipped, NaN stays NaN.
-
-    Args:
-        image: [C, H, W] of any real dtype.
-        value_range: (low, high) of each band; a band with low = high becomes 0.
-
-    Returns:
-        [C, H, W] float32.
-    """
-    low, high = np.array(value_range, np.float32).T.reshape(2, -1, 1, 1)
-    scale = np.divide(1, high - low, out=np.zeros_like(high), where=high > low)
-    unit = image.astype(np.float32)
-    with np.errstate(over="ignore"):  # of huge values that stand for no data; they are clipped
-        unit -= low
-        unit *= scale
-    return np.clip(unit, 0, 1, out=unit)
-
-
-# reflectances end below 2; what reaches 100 are digital numbers, and nothing that is measured is above a million
-REFLECTANCE, _NUMBER, _NO_DATA = 2.0, 100.0, 1e6
-# looked at in each band, evenly spread
-_SCALE_PX = 1 << 18
-
-
-def check_scale(pixels: np.ndarray, value_range: Sequence[tuple[float, float]], what: str, advice: str) -> None:
-    """Refuse reflectances (0..1) where digital numbers (hundreds, thousands) are meant, and the other way round: they
-    would all be clipped to one value. What may be either, or is so in some bands only, passes.
-
-    Args:
-        pixels: [C, H, W] of any real dtype; NaN and huge values, which stand for no data, do not count.
-        value_range: (low, high) of each band that becomes 0..1.
-        what: names the pixels in the message.
-        advice: what to do about it.
-
-    Raises:
-        DataError: the scales differ; both are named.
-    """
-    is_float = np.issubdtype(pixels.dtype, np.floating)
-    if not is_float and any(high > REFLECTANCE for _, high in value_range):
-        return
-    bands = pixels.reshape(len(pixels), -1)
-    step = max(1, bands.shape[1] // _SCALE_PX)
-    highest = 0.0
-    for band, (_, wanted) in zip(bands, value_range, strict=True):
-        values = band[::step].astype(np.float64)
-        values = values[np.isfinite(values) & (np.abs(values) < _NO_DATA)]
-        top, middle = (float(values.max()), float(np.median(values))) if values.size else (0.0, 0.0)
-        too_low = is_float and wanted >= _NUMBER and 0 < middle <= top <= REFLECTANCE
-        too_high = wanted <= REFLECTANCE and middle > (_NUMBER if is_float else REFLECTANCE)
-        if not (too_low or too_high):
-            return
-        highest = max(highest, top)
-    wanted = max(high for _, high in value_range)
-    raise DataError(
-        f"{what}: pixels of {pixels.dtype} up to {highest:g} do not fit the range the model learned from, up to "
-        f"{wanted:g}; {advice}"
-    )
 
 
 def write_mask(

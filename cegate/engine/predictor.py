@@ -115,8 +115,8 @@ def predict_files(segmenter: Segmenter, masks: dict[Path, Path]) -> Iterator[Pat
         Mask files as they are written.
 
     Raises:
-        DataError: a mask cannot be written; those before it stay, and so does an older one in its place. Or, at the
-            end: images that cannot be read or do not fit the model, each with its reason.
+        DataError: a mask cannot be written: at once; those before it stay, and so does an older one in its place. Or,
+            at the end: images that cannot be read or do not fit the model. Each is named with its reason in either.
     """
     failed: list[str] = []
     for image, mask in masks.items():
@@ -130,7 +130,8 @@ def predict_files(segmenter: Segmenter, masks: dict[Path, Path]) -> Iterator[Pat
             with written_aside(mask) as aside:
                 write_mask(aside, classes, like=like, palette=segmenter.palette)
         except OSError as error:
-            raise DataError(f"{mask} cannot be written ({error.strerror or error}); give another --output") from error
+            reason = f"{mask} cannot be written ({error.strerror or error}); give another --output"
+            raise DataError("; ".join([reason, *failed])) from error
         yield mask
     if failed:
         raise DataError(f"{len(failed)} of {len(masks)} images have no mask: {'; '.join(failed)}")

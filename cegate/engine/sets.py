@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from cegate.config import Config, DataConfig
 from cegate.configfile import SOURCE_DOMAIN
-from cegate.data.datasets import DEFAULT_BANDS, BandRange, SegmentationSet, open_set
-from cegate.data.rasters import EIGHT_BIT
+from cegate.data.datasets import DEFAULT_BANDS, SegmentationSet, open_set
+from cegate.data.scale import ValueRange, is_eight_bit
 from cegate.errors import ConfigError
 
 UNLABELLED_DOMAIN = "unlabelled"
@@ -55,7 +55,7 @@ def open_sets(config: Config) -> tuple[Config, Sets]:
 
 
 def open_evaluated(
-    data: DataConfig, classes: Sequence[str], value_range: Sequence[BandRange]
+    data: DataConfig, classes: Sequence[str], value_range: ValueRange
 ) -> tuple[SegmentationSet | None, list[SegmentationSet]]:
     """The validation set, if there is one, and the targets; one without a range of its own gets the model's.
 
@@ -81,5 +81,4 @@ def _refuse_other_bands(data: DataConfig) -> None:
 
 def value_range_of(source: SegmentationSet) -> list[list[float]] | None:
     """(low, high) per band; ``None`` where it is that of 8-bit images, so that others are refused at prediction."""
-    eight_bit = all(pair == EIGHT_BIT for pair in source.value_range)
-    return None if eight_bit else [list(pair) for pair in source.value_range]
+    return None if is_eight_bit(source.value_range) else [list(pair) for pair in source.value_range]

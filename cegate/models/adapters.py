@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cegate import dispatch
 from cegate.config import KINDS, Config
+from cegate.data.scale import ValueRange
 from cegate.errors import CheckpointError, ConfigError, nearest
 from cegate.gate import GatePlan
 from cegate.models.heads import build_head
@@ -46,7 +47,7 @@ class Adapter:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     """Per band, of pixels in 0..1."""
-    value_range: Sequence[Sequence[float]] | None
+    value_range: ValueRange | None
     """[low, high] of each band, mapped to 0..1; None: 8-bit pixels."""
     source: str
     """File of the weights, for messages."""

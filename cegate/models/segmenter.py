@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.config import IGNORE, Config
-from cegate.data.rasters import EIGHT_BIT, REFLECTANCE, check_scale, read_header, read_image, to_unit
+from cegate.data.rasters import read_header, read_image
+from cegate.data.scale import EIGHT_BIT, ValueRange, check_depth, check_scale, to_unit
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.losses import pixel_cross_entropy
@@ -25,8 +26,6 @@ from cegate.models.vit import build_vit, extract_features, feature_layers
 from cegate.palette import default_palette
 from cegate.refiners.rein import Rein
 from cegate.toolbox.toolbox import Toolbox
-
-ValueRange = Sequence[Sequence[float]]  # [low, high] per band
 
 
 class Segmenter(nn.Module):
@@ -245,20 +244,11 @@ class Segmenter(nn.Module):
         given = self if adapter is None else self.bank.named(adapter)
         name = _name_of(image)
         pixels = _read_bands(image, given.bands) if isinstance(image, str | Path) else self._bands_first(image)
-        if given.value_range is None and pixels.dtype != np.uint8:
-            raise DataError(f"{name} is {pixels.dtype}, the model was trained on 8-bit images; convert it to uint8")
         value_range = given.value_range or [EIGHT_BIT] * len(given.bands)
-        highest = max(high for _, high in value_range)
-        if pixels.dtype == np.uint8 and not REFLECTANCE < highest <= EIGHT_BIT[1]:
-            raise DataError(
-                f"{name} is uint8, the model was trained on pixels of up to {highest:g}; give the image "
-                "as it was before it was scaled to 8 bits"
-            )
-        check_scale(pixels, value_range, name, "give the image as it was scaled for training")
-        unit, empty = to_unit(pixels, value_range), np.zeros(pixels.shape[1:], bool)
-        if np.issubdtype(pixels.dtype, np.floating):
-            empty = ~np.isfinite(pixels).all(0)
-            unit[:, empty] = 0
+        advice = "give the image with the pixels that were learned from, as they were scaled then"
+        check_depth(pixels.dtype, value_range, name, advice)
+        check_scale(pixels, value_range, name, advice)
+        unit, empty = to_unit(pixels, value_range)
         mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (given.mean, given.std))
         return torch.from_numpy((unit - mean) / std), empty
 

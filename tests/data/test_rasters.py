@@ -3,7 +3,6 @@ from __future__ import annotations
 import signal
 import warnings
 import zipfile
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,10 @@ from rasterio.transform import from_origin
 from cegate.data.rasters import (
     LabelMap,
     Window,
-    check_scale,
     misplacement,
     read_header,
     read_image,
     read_mask,
-    to_unit,
     write_image,
     write_mask,
 )
@@ -223,53 +220,6 @@ def test_a_label_map_agrees_with_a_loop_over_pixels(codes, known):
         assert missing or got == known[code]
 
 
-@given(
-    image=hnp.arrays(np.float32, (2, 3, 4), elements={"min_value": -1e4, "max_value": 1e4}),
-    low=st.integers(-500, 500),
-    span=st.integers(1, 1000),
-)
-def test_scaling_maps_the_range_to_0_and_1_and_clips(image, low, span):
-    unit = to_unit(image, [(low, low + span)] * 2)
-    assert unit.dtype == np.float32
-    np.testing.assert_allclose(unit, np.clip((image.astype(float) - low) / span, 0, 1), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "top", "wanted", "fits"),
-    [
-        ("float32", 0.9, 2500, False),
-        ("float32", 0.0, 2500, True),  # a tile without data
-        ("float32", 1800, 2500, True),
-        ("float32", 1.9, 2.3, True),  # radar, indices
-        ("float32", 1.0, 5, True),
-        ("uint16", 2, 2500, True),  # deep shadow, in the same numbers
-        ("uint8", 200, 0.6, False),
-        ("uint16", 3000, 0.6, False),
-        ("float32", 1.3, 0.6, True),
-    ],
-)
-def test_reflectances_are_not_taken_for_digital_numbers(dtype, top, wanted, fits):
-    pixels = (np.linspace(0.2, 1, 3 * 20 * 20).reshape(3, 20, 20) * top).astype(dtype)
-    if dtype == "float32":
-        pixels[:, 3, 4] = np.nan
-    expected = (
-        nullcontext() if fits else pytest.raises(DataError, match=f"tile: pixels of {dtype} up to .* up to {wanted}")
-    )
-    with expected:
-        check_scale(pixels, [(0.0, wanted)] * 3, "tile", "scale it")
-
-
-def test_a_scale_is_refused_only_where_every_band_says_so():
-    reflectance = np.full((3, 8, 8), 0.2, np.float32)
-    check_scale(reflectance, [(100, 2500), (100, 2500), (0, 1)], "tile", "scale it")  # two bands, and an index
-    nearly_empty = np.zeros((3, 8, 8), np.float32)
-    nearly_empty[:, 0, 0] = 1
-    check_scale(nearly_empty, [(100, 2500)] * 3, "tile", "scale it")
-    without_data = np.full((3, 8, 8), 1e20, np.float32)
-    without_data[:, :2] = 0.3
-    check_scale(without_data, [(0, 0.6)] * 3, "tile", "scale it")
-
-
 def test_places_that_cannot_be_compared_are_not(tmp_path):
     shape = {"height": 8, "width": 9, "count": 1, "dtype": "uint8"}
     places = {
@@ -286,10 +236,6 @@ def test_places_that_cannot_be_compared_are_not(tmp_path):
         headers[name] = read_header(tmp_path / f"{name}.tif")
     found = {name: misplacement(headers["utm"], header) for name, header in headers.items()}
     assert found == pytest.approx({"utm": 0, "degrees": 0, "moved": 2, "none": 0, "broken": 0}, abs=1e-6)
-
-
-def test_a_constant_band_becomes_0():
-    assert (to_unit(np.full((1, 2, 2), 7, np.uint16), [(7, 7)]) == 0).all()
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".png"])

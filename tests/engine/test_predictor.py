@@ -77,8 +77,9 @@ def test_a_mask_that_cannot_be_written_leaves_the_older_one(images, small, tmp_p
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    masks = plan_outputs([images / "b.tif"], tmp_path / "out", overwrite=True)
-    with pytest.raises(DataError, match=r"out/b\.tif cannot be written \(No space left on device\)"):
+    (images / "aa_broken.png").write_text("no picture")
+    masks = plan_outputs([images / "aa_broken.png", images / "b.tif"], tmp_path / "out", overwrite=True)
+    with pytest.raises(DataError, match=r"out/b\.tif cannot be written \(No space left on device\).*aa_broken\.png"):
         list(predict_files(cegate.build(small()), masks))
     assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [b"older"]
 
