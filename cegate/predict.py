@@ -50,11 +50,11 @@ def main(argv: Sequence[str]) -> int:
     masks = predictor.plan_outputs(images, Path(options["output"]), **kept)
     device = pick_device(options["device"] or "auto")
     segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
-    written = predictor.predict_files(segmenter, masks)
     # the bar on stderr, the names on stdout: above the bar on a terminal, untouched in a pipe
     console, above = Console(stderr=True), sys.stdout.isatty()
     with Progress(console=console, transient=True, redirect_stdout=above, disable=not console.is_terminal) as bar:
-        for mask in bar.track(written, total=len(masks), description="predicting"):
+        task = bar.add_task("predicting", total=len(masks))
+        for mask in predictor.predict_files(segmenter, masks, lambda done: bar.update(task, completed=done)):
             print(mask, flush=True)
     return cli.GOOD
 

@@ -30,7 +30,7 @@ from cegate.data.rasters import (
     read_image,
     read_mask,
 )
-from cegate.data.scale import EIGHT_BIT, ValueRange, check_depth, check_scale, is_eight_bit, to_unit
+from cegate.data.scale import EIGHT_BIT, SCALE_SIDE, ValueRange, check_depth, check_scale, is_eight_bit, to_unit
 from cegate.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ UNLABELLED = 254
 """Label of a pixel of a set that was opened without labels."""
 DEFAULT_BANDS = (1, 2, 3)
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
-_SCALE_SIDE = 1024  # of the middle of an image that its scale is told from
 
 
 @dataclass(frozen=True)
@@ -288,9 +287,7 @@ class FileSet(SegmentationSet):
         return self._dtype
 
     def _look_at_scale(self) -> None:
-        height, width = (min(side, _SCALE_SIDE) for side in self.size(0))
-        middle = [(side - part) // 2 for side, part in zip(self.size(0), (height, width), strict=True)]
-        part = read_image(self._pairs[0].image, self.bands, window=Window(*middle, height, width))
+        part = read_image(self._pairs[0].image, self.bands, window=Window.middle_of(self.size(0), SCALE_SIDE))
         what = f"set {self.name!r}: {self._describe(0)}"
         check_scale(part, self.value_range, what, "give the set a value_range of its own")
 

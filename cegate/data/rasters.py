@@ -38,6 +38,12 @@ class Window(NamedTuple):
     height: int
     width: int
 
+    @classmethod
+    def middle_of(cls, size: tuple[int, int], side: int) -> Window:
+        """The middle of an image of (H, W) pixels, no larger than a square of that side."""
+        height, width = (min(length, side) for length in size)
+        return cls((size[0] - height) // 2, (size[1] - width) // 2, height, width)
+
     @property
     def slices(self) -> tuple[slice, slice]:
         """Rows and columns, for indexing."""
@@ -100,9 +106,13 @@ def read_header(path: str | Path) -> Header:
         DataError: the file is missing or unreadable.
     """
     with _open(path) as src:
-        if _colour_table(src) is not None:
-            return Header(src.height, src.width, 3, src.dtypes[0], (None,) * 3, _place(src))
-        return Header(src.height, src.width, src.count, src.dtypes[0], src.nodatavals, _place(src))
+        return _header(src)
+
+
+def _header(src: rasterio.DatasetReader) -> Header:
+    if _colour_table(src) is not None:
+        return Header(src.height, src.width, 3, src.dtypes[0], (None,) * 3, _place(src))
+    return Header(src.height, src.width, src.count, src.dtypes[0], src.nodatavals, _place(src))
 
 
 def _place(src: rasterio.DatasetReader) -> tuple[np.ndarray, object] | None:
@@ -121,6 +131,45 @@ def misplacement(image: Header, mask: Header) -> float:
     return float(np.linalg.norm((moved - corners)[:2], axis=0).max())
 
 
+class OpenImage:
+    """An image file that is held open, so that part after part can be read.
+
+    Attributes:
+        header: what the file says about itself.
+    """
+
+    def __init__(self, path: str | Path, src: rasterio.DatasetReader) -> None:
+        self.header = _header(src)
+        self._path, self._src, self._table = path, src, _colour_table(src)
+
+    def read(self, bands: Sequence[int] | None = None, *, window: Window | None = None) -> np.ndarray:
+        """Pixels [C, H, W] in the file's dtype; see `read_image`."""
+        count = self.header.bands
+        bands = range(1, count + 1) if bands is None else bands
+        if max(bands) > count:
+            absent = [band for band in bands if band > count]
+            raise DataError(
+                f"{self._path} has {count} band{'s' * (count != 1)}, band{'s' * (len(absent) > 1)} "
+                f"{', '.join(map(str, absent))} {'is' if len(absent) == 1 else 'are'} not there; "
+                f"set bands to numbers from 1 to {count}, e.g. [{', '.join(str(min(b, count)) for b in bands)}]"
+            )
+        area = _raster_window(window)
+        if self._table is None:
+            return self._src.read(list(bands), window=area)
+        return self._table[self._src.read(1, window=area)].transpose(2, 0, 1)[[b - 1 for b in bands]]
+
+
+@contextmanager
+def open_image(path: str | Path) -> Iterator[OpenImage]:
+    """Open an image to read it part after part: a compressed file is not begun anew for each.
+
+    Raises:
+        DataError: the file is missing or unreadable; also inside the block, where a part is.
+    """
+    with _open(path) as src:
+        yield OpenImage(path, src)
+
+
 def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: Window | None = None) -> np.ndarray:
     """Read the pixels of an image.
 
@@ -135,21 +184,8 @@ def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: 
     Raises:
         DataError: the file is missing, unreadable or has too few bands; the file and both counts are named.
     """
-    with _open(path) as src:
-        table = _colour_table(src)
-        count = src.count if table is None else 3
-        bands = range(1, count + 1) if bands is None else bands
-        if max(bands) > count:
-            absent = [band for band in bands if band > count]
-            raise DataError(
-                f"{path} has {count} band{'s' * (count != 1)}, band{'s' * (len(absent) > 1)} "
-                f"{', '.join(map(str, absent))} {'is' if len(absent) == 1 else 'are'} not there; "
-                f"set bands to numbers from 1 to {count}, e.g. [{', '.join(str(min(b, count)) for b in bands)}]"
-            )
-        area = _raster_window(window)
-        if table is None:
-            return src.read(list(bands), window=area)
-        return table[src.read(1, window=area)].transpose(2, 0, 1)[[b - 1 for b in bands]]
+    with open_image(path) as image:
+        return image.read(bands, window=window)
 
 
 def _raster_window(window: Window | None) -> RasterWindow | None:
@@ -358,7 +394,7 @@ def write_mask(
     height, width = mask.shape
     profile = {"driver": drivers[path.suffix.lower()], "height": height, "width": width, "count": 1, "dtype": "uint8"}
     if profile["driver"] == "GTiff":
-        profile |= {"compress": "deflate", "nodata": IGNORE}
+        profile |= {"compress": "deflate", "nodata": IGNORE, "bigtiff": "if_safer"}
     if like is not None:
         with _open(like) as src:
             if src.shape != mask.shape:

@@ -10,6 +10,8 @@ from cegate.errors import DataError
 
 EIGHT_BIT = (0.0, 255.0)
 """The range of a band of 8-bit pixels."""
+SCALE_SIDE = 1024
+"""Side in pixels of the middle of a file that its scale is told from."""
 # reflectances end below 2; what reaches 100 are digital numbers, and nothing that is measured is above a million
 _REFLECTANCE, _NUMBER, _NO_DATA = 2.0, 100.0, 1e6
 # looked at in each band, evenly spread

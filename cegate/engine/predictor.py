@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import rasterio
@@ -101,7 +101,9 @@ def plan_outputs(
     return {image: mask for image, mask in masks.items() if not (keep and mask.exists())}
 
 
-def predict_files(segmenter: Segmenter, masks: dict[Path, Path]) -> Iterator[Path]:
+def predict_files(
+    segmenter: Segmenter, masks: dict[Path, Path], progress: Callable[[float], None] = lambda done: None
+) -> Iterator[Path]:
     """Segment images and write their masks: single-band class indices with the palette as colour table.
 
     A georeferenced image's coordinate system and transform go into a .tif. Each mask is whole or absent. An image that
@@ -110,6 +112,7 @@ def predict_files(segmenter: Segmenter, masks: dict[Path, Path]) -> Iterator[Pat
     Args:
         segmenter: the model.
         masks: image -> mask file, see `plan_outputs`.
+        progress: told how many of the images are done, with the share of the one that is being segmented.
 
     Yields:
         Mask files as they are written.
@@ -119,12 +122,13 @@ def predict_files(segmenter: Segmenter, masks: dict[Path, Path]) -> Iterator[Pat
             at the end: images that cannot be read or do not fit the model. Each is named with its reason in either.
     """
     failed: list[str] = []
-    for image, mask in masks.items():
+    for done, (image, mask) in enumerate(masks.items()):
         try:
             like = image if mask.suffix.lower() != ".png" and is_georeferenced(image) else None
-            classes = segmenter.predict(image)
+            classes = segmenter.predict(image, progress=lambda share, done=done: progress(done + share))
         except DataError as error:
             failed.append(str(error))
+            progress(done + 1)
             continue
         try:
             with written_aside(mask) as aside:

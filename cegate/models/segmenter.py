@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.config import IGNORE, Config
-from cegate.data.rasters import read_header, read_image
-from cegate.data.scale import EIGHT_BIT, ValueRange, check_depth, check_scale, to_unit
+from cegate.data.scale import EIGHT_BIT, ValueRange
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.losses import pixel_cross_entropy
@@ -21,7 +20,8 @@ from cegate.models.adapters import Adapter, AdapterBank, Chosen, Gates
 from cegate.models.compute import precision_of
 from cegate.models.head import Head, likeliest_class
 from cegate.models.heads import build_head
-from cegate.models.sliding import slide
+from cegate.models.pixels import RawImage, Source, open_source
+from cegate.models.sliding import slide_rows
 from cegate.models.vit import build_vit, extract_features, feature_layers
 from cegate.palette import default_palette
 from cegate.refiners.rein import Rein
@@ -190,37 +190,67 @@ class Segmenter(nn.Module):
         return F.pad(pixels, (0, right, 0, below), value=fill) if below or right else pixels
 
     @torch.no_grad()
-    def predict(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> np.ndarray:
-        """Class index of every pixel, (H, W) uint8, of a (bands, H, W) or (H, W, bands) array or an image file; 255
-        where a band is NaN or infinite."""
-        logits, empty = self._logits(image, adapter)
-        return np.where(empty, np.uint8(IGNORE), likeliest_class(logits).to(torch.uint8).cpu().numpy())
+    def predict(
+        self, image: RawImage, *, adapter: str | int | None = None, progress: Callable[[float], None] | None = None
+    ) -> np.ndarray:
+        """Class index of every pixel.
+
+        A file is read, seen and forgotten from top to bottom: beside the result, some windows' height of it is held.
+
+        Args:
+            image: (bands, H, W) or (H, W, bands) array, or an image file.
+            adapter: which adapter sees it; default: the model's own weights.
+            progress: told the share of the image, 0..1, that is done.
+
+        Returns:
+            (H, W) uint8; 255 where a band is NaN or infinite.
+
+        Raises:
+            ConfigError: there is no such adapter.
+            DataError: the image cannot be read, or is not of the bands, depth or scale that were learned from.
+        """
+        with self._scan(image, adapter) as (source, parts):
+            classes = np.empty(source.size, np.uint8)
+            for rows, logits in parts:
+                classes[rows] = likeliest_class(logits).to(torch.uint8).cpu().numpy()
+                if progress is not None:
+                    progress(rows.stop / source.size[0])
+            if source.empty is not None:
+                classes[source.empty] = IGNORE
+        return classes
 
     @torch.no_grad()
-    def predict_proba(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> np.ndarray:
+    def predict_proba(self, image: RawImage, *, adapter: str | int | None = None) -> np.ndarray:
         """Class probabilities, (K, H, W) float32, of a (bands, H, W) or (H, W, bands) array or an image file; NaN
-        where a band is NaN or infinite."""
-        logits, empty = self._logits(image, adapter)
-        return np.where(empty, np.float32(np.nan), logits.float().softmax(0).cpu().numpy())
+        where a band is NaN or infinite. Else as :meth:`predict`."""
+        with self._scan(image, adapter) as (source, parts):
+            shares = np.concatenate([logits.float().softmax(0).cpu().numpy() for _, logits in parts], axis=1)
+            if source.empty is not None:
+                shares[:, source.empty] = np.nan
+        return shares
 
-    def _logits(self, image: np.ndarray | str | Path, adapter: str | int | None) -> tuple[Tensor, np.ndarray]:
-        """Logits [K, H, W], and [H, W] bool where there are no pixels to see."""
-        pixels, empty = self._normalised(image, adapter)
-        forward, head, data = self, self.head, self.config.data
+    @contextmanager
+    def _scan(
+        self, image: RawImage, adapter: str | int | None
+    ) -> Iterator[tuple[Source, Iterator[tuple[slice, Tensor]]]]:
+        """The image, and rows of it with their logits [K, rows, W]."""
+        forward, head, data, learned = self, self.head, self.config.data, self
         if adapter is not None:
             forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
-            data = self.bank.named(adapter).config.data
+            learned = self.bank.named(adapter)
+            data = learned.config.data
         _, precision = precision_of(self.config.run.precision, self.device)
         windows = {"crop": data.crop, "stride": data.stride, "log_shares": head.log_shares}
         was_training = self.training
-        self.eval()
-        try:
-            with precision():
-                return slide(forward, pixels.to(self.device)[None], **windows)[0], empty
-        finally:
-            self.train(was_training)
+        with open_source(image, learned) as source, precision():
+            self.eval()
+            try:
+                rows = lambda first, last: source.rows(first, last).to(self.device)  # noqa: E731
+                yield source, slide_rows(forward, rows, source.size, **windows)
+            finally:
+                self.train(was_training)
 
-    def normalise(self, image: np.ndarray | str | Path, *, adapter: str | int | None = None) -> Tensor:
+    def normalise(self, image: RawImage, *, adapter: str | int | None = None) -> Tensor:
         """Raw pixels -> the normalised float32 tensor [bands, H, W] that the backbone takes.
 
         Args:
@@ -231,48 +261,14 @@ class Segmenter(nn.Module):
             ConfigError: there is no such adapter.
             DataError: wrong number of bands, NaN or infinite pixels, or a scale that is not that of training.
         """
-        tensor, empty = self._normalised(image, adapter)
-        if empty.any():
+        with open_source(image, self if adapter is None else self.bank.named(adapter)) as source:
+            tensor = source.rows(0, source.size[0])
+        if source.empty is not None and source.empty.any():
             raise DataError(
-                f"{_name_of(image)} has {int(empty.sum())} NaN or infinite pixels; fill them, or call predict, which "
-                "leaves them out"
+                f"{source.name} has {int(source.empty.sum())} NaN or infinite pixels; fill them, or call predict, "
+                "which leaves them out"
             )
         return tensor
-
-    def _normalised(self, image: np.ndarray | str | Path, adapter: str | int | None) -> tuple[Tensor, np.ndarray]:
-        """The tensor of `normalise`, and [H, W] bool where a band is not finite; there it is black, as in training."""
-        given = self if adapter is None else self.bank.named(adapter)
-        name = _name_of(image)
-        pixels = _read_bands(image, given.bands) if isinstance(image, str | Path) else self._bands_first(image)
-        value_range = given.value_range or [EIGHT_BIT] * len(given.bands)
-        advice = "give the image with the pixels that were learned from, as they were scaled then"
-        check_depth(pixels.dtype, value_range, name, advice)
-        check_scale(pixels, value_range, name, advice)
-        unit, empty = to_unit(pixels, value_range)
-        mean, std = (np.asarray(v, np.float32)[:, None, None] for v in (given.mean, given.std))
-        return torch.from_numpy((unit - mean) / std), empty
-
-    def _bands_first(self, image: np.ndarray) -> np.ndarray:
-        image, bands = np.asarray(image), len(self.bands)
-        if image.ndim == 3 and image.shape[0] == bands:
-            return image
-        if image.ndim == 3 and image.shape[-1] == bands:
-            return np.moveaxis(image, -1, 0)
-        raise DataError(f"image has shape {image.shape}; the model takes ({bands}, H, W) or (H, W, {bands})")
-
-
-def _name_of(image: np.ndarray | str | Path) -> str:
-    return str(image) if isinstance(image, str | Path) else "image"
-
-
-def _read_bands(path: str | Path, bands: Sequence[int]) -> np.ndarray:
-    count = read_header(path).bands
-    if max(bands) > count:
-        raise DataError(
-            f"{path} has {count} bands, the model reads the bands {', '.join(map(str, bands))}; give images that have "
-            "them"
-        )
-    return read_image(path, bands)
 
 
 def normalisation(vit: nn.Module, bands: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -96,7 +96,8 @@ def test_images_that_cannot_be_used_are_named_after_the_others_are_done(images, 
     (images / "aa_broken.tif").write_bytes(b"no picture")
     (images / "two_bands.tif").write_bytes(two_bands(images / "b.tif"))
     masks = plan_outputs(find_images([str(images)]), tmp_path / "out")
-    predicted = predict_files(cegate.build(small()), masks)
+    told = []
+    predicted = predict_files(cegate.build(small()), masks, told.append)
     assert [mask.name for mask in islice(predicted, 3)] == ["a.png", "b.tif", "c.png"]
     why = r"2 of 5 images have no mask: .*aa_broken\.tif.*two_bands\.tif has 2 bands, the model reads"
     with pytest.raises(DataError, match=why):
@@ -105,6 +106,7 @@ def test_images_that_cannot_be_used_are_named_after_the_others_are_done(images, 
         images / "aa_broken.tif",
         images / "two_bands.tif",
     }
+    assert told == sorted(told) and {1, 2, 3, 4, 5} <= set(told)
 
 
 def two_bands(path: Path) -> bytes:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import rasterio
 import torch
 
 import cegate
@@ -128,6 +129,23 @@ def test_eight_bit_pixels_are_refused_where_the_range_is_wider(model):
             model.predict(np.zeros((3, 64, 64), np.uint8))
     finally:
         model.value_range = None
+
+
+def test_a_scene_on_disk_is_segmented_as_it_is_in_memory(model, tmp_path):
+    scene = np.random.default_rng(0).uniform(300, 900, (3, 900, 70)).astype(np.float32)
+    scene[1, 60:70, 5] = scene[0, 895, 69] = np.nan
+    with rasterio.open(tmp_path / "scene.tif", "w", "GTiff", 70, 900, 3, dtype="float32", blockysize=7) as out:
+        out.write(scene)
+    model.value_range = [[300, 900]] * 3
+    shares = []
+    try:
+        classes = model.predict(tmp_path / "scene.tif", progress=shares.append)
+        np.testing.assert_array_equal(classes, model.predict(scene))
+        np.testing.assert_array_equal(model.predict_proba(tmp_path / "scene.tif"), model.predict_proba(scene))
+    finally:
+        model.value_range = None
+    assert (classes == 255).sum() == 11
+    assert shares == sorted(shares) and shares[-1] == 1 and len(shares) > 1
 
 
 def test_pixels_without_a_value_are_left_out(model):

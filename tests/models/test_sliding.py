@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cegate.models.sliding import default_stride, slide, window_starts, windows_at_once
+from cegate.models.sliding import default_stride, slide, slide_rows, window_starts, windows_at_once
 
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(1, 64))
@@ -55,6 +55,51 @@ def test_overlapping_windows_are_averaged():
 
     logits = slide(forward, torch.zeros(1, 1, 4, 6), 4, 2, batch=1)[0, 0, 0]
     assert logits.tolist() == [0, 0, 0.5, 0.5, 1, 1]
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 16), st.integers(1, 16), st.integers(1, 9), st.booleans())
+def test_every_pixel_is_the_mean_of_the_windows_that_see_it(height, width, crop, stride, batch, log_shares):
+    def forward(windows):  # what a pixel gets depends on its place in the window and on the whole window
+        ramp = torch.arange(crop * crop, dtype=torch.float64).view(crop, crop)
+        logits = torch.stack([windows.mean((1, 2, 3), keepdim=True)[:, 0] * ramp, windows[:, 0]], 1)
+        return logits.log_softmax(1) if log_shares else logits
+
+    stride = min(stride, crop)
+    image = torch.randn(1, 2, height, width, dtype=torch.float64)
+    padded = torch.zeros(2, max(height, crop), max(width, crop), dtype=torch.float64)
+    padded[:, :height, :width] = image[0]
+    total, times = torch.zeros(2, *padded.shape[1:], dtype=torch.float64), torch.zeros(padded.shape[1:])
+    for top in window_starts(height, crop, stride):
+        for left in window_starts(width, crop, stride):
+            place = slice(top, top + crop), slice(left, left + crop)
+            logits = forward(padded[None, :, *place])[0]
+            total[:, *place] += logits.exp() if log_shares else logits
+            times[place] += 1
+    expected = (total / times).log() if log_shares else total / times
+    found = slide(forward, image, crop, stride, batch=batch, log_shares=log_shares)
+    torch.testing.assert_close(found[0], expected[:, :height, :width])
+
+
+@pytest.mark.parametrize("batch", [1, 4, 50])
+def test_an_image_goes_through_from_top_to_bottom(batch):
+    image, events = torch.randn(3, 200, 90), []
+
+    def rows(first, last):
+        events.append(("read", first, last))
+        return image[:, first:last]
+
+    parts = []
+    for part, logits in slide_rows(pixelwise, rows, (200, 90), 32, 20, batch=batch):
+        events.append(("done", part.start, part.stop))
+        parts.append(logits)
+    torch.testing.assert_close(torch.cat(parts, 1), pixelwise(image[None])[0])
+    for kind in ("read", "done"):
+        ends = [(first, last) for what, first, last in events if what == kind]
+        assert [first for first, _ in ends] == [0, *(last for _, last in ends[:-1])] and ends[-1][1] == 200
+    done = 0
+    for kind, _, last in events:  # no more is held than the windows of one pass need
+        done = last if kind == "done" else done
+        assert last - done <= 32 + 20 * (1 + batch // 4)
 
 
 def test_logarithms_of_shares_are_averaged_as_shares():
