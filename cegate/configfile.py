@@ -551,6 +551,8 @@ def _gate_problems(config: Config) -> Iterator[str]:
     yield from _bounds(gate, "gate", k=">=1", interval=">=1", samples=">=1")
     if gate.method == "fixed" and not gate.sites:
         yield "gate.sites is empty; gate.method 'fixed' needs sites such as [spatial.7, semantic.0]"
+    if gate.method != "fixed" and gate.sites:
+        yield f"gate.sites counts with gate.method=fixed alone, it is {gate.method}; leave out one of the two"
     for site in gate.sites:
         kind, _, layer = site.partition(".")
         if kind not in config.toolbox.kinds or not layer.isdecimal():

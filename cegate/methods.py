@@ -11,6 +11,7 @@ def _method(
     return {
         "toolbox.kinds": list(kinds or KINDS),
         "gate.method": gate,
+        "gate.sites": [],
         "refiner.method": refiner,
         "model.tune": tune,
     }

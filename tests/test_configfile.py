@@ -66,6 +66,11 @@ def test_methods_differ_only_in_what_they_decide():
     assert (lora.train, lora.data, lora.toolbox.spatial) == (gate.train, gate.data, gate.toolbox.spatial)
 
 
+def test_a_method_on_the_command_line_takes_the_place_of_sites_in_a_file():
+    gate = read_config({"gate": {"method": "fixed", "sites": ["spatial.1"]}}, [("run.method", "random")]).gate
+    assert (gate.method, gate.sites) == ("random", [])
+
+
 @pytest.mark.parametrize("overrides", [[("gate.method", "fisher")], [("toolbox.kinds", "[semantic]")]])
 def test_a_key_that_contradicts_the_method_is_refused(overrides):
     with pytest.raises(ConfigError, match=r"run\.method=lora means .*; leave out one of the two"):
