@@ -28,6 +28,7 @@ _STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": 
 _UNMAPPED = 254
 _IN_ARCHIVE = "/vsizip/"  # GDAL's spelling of a file in a zip
 _SHOWN = 6
+_TILE = 512  # side of the blocks of a written TIFF
 
 
 class Window(NamedTuple):
@@ -395,6 +396,8 @@ def write_mask(
     profile = {"driver": drivers[path.suffix.lower()], "height": height, "width": width, "count": 1, "dtype": "uint8"}
     if profile["driver"] == "GTiff":
         profile |= {"compress": "deflate", "nodata": IGNORE, "bigtiff": "if_safer"}
+        if min(mask.shape) > _TILE:  # else a viewer decodes whole rows of a scene for a corner of it
+            profile |= {"tiled": True, "blockxsize": _TILE, "blockysize": _TILE}
     if like is not None:
         with _open(like) as src:
             if src.shape != mask.shape:

@@ -220,6 +220,15 @@ def test_a_label_map_agrees_with_a_loop_over_pixels(codes, known):
         assert missing or got == known[code]
 
 
+def test_a_large_mask_is_written_in_tiles(tmp_path):
+    mask = np.random.default_rng(0).integers(0, 3, (600, 1100), dtype=np.uint8)
+    for name, part in {"large": mask, "small": mask[:100]}.items():
+        write_mask(tmp_path / f"{name}.tif", part)
+        with rasterio.open(tmp_path / f"{name}.tif") as written:
+            assert (written.block_shapes == [(512, 512)]) == (name == "large")
+            np.testing.assert_array_equal(written.read(1), part)
+
+
 def test_places_that_cannot_be_compared_are_not(tmp_path):
     shape = {"height": 8, "width": 9, "count": 1, "dtype": "uint8"}
     places = {
