@@ -417,7 +417,7 @@ def find_problems(config: Config, *, training: bool = False) -> list[str]:
         *_data_problems(config, training),
         *_model_problems(config),
         *_toolbox_problems(config),
-        *_gate_problems(config),
+        *_gate_problems(config, training),
         *_adapt_problems(config, training),
         *_train_problems(config),
     ]
@@ -546,13 +546,13 @@ def _adapt_problems(config: Config, training: bool) -> Iterator[str]:
         )
 
 
-def _gate_problems(config: Config) -> Iterator[str]:
+def _gate_problems(config: Config, training: bool) -> Iterator[str]:
     gate = config.gate
     yield from _bounds(gate, "gate", k=">=1", interval=">=1", samples=">=1")
     if gate.method == "fixed" and not gate.sites:
         yield "gate.sites is empty; gate.method 'fixed' needs sites such as [spatial.7, semantic.0]"
-    if gate.method != "fixed" and gate.sites:
-        yield f"gate.sites counts with gate.method=fixed alone, it is {gate.method}; leave out one of the two"
+    if training and gate.method != "fixed" and gate.sites:  # runs that ignored them can still be read
+        yield f"gate.sites counts with gate.method=fixed alone, it is {gate.method}; leave them out, or give them as []"
     for site in gate.sites:
         kind, _, layer = site.partition(".")
         if kind not in config.toolbox.kinds or not layer.isdecimal():

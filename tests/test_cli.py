@@ -321,7 +321,6 @@ def test_every_leaf_is_listed():
         ({"toolbox": {"frequency": {"cutoff": 1.5}}}, "toolbox.frequency.cutoff=1.5 is out of range"),
         ({"gate": {"method": "fixed"}}, "gate.sites is empty"),
         ({"gate": {"method": "fixed", "sites": ["spatial"]}}, "gate.sites: 'spatial' is not <kind>.<layer>"),
-        ({"gate": {"sites": ["spatial.1"]}}, "gate.sites counts with gate.method=fixed alone, it is fisher"),
         ({"train": {"warmup": 50, "iterations": 50}}, "train.warmup=50 leaves nothing"),
         ({"train": {"lr": float("nan")}}, "train.lr=nan is out of range"),
         ({"train": {"iterations": 2.5}}, "train.iterations=2.5 is not accepted; expected an integer"),
@@ -338,6 +337,14 @@ def test_training_needs_a_source_and_classes():
     with pytest.raises(ConfigError, match=r"data\.classes has 0 names.*data\.source\.root is missing"):
         read_config({}, training=True)
     assert read_config({"data": GOOD_DATA}, training=True).data.source.root == "somewhere"
+
+
+def test_sites_that_would_be_ignored_are_refused_in_training_and_can_be_read():
+    ignored = {"data": GOOD_DATA, "gate": {"sites": ["spatial.1"]}}
+    with pytest.raises(ConfigError, match=r"gate\.sites counts with .*fixed alone, it is fisher; .* as \[\]"):
+        read_config(ignored, training=True)
+    assert read_config(ignored, [("gate.sites", "[]")], training=True).gate.sites == []
+    assert read_config(ignored).gate.method == "fisher"
 
 
 def test_a_label_map_takes_class_indices():

@@ -30,7 +30,7 @@ from cegate.data.rasters import (
     read_image,
     read_mask,
 )
-from cegate.data.scale import EIGHT_BIT, SCALE_SIDE, ValueRange, check_depth, check_scale, is_eight_bit, to_unit
+from cegate.data.scale import EIGHT_BIT, SCALE_SIDE, ValueRange, check_depth, check_scale, has_doubtful_scale, to_unit
 from cegate.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class SegmentationSet(ABC):
             return
         self.value_range = tuple((float(low), float(high)) for low, high in like)
         check_depth(dtype, self.value_range, f"set {self.name!r}", "give the set a value_range")
-        if not is_eight_bit(self.value_range):
+        if has_doubtful_scale(dtype, self.value_range):
             self._look_at_scale()
 
     def _look_at_scale(self) -> None:

@@ -46,6 +46,11 @@ def check_depth(dtype: np.dtype | str, value_range: ValueRange, what: str, advic
         raise DataError(f"{what}: pixels are {dtype}, but the model learns from {learned}; {advice}")
 
 
+def has_doubtful_scale(dtype: np.dtype | str, value_range: ValueRange) -> bool:
+    """Whether `check_scale` could refuse pixels of a dtype: they are floats, or reflectances are wanted of integers."""
+    return str(dtype).startswith("float") or all(high <= _REFLECTANCE for _, high in value_range)
+
+
 def check_scale(pixels: np.ndarray, value_range: ValueRange, what: str, advice: str) -> None:
     """Refuse reflectances (0..1) where digital numbers (hundreds, thousands) are meant, and the other way round: they
     would all be clipped to one value. What may be either, or is so in some bands only, passes.
@@ -59,9 +64,9 @@ def check_scale(pixels: np.ndarray, value_range: ValueRange, what: str, advice: 
     Raises:
         DataError: the scales differ; both are named.
     """
-    is_float = np.issubdtype(pixels.dtype, np.floating)
-    if not is_float and any(high > _REFLECTANCE for _, high in value_range):
+    if not has_doubtful_scale(pixels.dtype, value_range):
         return
+    is_float = np.issubdtype(pixels.dtype, np.floating)
     bands = pixels.reshape(len(pixels), -1)
     step = max(1, bands.shape[1] // _SCALE_PX)
     highest = 0.0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cegate.data.rasters import Window, open_image
-from cegate.data.scale import EIGHT_BIT, SCALE_SIDE, ValueRange, check_depth, check_scale, is_eight_bit, to_unit
+from cegate.data.scale import EIGHT_BIT, SCALE_SIDE, ValueRange, check_depth, check_scale, has_doubtful_scale, to_unit
 from cegate.data.transforms import normalise
 from cegate.errors import DataError
 
@@ -49,7 +49,7 @@ class Source:
         self.name, self.size, self._read = name, size, read
         self._range = learned.value_range or [EIGHT_BIT] * len(learned.bands)
         check_depth(dtype, self._range, name, _ADVICE)
-        if not is_eight_bit(self._range):
+        if has_doubtful_scale(dtype, self._range):
             check_scale(read(Window.middle_of(size, SCALE_SIDE)), self._range, name, _ADVICE)
         self.empty = np.zeros(size, bool) if dtype.startswith("float") else None
         self._mean, self._std = learned.mean, learned.std
