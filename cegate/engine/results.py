@@ -97,5 +97,6 @@ def _iou(record: Record | None, name: str) -> float | None:
 def _change(was: float | None, now: float | None) -> str:
     if was is None or now is None:
         return "–"
-    points = 100 * (now - was)
-    return f"[{'green' if points > 0 else 'red'}]{points:+.1f}[/]"
+    points = round(100 * (now - was), 1)
+    colour = "green" if points > 0 else "red" if points < 0 else "default"
+    return f"[{colour}]{points:+z.1f}[/]"

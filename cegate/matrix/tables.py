@@ -133,7 +133,7 @@ def _gap(gap: Difference | None) -> tuple[str, str]:
 
 
 def _signed(share: float) -> str:
-    return f"{100 * share:+.2f}".replace("-", "−")
+    return f"{100 * share:+z.2f}".replace("-", "−")
 
 
 def _paper(numbers: Mapping[Method, float], method: Method) -> str:

@@ -243,7 +243,7 @@ def _score_row(name: str, before: float | None, after: float | None, note: str =
 
 def points(change: float | None) -> str:
     """A difference of shares in percentage points, with its sign."""
-    return "–" if change is None else f"{100 * change:+.1f}".replace("-", "−")
+    return "–" if change is None else f"{100 * change:+z.1f}".replace("-", "−")
 
 
 # --- several runs ---------------------------------------------------------------------------------------------------

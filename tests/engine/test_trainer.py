@@ -10,6 +10,7 @@ import yaml
 
 import cegate
 from cegate.checkpoint import load_state
+from cegate.engine.results import Result
 from cegate.engine.trainer import Trainer, describe, train
 from cegate.errors import CheckpointError, ConfigError, DataError, TrainingError
 from cegate.methods import METHODS
@@ -71,6 +72,14 @@ def test_training_lowers_the_loss_and_moves_only_trained_weights(small, no_figur
     never = [key for key in own if ".".join(key.split(".")[1:3]) not in state.ever_active]
     assert never and all(torch.equal(own[key], state.trained[key]) for key in never)
     assert any(not torch.equal(own[key], state.trained[key]) for key in own.keys() - set(never))
+
+
+def test_a_change_too_small_to_show_has_no_sign_of_a_loss(tmp_path):
+    before, after = (
+        {"source": {"mIoU": iou, "per_class": {"road": {"IoU": iou}}, "absent": []}} for iou in (0.5, 0.49999)
+    )
+    shown = Result(tmp_path, before, after).table()
+    assert "+0.0" in shown and "-0.0" not in shown
 
 
 def test_workers_and_scoring_do_not_change_the_stream(small, no_figures):
