@@ -9,6 +9,7 @@ from pathlib import Path
 from cegate import cli
 from cegate.errors import ConfigError
 
+_SHOWN = 4
 USAGE = cli.Usage(
     prog="cegate predict",
     description="Segment images with a trained run or a shared adapter. A georeferenced image gives a GeoTIFF with its "
@@ -21,6 +22,7 @@ USAGE = cli.Usage(
         cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
         cli.Option("device", "auto, cpu or cuda:<index>; default auto.", "NAME"),
         cli.Option("overwrite", "Replace existing masks."),
+        cli.Option("all_pixels", "Predict also where an image says that it has no data (nodata value, alpha, mask)."),
         cli.Option("keep", "Leave out images that have a mask already, as to go on after an interruption."),
     ),
     bare="input",
@@ -52,11 +54,25 @@ def main(argv: Sequence[str]) -> int:
     segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
     # the bar on stderr, the names on stdout: above the bar on a terminal, untouched in a pipe
     console, above = Console(stderr=True), sys.stdout.isatty()
-    with Progress(console=console, transient=True, redirect_stdout=above, disable=not console.is_terminal) as bar:
-        task = bar.add_task("predicting", total=len(masks))
-        for mask in predictor.predict_files(segmenter, masks, lambda done: bar.update(task, completed=done)):
-            print(mask, flush=True)
+    gaps: list[str] = []
+    try:
+        with Progress(console=console, transient=True, redirect_stdout=above, disable=not console.is_terminal) as bar:
+            task = bar.add_task("predicting", total=len(masks))
+            told = lambda done: bar.update(task, completed=done)  # noqa: E731
+            for written in predictor.predict_files(segmenter, masks, told, all_pixels=options["all_pixels"]):
+                print(written.mask, flush=True)
+                if written.without_data:
+                    gaps.append(f"{100 * written.without_data:.2g} % of {written.image}")
+    finally:
+        if gaps:
+            print(_gap_note(gaps, all_pixels=options["all_pixels"]), file=sys.stderr)
     return cli.GOOD
+
+
+def _gap_note(gaps: Sequence[str], *, all_pixels: bool) -> str:
+    more = f" and of {len(gaps) - _SHOWN} more" if len(gaps) > _SHOWN else ""
+    advice = "" if all_pixels else "; --all_pixels predicts wherever a pixel has a value"
+    return f"no data, and 255 in the mask: {', '.join(gaps[:_SHOWN])}{more}{advice}"
 
 
 if __name__ == "__main__":

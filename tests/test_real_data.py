@@ -10,7 +10,7 @@ import pytest
 
 import cegate
 from cegate.configfile import read_config
-from cegate.data.rasters import read_mask
+from cegate.data.rasters import open_image, read_image, read_mask
 from cegate.engine.trainer import train
 from cegate.metrics import Confusion
 
@@ -75,3 +75,15 @@ def test_the_shared_adapter_predicts_what_the_run_measured(run):
     recorded = next(r["mIoU"] for r in lines if r["split"] == "after" and r["domain"] == "shanghai")
     assert confusion.scores().mIoU == pytest.approx(recorded, abs=1e-6)
     assert config.gate.k == len(segmenter.toolbox.plan.active)
+
+
+@pytest.mark.parametrize(
+    ("name", "nodata"), [("plain/RGB.byte.tif", 0), ("massachusetts_buildings/22978945_15.tif", 255)]
+)
+def test_a_border_without_data_is_found_and_white_roofs_are_not_taken_for_one(shared, name, nodata):
+    path = shared / "data" / "geotiff" / name
+    pixels = read_image(path)
+    with open_image(path) as image:
+        found = image.without_data()
+    np.testing.assert_array_equal(found, (pixels == nodata).all(axis=0))
+    assert (found.mean() > 0.3) == (nodata == 0)

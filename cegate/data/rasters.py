@@ -1,6 +1,7 @@
 """Images and masks on disk, through rasterio: PNG, JPEG, TIFF and GeoTIFF, any number of bands, 8 or 16 bit or float.
 
-Nodata tags are never applied to pixels: a set whose background happens to carry the nodata value would lose that class.
+Nodata tags are never applied to masks: a set whose background happens to carry the nodata value would lose that class.
+Pixels of an image are read as they are stored; `OpenImage.without_data` tells where the file says that there are none.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import rasterio
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetWriter, MemoryFile
 from rasterio.windows import Window as RasterWindow
@@ -29,6 +32,7 @@ _UNMAPPED = 254
 _IN_ARCHIVE = "/vsizip/"  # GDAL's spelling of a file in a zip
 _SHOWN = 6
 _TILE = 512  # side of the blocks of a written TIFF
+_ALPHA_SIDE = 1024  # of the middle of a file that tells what its alpha band is
 
 
 class Window(NamedTuple):
@@ -91,7 +95,7 @@ def _open(path: str | Path) -> Iterator[rasterio.DatasetReader]:
 
 def _colour_table(src: rasterio.DatasetReader) -> np.ndarray | None:
     """[256, 3] uint8 colours of a palette file, None where there is no palette."""
-    if src.count != 1 or src.colorinterp[0] != rasterio.enums.ColorInterp.palette:
+    if src.count != 1 or src.colorinterp[0] != ColorInterp.palette:
         return None
     table = np.zeros((256, 3), np.uint8)
     for value, colour in src.colormap(1).items():
@@ -158,6 +162,31 @@ class OpenImage:
         if self._table is None:
             return self._src.read(list(bands), window=area)
         return self._table[self._src.read(1, window=area)].transpose(2, 0, 1)[[b - 1 for b in bands]]
+
+    def without_data(self, *, window: Window | None = None) -> np.ndarray | None:
+        """Where the file says that it has no data: every band holds its nodata value, or the pixel is transparent or
+        outside the file's mask, as GDAL and its viewers have it.
+
+        An alpha band of many values is data, whatever the file calls it: writers call the fourth of four bands so,
+        which may be infrared.
+
+        Returns:
+            [H, W] bool, None where the file says nothing of the kind.
+        """
+        return self._src.dataset_mask(window=_raster_window(window)) == 0 if self._has_mask else None
+
+    @cached_property
+    def _has_mask(self) -> bool:
+        src = self._src
+        meanings = zip(src.colorinterp, src.mask_flag_enums, strict=True)
+        flags = [flags for meaning, flags in meanings if meaning != ColorInterp.alpha]
+        if not flags or any(MaskFlags.all_valid in of_band for of_band in flags):
+            return False
+        if not any(MaskFlags.alpha in of_band for of_band in flags):
+            return True
+        alpha = src.colorinterp.index(ColorInterp.alpha) + 1
+        middle = src.read(alpha, window=_raster_window(Window.middle_of(self.header.size, _ALPHA_SIDE)))
+        return len(np.unique(middle[middle != 0])) < 2
 
 
 @contextmanager

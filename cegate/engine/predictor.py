@@ -6,16 +6,27 @@ import glob
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 
+from cegate.config import IGNORE
 from cegate.data.rasters import SUFFIXES, write_mask
 from cegate.errors import DataError
 from cegate.models.segmenter import Segmenter
 from cegate.runfolder import writable_folder, written_aside
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
+
+
+class Written(NamedTuple):
+    """A mask that was written."""
+
+    mask: Path
+    image: Path
+    without_data: float
+    """Share of its pixels, 0..1, that were not predicted because the image has no data there; they are 255."""
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
@@ -102,8 +113,12 @@ def plan_outputs(
 
 
 def predict_files(
-    segmenter: Segmenter, masks: dict[Path, Path], progress: Callable[[float], None] = lambda done: None
-) -> Iterator[Path]:
+    segmenter: Segmenter,
+    masks: dict[Path, Path],
+    progress: Callable[[float], None] = lambda done: None,
+    *,
+    all_pixels: bool = False,
+) -> Iterator[Written]:
     """Segment images and write their masks: single-band class indices with the palette as colour table.
 
     A georeferenced image's coordinate system and transform go into a .tif. Each mask is whole or absent. An image that
@@ -113,9 +128,10 @@ def predict_files(
         segmenter: the model.
         masks: image -> mask file, see `plan_outputs`.
         progress: told how many of the images are done, with the share of the one that is being segmented.
+        all_pixels: predict also where an image says that it has no data, see `Segmenter.predict`.
 
     Yields:
-        Mask files as they are written.
+        Masks as they are written.
 
     Raises:
         DataError: a mask cannot be written: at once; those before it stay, and so does an older one in its place. Or,
@@ -125,7 +141,9 @@ def predict_files(
     for done, (image, mask) in enumerate(masks.items()):
         try:
             like = image if mask.suffix.lower() != ".png" and is_georeferenced(image) else None
-            classes = segmenter.predict(image, progress=lambda share, done=done: progress(done + share))
+            classes = segmenter.predict(
+                image, all_pixels=all_pixels, progress=lambda share, done=done: progress(done + share)
+            )
         except DataError as error:
             failed.append(str(error))
             progress(done + 1)
@@ -136,6 +154,6 @@ def predict_files(
         except OSError as error:
             reason = f"{mask} cannot be written ({error.strerror or error}); give another --output"
             raise DataError("; ".join([reason, *failed])) from error
-        yield mask
+        yield Written(mask, image, float((classes == IGNORE).mean()))
     if failed:
         raise DataError(f"{len(failed)} of {len(masks)} images have no mask: {'; '.join(failed)}")

@@ -191,7 +191,12 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, image: RawImage, *, adapter: str | int | None = None, progress: Callable[[float], None] | None = None
+        self,
+        image: RawImage,
+        *,
+        adapter: str | int | None = None,
+        all_pixels: bool = False,
+        progress: Callable[[float], None] | None = None,
     ) -> np.ndarray:
         """Class index of every pixel.
 
@@ -200,16 +205,18 @@ class Segmenter(nn.Module):
         Args:
             image: (bands, H, W) or (H, W, bands) array, or an image file.
             adapter: which adapter sees it; default: the model's own weights.
+            all_pixels: predict also where the image says that it has no data.
             progress: told the share of the image, 0..1, that is done.
 
         Returns:
-            (H, W) uint8; 255 where a band is NaN or infinite.
+            (H, W) uint8; 255 where a band is NaN or infinite, or the image says that it has no data: a file by the
+            nodata value in every band, its alpha band or its mask, a masked array where all bands are masked.
 
         Raises:
             ConfigError: there is no such adapter.
             DataError: the image cannot be read, or is not of the bands, depth or scale that were learned from.
         """
-        with self._scan(image, adapter) as (source, parts):
+        with self._scan(image, adapter, all_pixels) as (source, parts):
             classes = np.empty(source.size, np.uint8)
             for rows, logits in parts:
                 classes[rows] = likeliest_class(logits).to(torch.uint8).cpu().numpy()
@@ -220,10 +227,12 @@ class Segmenter(nn.Module):
         return classes
 
     @torch.no_grad()
-    def predict_proba(self, image: RawImage, *, adapter: str | int | None = None) -> np.ndarray:
+    def predict_proba(
+        self, image: RawImage, *, adapter: str | int | None = None, all_pixels: bool = False
+    ) -> np.ndarray:
         """Class probabilities, (K, H, W) float32, of a (bands, H, W) or (H, W, bands) array or an image file; NaN
-        where a band is NaN or infinite. Else as :meth:`predict`."""
-        with self._scan(image, adapter) as (source, parts):
+        where :meth:`predict` gives 255. Else as there."""
+        with self._scan(image, adapter, all_pixels) as (source, parts):
             shares = np.concatenate([logits.float().softmax(0).cpu().numpy() for _, logits in parts], axis=1)
             if source.empty is not None:
                 shares[:, source.empty] = np.nan
@@ -231,7 +240,7 @@ class Segmenter(nn.Module):
 
     @contextmanager
     def _scan(
-        self, image: RawImage, adapter: str | int | None
+        self, image: RawImage, adapter: str | int | None, all_pixels: bool
     ) -> Iterator[tuple[Source, Iterator[tuple[slice, Tensor]]]]:
         """The image, and rows of it with their logits [K, rows, W]."""
         forward, head, data, learned = self, self.head, self.config.data, self
@@ -242,7 +251,7 @@ class Segmenter(nn.Module):
         _, precision = precision_of(self.config.run.precision, self.device)
         windows = {"crop": data.crop, "stride": data.stride, "log_shares": head.log_shares}
         was_training = self.training
-        with open_source(image, learned) as source, precision():
+        with open_source(image, learned, all_pixels=all_pixels) as source, precision():
             self.eval()
             try:
                 rows = lambda first, last: source.rows(first, last).to(self.device)  # noqa: E731
@@ -261,7 +270,8 @@ class Segmenter(nn.Module):
             ConfigError: there is no such adapter.
             DataError: wrong number of bands, NaN or infinite pixels, or a scale that is not that of training.
         """
-        with open_source(image, self if adapter is None else self.bank.named(adapter)) as source:
+        learned = self if adapter is None else self.bank.named(adapter)
+        with open_source(image, learned, all_pixels=True) as source:
             tensor = source.rows(0, source.size[0])
         if source.empty is not None and source.empty.any():
             raise DataError(

@@ -17,6 +17,7 @@ from cegate.data.rasters import (
     LabelMap,
     Window,
     misplacement,
+    open_image,
     read_header,
     read_image,
     read_mask,
@@ -93,6 +94,42 @@ def test_too_few_bands_name_the_file_and_both_counts(tmp_path):
     path = write(tmp_path / "sar.tif", np.zeros((2, 8, 8), np.float32))
     with pytest.raises(DataError, match=r"sar\.tif has 2 bands, band 3 is not there; .*\[1, 2, 2\]"):
         read_image(path, (1, 2, 3))
+
+
+def without_data(path: Path, window: Window | None = None) -> list[list[bool]] | None:
+    with open_image(path) as image:
+        found = image.without_data(window=window)
+    return None if found is None else found.tolist()
+
+
+def test_a_pixel_has_no_data_where_every_band_holds_the_nodata_value(tmp_path):
+    pixels = np.array([[[0, 0], [5, 0]], [[0, 3], [0, 0]], [[0, 0], [0, 0]]], np.uint16)
+    assert without_data(write(tmp_path / "image.tif", pixels, nodata=0)) == [[True, False], [False, True]]
+    assert without_data(tmp_path / "image.tif", Window(1, 0, 1, 2)) == [[False, True]]
+    assert without_data(write(tmp_path / "untagged.tif", pixels)) is None
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_a_transparent_pixel_has_no_data(tmp_path, suffix):
+    pixels = np.full((4, 2, 2), 255, np.uint8)
+    pixels[3, 0] = 0
+    assert without_data(write(tmp_path / f"image{suffix}", pixels)) == [[True, True], [False, False]]
+
+
+def test_infrared_that_a_writer_called_alpha_hides_no_pixel(tmp_path):
+    pixels = np.full((4, 2, 2), 9, np.uint8)
+    pixels[3] = [[0, 80], [120, 255]]
+    path = write(tmp_path / "image.tif", pixels)
+    with rasterio.open(path) as src:
+        assert src.colorinterp[3].name == "alpha"
+    assert without_data(path) is None
+
+
+def test_a_mask_inside_the_file_counts(tmp_path):
+    path = write(tmp_path / "image.tif", np.ones((3, 2, 2), np.uint8))
+    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True), rasterio.open(path, "r+") as dst:
+        dst.write_mask(np.array([[0, 255], [255, 255]], np.uint8))
+    assert without_data(path) == [[True, False], [False, False]]
 
 
 def test_a_missing_file_is_named(tmp_path):

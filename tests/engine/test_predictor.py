@@ -37,7 +37,7 @@ def images(tmp_path):
 def test_georeferenced_input_gives_a_geotiff_and_the_rest_png(images, small, tmp_path):
     segmenter = cegate.build(small())
     masks = plan_outputs(find_images([str(images)]), tmp_path / "out")
-    assert [mask.name for mask in predict_files(segmenter, masks)] == ["a.png", "b.tif", "c.png"]
+    assert [written.mask.name for written in predict_files(segmenter, masks)] == ["a.png", "b.tif", "c.png"]
     with rasterio.open(images / "b.tif") as src, rasterio.open(tmp_path / "out/b.tif") as mask:
         assert (mask.crs, mask.transform, mask.shape) == (src.crs, src.transform, src.shape)
         assert mask.nodata == 255
@@ -48,7 +48,8 @@ def test_georeferenced_input_gives_a_geotiff_and_the_rest_png(images, small, tmp
 
 def test_one_image_goes_into_the_file_that_is_named(images, small, tmp_path):
     masks = plan_outputs([images / "b.tif"], tmp_path / "mask.png")
-    assert list(predict_files(cegate.build(small()), masks)) == [tmp_path / "mask.png"]
+    written = list(predict_files(cegate.build(small()), masks))
+    assert written == [(tmp_path / "mask.png", images / "b.tif", 0)]
     with pytest.raises(DataError, match="one file for 2 images"):
         plan_outputs([images / "a.png", images / "b.tif"], tmp_path / "mask.png")
 
@@ -98,7 +99,7 @@ def test_images_that_cannot_be_used_are_named_after_the_others_are_done(images, 
     masks = plan_outputs(find_images([str(images)]), tmp_path / "out")
     told = []
     predicted = predict_files(cegate.build(small()), masks, told.append)
-    assert [mask.name for mask in islice(predicted, 3)] == ["a.png", "b.tif", "c.png"]
+    assert [written.mask.name for written in islice(predicted, 3)] == ["a.png", "b.tif", "c.png"]
     why = r"2 of 5 images have no mask: .*aa_broken\.tif.*two_bands\.tif has 2 bands, the model reads"
     with pytest.raises(DataError, match=why):
         next(predicted)
@@ -133,11 +134,30 @@ def test_ground_control_points_are_kept(images, small, tmp_path):
         ) as out,
     ):
         out.write(src.read())
-    (mask,) = predict_files(cegate.build(small()), plan_outputs([images / "gcp.tif"], tmp_path / "out"))
-    with rasterio.open(mask) as written:
-        found, crs = written.gcps
+    (written,) = predict_files(cegate.build(small()), plan_outputs([images / "gcp.tif"], tmp_path / "out"))
+    with rasterio.open(written.mask) as mask:
+        found, crs = mask.gcps
     assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
     assert crs == "EPSG:4326"
+
+
+def test_images_without_data_in_places_are_named(images, small, tmp_path, capsys):
+    with rasterio.open(images / "b.tif", "r+") as image:
+        pixels = image.read()
+        pixels[:, :15] = 255
+        image.write(pixels)
+        image.nodata = 255
+    segmenter = cegate.build(small())
+    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
+    options = ["--adapter", tmp_path / "adapter", "--input", images, "--output", tmp_path / "out"]
+    assert predict.main([str(option) for option in options]) == cli.GOOD
+    said = capsys.readouterr()
+    assert f"no data, and 255 in the mask: 50 % of {images / 'b.tif'}; --all_pixels predicts wherever" in said.err
+    assert said.out.splitlines() == [str(tmp_path / "out" / name) for name in ("a.png", "b.tif", "c.png")]
+    assert predict.main([str(option) for option in [*options, "--overwrite", "--all_pixels"]]) == cli.GOOD
+    assert "no data" not in capsys.readouterr().err
+    with rasterio.open(tmp_path / "out/b.tif") as mask:
+        assert mask.read_masks(1).all()
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(images, small, tmp_path, monkeypatch, capfd):

@@ -165,6 +165,23 @@ def test_pixels_without_a_value_are_left_out(model):
         model.value_range = None
 
 
+def test_where_an_image_has_no_data_nothing_is_predicted(model, tmp_path):
+    scene = np.random.default_rng(0).integers(1, 256, (3, 300, 70), dtype=np.uint8)
+    scene[:, 40:200, 10:30], scene[0, 0, 0] = 0, 0
+    empty = (scene == 0).all(0)
+    with rasterio.open(tmp_path / "scene.tif", "w", "GTiff", 70, 300, 3, dtype="uint8", nodata=0) as out:
+        out.write(scene)
+    with rasterio.open(tmp_path / "scene.tif") as file:
+        images = [tmp_path / "scene.tif", file.read(masked=True), np.moveaxis(file.read(masked=True), 0, -1)]
+    whole, shares = model.predict(scene), model.predict_proba(scene)
+    assert whole.max() < 3
+    for image in images:
+        np.testing.assert_array_equal(model.predict(image), np.where(empty, 255, whole))
+        np.testing.assert_array_equal(model.predict_proba(image), np.where(empty, np.nan, shares))
+        np.testing.assert_array_equal(model.predict(image, all_pixels=True), whole)
+        assert torch.equal(model.normalise(image), model.normalise(scene))
+
+
 def test_a_constant_band_becomes_zero(model):
     model.value_range = [[0, 1000], [7, 7], [0, 1000]]
     try:
