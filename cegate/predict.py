@@ -22,8 +22,8 @@ USAGE = cli.Usage(
         cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
         cli.Option("device", "auto, cpu or cuda:<index>; default auto.", "NAME"),
         cli.Option("overwrite", "Replace existing masks."),
-        cli.Option("all_pixels", "Predict also where an image says that it has no data (nodata value, alpha, mask)."),
         cli.Option("keep", "Leave out images that have a mask already, as to go on after an interruption."),
+        cli.Option("all_pixels", "Predict also where an image says that it has no data (nodata value, alpha, mask)."),
     ),
     bare="input",
 )
@@ -62,11 +62,15 @@ def main(argv: Sequence[str]) -> int:
             for written in predictor.predict_files(segmenter, masks, told, all_pixels=options["all_pixels"]):
                 print(written.mask, flush=True)
                 if written.without_data:
-                    gaps.append(f"{100 * written.without_data:.2g} % of {written.image}")
+                    gaps.append(f"{_percent(written.without_data)} of {written.image}")
     finally:
         if gaps:
             print(_gap_note(gaps, all_pixels=options["all_pixels"]), file=sys.stderr)
     return cli.GOOD
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if share >= 0.001 else "under 0.1 %"
 
 
 def _gap_note(gaps: Sequence[str], *, all_pixels: bool) -> str:

@@ -167,8 +167,8 @@ class OpenImage:
         """Where the file says that it has no data: every band holds its nodata value, or the pixel is transparent or
         outside the file's mask, as GDAL and its viewers have it.
 
-        An alpha band of many values is data, whatever the file calls it: writers call the fourth of four bands so,
-        which may be infrared.
+        An alpha band whose middle holds another value than 0 and one more is data, whatever the file calls it: writers
+        call the fourth of four bands so, which may be infrared. So is one that is 0 there, for water may be.
 
         Returns:
             [H, W] bool, None where the file says nothing of the kind.
@@ -186,7 +186,7 @@ class OpenImage:
             return True
         alpha = src.colorinterp.index(ColorInterp.alpha) + 1
         middle = src.read(alpha, window=_raster_window(Window.middle_of(self.header.size, _ALPHA_SIDE)))
-        return len(np.unique(middle[middle != 0])) < 2
+        return len(np.unique(middle[middle != 0])) == 1
 
 
 @contextmanager

@@ -116,9 +116,10 @@ def test_a_transparent_pixel_has_no_data(tmp_path, suffix):
     assert without_data(write(tmp_path / f"image{suffix}", pixels)) == [[True, True], [False, False]]
 
 
-def test_infrared_that_a_writer_called_alpha_hides_no_pixel(tmp_path):
+@pytest.mark.parametrize("infrared", [[[0, 80], [120, 255]], [[0, 0], [0, 0]]], ids=["land", "water"])
+def test_infrared_that_a_writer_called_alpha_hides_no_pixel(tmp_path, infrared):
     pixels = np.full((4, 2, 2), 9, np.uint8)
-    pixels[3] = [[0, 80], [120, 255]]
+    pixels[3] = infrared
     path = write(tmp_path / "image.tif", pixels)
     with rasterio.open(path) as src:
         assert src.colorinterp[3].name == "alpha"

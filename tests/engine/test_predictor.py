@@ -141,10 +141,11 @@ def test_ground_control_points_are_kept(images, small, tmp_path):
     assert crs == "EPSG:4326"
 
 
-def test_images_without_data_in_places_are_named(images, small, tmp_path, capsys):
+@pytest.mark.parametrize(("rows", "columns", "share"), [(15, 44, "50.0 %"), (30, 44, "100.0 %"), (1, 1, "under 0.1 %")])
+def test_images_without_data_in_places_are_named(images, small, tmp_path, capsys, rows, columns, share):
     with rasterio.open(images / "b.tif", "r+") as image:
         pixels = image.read()
-        pixels[:, :15] = 255
+        pixels[:, :rows, :columns] = 255
         image.write(pixels)
         image.nodata = 255
     segmenter = cegate.build(small())
@@ -152,7 +153,7 @@ def test_images_without_data_in_places_are_named(images, small, tmp_path, capsys
     options = ["--adapter", tmp_path / "adapter", "--input", images, "--output", tmp_path / "out"]
     assert predict.main([str(option) for option in options]) == cli.GOOD
     said = capsys.readouterr()
-    assert f"no data, and 255 in the mask: 50 % of {images / 'b.tif'}; --all_pixels predicts wherever" in said.err
+    assert f"no data, and 255 in the mask: {share} of {images / 'b.tif'}; --all_pixels predicts wherever" in said.err
     assert said.out.splitlines() == [str(tmp_path / "out" / name) for name in ("a.png", "b.tif", "c.png")]
     assert predict.main([str(option) for option in [*options, "--overwrite", "--all_pixels"]]) == cli.GOOD
     assert "no data" not in capsys.readouterr().err

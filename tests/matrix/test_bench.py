@@ -68,6 +68,13 @@ def test_a_matrix_of_real_trainings_does_not_depend_on_jobs(tiny, tmp_path, monk
     assert rows[:2] == rows_without_times(tmp_path / "one/table.csv")
     assert rows[0]["score"] != rows[2]["score"] and rows[2]["trained_parameters"] == "0"
 
+    for file in [path for path in (tmp_path / "one/tiny").rglob("*") if path.is_file()]:
+        if file.name not in ("config.yaml", "env.json", "result.json", "tiles.npz"):
+            file.unlink()
+    monkeypatch.setattr(runner, "PROGRAM", ("false",))
+    assert bench.main([*command, "--output", str(tmp_path / "one"), "--jobs", "1"]) == cli.GOOD
+    assert rows[:2] == rows_without_times(tmp_path / "one/table.csv")
+
 
 def refused(capsys, *argv: str, code: int = cli.USAGE) -> str:
     assert bench.main(argv) == code
