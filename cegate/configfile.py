@@ -221,10 +221,10 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True, width=120)
 
 
-def changed_keys(old: Config, new: Config) -> list[str]:
-    """Dotted keys whose values differ."""
+def changed_values(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ -> old and new value, None where one has no such key."""
     a, b = dict(_leaves(to_mapping(old))), dict(_leaves(to_mapping(new)))
-    return [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
 def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

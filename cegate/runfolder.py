@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cegate.config import Config
-from cegate.configfile import changed_keys, read_config, to_yaml
+from cegate.configfile import changed_values, read_config, to_yaml
 from cegate.errors import CheckpointError
 
 log = logging.getLogger(__name__)
@@ -323,7 +323,7 @@ os.register_at_fork(after_in_child=_let_go)
 
 
 def _refuse_changes(old: Config, new: Config, path: Path) -> None:
-    changed = [key for key in changed_keys(old, new) if key not in FREE_ON_RESUME]
+    changed = [key for key in changed_values(old, new) if key not in FREE_ON_RESUME]
     if changed:
         raise CheckpointError(
             f"{path} was started with other values of {', '.join(changed)}; resume it with "

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cegate import cli, configfile, evaluate, inspect, predict, train
 from cegate.__main__ import main as cegate
 from cegate.config import Config, DataConfig, SetConfig, TrainConfig
-from cegate.configfile import changed_keys, find_config, read_config, to_mapping, to_yaml
+from cegate.configfile import changed_values, find_config, read_config, to_mapping, to_yaml
 from cegate.errors import CegateError, ConfigError, DataError
 
 GOOD_DATA = {"classes": ["a", "b"], "source": {"kind": "folder", "root": "somewhere"}}
@@ -275,13 +275,13 @@ def test_defaults_are_valid_and_survive_yaml():
 def test_any_section_survives_yaml(section):
     config = replace(Config(), train=section)
     assert read_config(yaml.safe_load(to_yaml(config))) == config
-    assert changed_keys(config, config) == []
+    assert changed_values(config, config) == {}
 
 
-def test_changed_keys_are_dotted():
+def test_changed_values_are_dotted():
     old = read_config({"data": {"targets": {"a": {"root": "x"}}}})
     new = replace(old, data=replace(old.data, targets={"a": SetConfig(root="y"), "b": SetConfig(root="z")}))
-    assert "data.targets.a.root" in changed_keys(old, new) and "data.targets.b.root" in changed_keys(old, new)
+    assert "data.targets.a.root" in changed_values(old, new) and "data.targets.b.root" in changed_values(old, new)
 
 
 def test_every_leaf_is_listed():

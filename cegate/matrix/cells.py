@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cegate.config import Config, Method
-from cegate.configfile import changed_keys, find_config, read_config, read_mapping, to_yaml
+from cegate.configfile import changed_values, find_config, read_config, read_mapping, to_yaml
 from cegate.errors import CegateError, ConfigError
 from cegate.methods import METHODS
 from cegate.runfolder import FREE_ON_RESUME
@@ -201,7 +201,7 @@ def _other_keys(old: Config, new: Config, *, moved: bool) -> list[str]:
     free = set(FREE_ON_RESUME)
     if not new.data.classes:  # the source set brought them along
         free |= {"data.classes", "data.palette"}
-    return [key for key in changed_keys(old, new) if key not in free and not (moved and is_place(key))]
+    return [key for key in changed_values(old, new) if key not in free and not (moved and is_place(key))]
 
 
 def is_place(key: str) -> bool:

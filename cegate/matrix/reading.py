@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cegate.config import Config
-from cegate.configfile import SOURCE_DOMAIN, changed_keys
+from cegate.configfile import SOURCE_DOMAIN, changed_values
 from cegate.errors import CegateError, CheckpointError
 from cegate.matrix.cells import DECIDED, Cell, is_place, read_saved_config
 from cegate.matrix.statistics import headline
@@ -168,15 +168,31 @@ def _refuse_other_tiles(first: CellResult, result: CellResult) -> None:
 
 
 def changed_settings(results: Sequence[CellResult]) -> list[str]:
-    """What a reader of the tables must know: cells of a setting whose configurations differ beyond the method."""
+    """What a reader of the tables must know: cells of a setting whose configurations differ beyond the method.
+
+    One line per method and change, with the settings it holds for, and the seeds where not all of them have it.
+    """
     decided = {key for keys in METHODS.values() for key in keys} | {*DECIDED, *FREE_ON_RESUME}
     first: dict[str, CellResult] = {}
-    notes = []
+    seeds: dict[tuple[str, str], list[int]] = {}
+    changed: dict[tuple[str, str], dict[str, list[int]]] = {}
     for result in results:
-        reference = first.setdefault(result.cell.setting, result)
-        keys = [
-            key for key in changed_keys(reference.config, result.config) if key not in decided and not is_place(key)
+        cell = result.cell
+        reference = first.setdefault(cell.setting, result)
+        seeds.setdefault((cell.method, cell.setting), []).append(cell.seed)
+        changes = [
+            f"{key} ({new}, not {old})"
+            for key, (old, new) in changed_values(reference.config, result.config).items()
+            if key not in decided and not is_place(key)
         ]
-        if keys:
-            notes.append(f"{result.cell} differs from {reference.cell} in {', '.join(keys)}.")
+        if changes:
+            how = f"{reference.cell.method} seed {reference.cell.seed} in {', '.join(changes)}"
+            changed.setdefault((cell.method, how), {}).setdefault(cell.setting, []).append(cell.seed)
+    notes = []
+    for (method, how), settings in changed.items():
+        places = [
+            setting if found == seeds[method, setting] else f"{setting} (seed {', '.join(map(str, found))})"
+            for setting, found in settings.items()
+        ]
+        notes.append(f"{method} differs from {how}: {', '.join(places)}.")
     return notes

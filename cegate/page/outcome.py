@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cegate.config import Config, SetConfig
-from cegate.configfile import SOURCE_DOMAIN, changed_keys
+from cegate.configfile import SOURCE_DOMAIN, changed_values
 from cegate.engine.evaluator import percent
 from cegate.engine.results import Record
 from cegate.errors import CheckpointError
@@ -256,7 +256,7 @@ def siblings(runs: Sequence[RunFiles]) -> list[RunFiles]:
 
 def differences(one: RunFiles, other: RunFiles) -> list[str]:
     """Keys that make two runs incomparable."""
-    return [key for key in changed_keys(one.config, other.config) if key not in (*FREE_ON_RESUME, "run.seed")]
+    return [key for key in changed_values(one.config, other.config) if key not in (*FREE_ON_RESUME, "run.seed")]
 
 
 def runs_part(runs: Sequence[RunFiles]) -> RunsPart | None:

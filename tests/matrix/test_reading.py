@@ -94,12 +94,24 @@ def test_an_unfinished_cell_is_no_problem(write_cell):
     assert read_cells([cell]) == ([], [])
 
 
-def test_other_values_than_the_method_s_are_noted(write_cell):
+def test_other_values_than_the_method_s_are_noted_once_for_all_settings(write_cell):
     tiles = {"north": draw_tiles(0.8)}
     cells = [
         write_cell("x", "gate", 0, tiles),
         write_cell("x", "gate", 1, tiles, data__workers="0", data__roots="{a: b}"),
         write_cell("x", "lora", 0, tiles, train__lr="3e-4"),
+        write_cell("y", "gate", 0, tiles),
+        write_cell("y", "gate", 1, tiles, train__iterations="7"),
+        write_cell("y", "lora", 0, tiles, train__lr="3e-4"),
+        write_cell("y", "lora", 1, tiles, train__lr="3e-4"),
+        write_cell("z", "gate", 0, tiles),
+        write_cell("z", "lora", 0, tiles),
+        write_cell("z", "lora", 1, tiles, train__lr="3e-4"),
     ]
     results, _ = read_cells(cells)
-    assert changed_settings(results) == ["x lora seed 0 differs from x gate seed 0 in train.lr."]
+    lr = results[0].config.train.lr
+    iterations = results[0].config.train.iterations
+    assert changed_settings(results) == [
+        f"lora differs from gate seed 0 in train.lr (0.0003, not {lr}): x, y, z (seed 1).",
+        f"gate differs from gate seed 0 in train.iterations (7, not {iterations}): y (seed 1).",
+    ]
