@@ -93,6 +93,7 @@ def _draw_panel(
             Line2D([], [], color=colours[d], marker="D" if d == "average" else "o", markersize=3.6, linestyle="none")
             for d in domains
         ]
-        # below the panel, where no interval runs
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.05), "ncols": min(len(domains), 3)}
+        # below the panel, where no interval runs, and below the axis' numbers; the pad is in heights of the legend's
+        # font, for a share of the panel is too little where that is low
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 2.7, "ncols": min(len(domains), 3)}
         ax.legend(marks, domains, fontsize=7, handlelength=1.2, columnspacing=1.2, **below)

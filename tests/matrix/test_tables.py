@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from cegate.errors import CheckpointError
@@ -206,6 +207,27 @@ def test_the_picture_is_written(write_matrix, tmp_path):
     write_matrix("longer", SKILL, ("west",), seeds=1)
     written = write_report(tmp_path)
     assert written.files[-1].name == "figure.png" and written.files[-1].stat().st_size > 10_000
+
+
+def test_the_legends_of_low_panels_cover_no_numbers(write_matrix, tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        save(figure, *args, **kwargs)
+        drawn.append(figure)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    for setting in "xyzuv":
+        write_matrix(setting, {"gate": 0.8, "lora": 0.7}, ("north", "south", "east", "west"))
+    write_report(tmp_path)
+    (figure,) = drawn
+    figure.draw_without_rendering()  # places are those of the picture's dpi until then
+    panels = [ax for ax in figure.axes if ax.get_legend()]
+    assert len(panels) == 5
+    for ax in panels:
+        numbers = [label.get_window_extent() for label in ax.get_xticklabels() if label.get_text()]
+        assert numbers and not ax.get_legend().get_window_extent().count_overlaps(numbers)
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
