@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import rasterio
@@ -123,6 +123,24 @@ def _header(src: rasterio.DatasetReader) -> Header:
 def _place(src: rasterio.DatasetReader) -> tuple[np.ndarray, object] | None:
     matrix = np.array(src.transform, float).reshape(3, 3)
     return None if src.transform.is_identity or not np.linalg.det(matrix) else (matrix, src.crs)
+
+
+def is_georeferenced(path: str | Path) -> bool:
+    """Whether a raster knows where it lies: a coordinate system, a transform or ground control points.
+
+    Raises:
+        DataError: the file is missing or unreadable.
+    """
+    with _open(path) as src:
+        return bool(_georeference(src))
+
+
+def _georeference(src: rasterio.DatasetReader) -> dict[str, Any]:
+    """What a copy of a file's place is written with; empty where it has none."""
+    if src.crs is not None or not src.transform.is_identity:
+        return {"crs": src.crs, "transform": src.transform}
+    points, system = src.gcps
+    return {"crs": system, "gcps": points} if points else {}
 
 
 def misplacement(image: Header, mask: Header) -> float:
@@ -431,10 +449,8 @@ def write_mask(
         with _open(like) as src:
             if src.shape != mask.shape:
                 raise DataError(f"{path}: the mask is {width}x{height}, but {like} is {src.width}x{src.height} pixels")
-            if profile["driver"] == "GTiff" and (src.crs is not None or not src.transform.is_identity):
-                profile |= {"crs": src.crs, "transform": src.transform}
-            elif profile["driver"] == "GTiff" and src.gcps[0]:
-                profile |= {"crs": src.gcps[1], "gcps": src.gcps[0]}
+            if profile["driver"] == "GTiff":
+                profile |= _georeference(src)
 
     def fill(dst: DatasetWriter) -> None:
         if palette is not None:

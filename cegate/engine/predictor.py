@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import glob
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import rasterio
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
-
 from cegate.config import IGNORE
-from cegate.data.rasters import SUFFIXES, write_mask
+from cegate.data.rasters import SUFFIXES, is_georeferenced, write_mask
 from cegate.errors import DataError
 from cegate.models.segmenter import Segmenter
 from cegate.runfolder import writable_folder, written_aside
@@ -47,21 +43,6 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
         found.update(dict.fromkeys(images))
     return list(found)
-
-
-def is_georeferenced(path: Path) -> bool:
-    """Whether a raster knows where it lies.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as src:
-                return src.crs is not None or not src.transform.is_identity or bool(src.gcps[0])
-    except RasterioError as error:
-        raise DataError(f"{path} cannot be read as an image: {' '.join(str(error).split())}") from error
 
 
 def _suffix_for(image: Path) -> str:
@@ -140,7 +121,6 @@ def predict_files(
     failed: list[str] = []
     for done, (image, mask) in enumerate(masks.items()):
         try:
-            like = image if mask.suffix.lower() != ".png" and is_georeferenced(image) else None
             classes = segmenter.predict(
                 image, all_pixels=all_pixels, progress=lambda share, done=done: progress(done + share)
             )
@@ -150,7 +130,7 @@ def predict_files(
             continue
         try:
             with written_aside(mask) as aside:
-                write_mask(aside, classes, like=like, palette=segmenter.palette)
+                write_mask(aside, classes, like=image, palette=segmenter.palette)
         except OSError as error:
             reason = f"{mask} cannot be written ({error.strerror or error}); give another --output"
             raise DataError("; ".join([reason, *failed])) from error
