@@ -281,7 +281,8 @@ def test_any_section_survives_yaml(section):
 def test_changed_values_are_dotted():
     old = read_config({"data": {"targets": {"a": {"root": "x"}}}})
     new = replace(old, data=replace(old.data, targets={"a": SetConfig(root="y"), "b": SetConfig(root="z")}))
-    assert "data.targets.a.root" in changed_values(old, new) and "data.targets.b.root" in changed_values(old, new)
+    changed = changed_values(old, new)
+    assert changed["data.targets.a.root"] == ("x", "y") and changed["data.targets.b.root"] == (None, "z")
 
 
 def test_every_leaf_is_listed():

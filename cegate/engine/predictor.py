@@ -124,13 +124,12 @@ def predict_files(
             classes = segmenter.predict(
                 image, all_pixels=all_pixels, progress=lambda share, done=done: progress(done + share)
             )
+            with written_aside(mask) as aside:
+                write_mask(aside, classes, like=image, palette=segmenter.palette)
         except DataError as error:
             failed.append(str(error))
             progress(done + 1)
             continue
-        try:
-            with written_aside(mask) as aside:
-                write_mask(aside, classes, like=image, palette=segmenter.palette)
         except OSError as error:
             reason = f"{mask} cannot be written ({error.strerror or error}); give another --output"
             raise DataError("; ".join([reason, *failed])) from error

@@ -110,6 +110,23 @@ def test_images_that_cannot_be_used_are_named_after_the_others_are_done(images, 
     assert told == sorted(told) and {1, 2, 3, 4, 5} <= set(told)
 
 
+def test_an_image_that_goes_before_its_mask_is_written_stops_no_other(images, small, tmp_path, monkeypatch):
+    segmenter = cegate.build(small())
+    predict_image = segmenter.predict
+
+    def predict_and_lose(image, **options):
+        classes = predict_image(image, **options)
+        if image.name == "a.png":
+            image.unlink()
+        return classes
+
+    monkeypatch.setattr(segmenter, "predict", predict_and_lose)
+    predicted = predict_files(segmenter, plan_outputs(find_images([str(images)]), tmp_path / "out"))
+    assert [written.mask.name for written in islice(predicted, 2)] == ["b.tif", "c.png"]
+    with pytest.raises(DataError, match=r"1 of 3 images have no mask: .*a\.png: no such file"):
+        next(predicted)
+
+
 def two_bands(path: Path) -> bytes:
     with rasterio.open(path) as src, rasterio.MemoryFile() as memory:
         with memory.open(driver="GTiff", count=2, height=30, width=44, dtype="uint8") as out:
