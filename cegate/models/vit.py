@@ -173,11 +173,11 @@ def _read_weights(path: Path) -> dict[str, object]:
             "of the training lies elsewhere now: --weights FILE, or cegate.load(folder, weights=FILE)"
         )
     try:
-        return timm.models.load_state_dict(str(path))
+        return timm.models.load_state_dict(str(path), weights_only=True)  # a pickle could run anything
     except Exception as error:  # torch raises whatever the pickle or zip reader raises
         raise BackboneError(
             f"{path} is no weight file that PyTorch or safetensors reads ({type(error).__name__}); give a .pth or "
-            ".safetensors file of weights by name"
+            ".safetensors file of weights by name and nothing else: a pickled object is never run"
         ) from error
 
 

@@ -106,6 +106,22 @@ def test_weights_of_another_model_are_one_line_that_says_what_differs(tmp_path, 
     assert "[96] for [128]" in line and "check model.backbone" in line
 
 
+class _Runs:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (open, (self.path, "w"))
+
+
+@pytest.mark.parametrize("name", ["w.pth", "w.pt", "w.bin", "w.tar", "w"])
+def test_a_pickle_in_a_weight_file_never_runs(tmp_path, name):
+    torch.save({"pos_embed": _Runs(tmp_path / "ran")}, tmp_path / name)
+    with pytest.raises(BackboneError, match="a pickled object is never run"):
+        build_vit("tiny", weights=str(tmp_path / name), image_size=32)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_file_of_other_things_than_weights_is_named(tmp_path):
     torch.save({"stage": "after", "patch_embed.proj.weight": "none"}, tmp_path / "last.pt")
     with pytest.raises(BackboneError, match=r"last\.pt does not fit the backbone tiny \(missing: blocks"):
