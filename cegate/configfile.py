@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import logging
 import math
 import re
 import types
@@ -24,6 +25,8 @@ import yaml
 from cegate.config import KINDS, Config, SetConfig
 from cegate.errors import ConfigError, nearest
 from cegate.methods import METHODS
+
+log = logging.getLogger(__name__)
 
 SECTIONS: dict[str, type] = typing.get_type_hints(Config)
 SOURCE_DOMAIN = "source"
@@ -46,7 +49,7 @@ def read_config(
         ConfigError: unreadable file, unknown key or bad value; all are named at once, with the nearest valid one.
     """
     if isinstance(source, Mapping):
-        mapping, where = source, ""
+        mapping, where = _without_empty(Config, source, ""), ""
     else:
         path = find_config(source)
         mapping, where = read_mapping(path), f"{path}: "
@@ -184,7 +187,32 @@ def _read_on_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         except ConfigError as error:
             raise ConfigError(f"{path}: base: {error}") from error
         merged = _merged(merged, _read_on_base(found, (*readers, path.resolve())))
-    return _merged(merged, mapping)
+    return _merged(merged, _without_empty(Config, mapping, ""))
+
+
+def _without_empty(cls: type, mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A nested mapping without its empty values (``lr:``) where null is none of the key's values: a key without a value
+    is one left out, so that the base's or the default counts; said aloud."""
+    hints = typing.get_type_hints(cls)
+    kept: dict[str, Any] = {}
+    for name, value in mapping.items():
+        hint = hints.get(name)
+        inner, named, _ = (None, False, False) if hint is None else _inner(hint)
+        if value is None and hint is not None and inner is None and not _takes_null(hint):
+            log.warning("%s%s is empty, as if it were left out", prefix, name)
+        elif isinstance(value, Mapping) and inner is not None:
+            below = (
+                {
+                    n: v if not isinstance(v, Mapping) else _without_empty(inner, v, f"{prefix}{name}.{n}.")
+                    for n, v in value.items()
+                }
+                if named
+                else _without_empty(inner, value, f"{prefix}{name}.")
+            )
+            kept[name] = below
+        else:
+            kept[name] = value
+    return kept
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,6 +323,8 @@ def _value(hint: Any, value: Any, key: str) -> tuple[Any, list[str]]:
 def _leaf(hint: Any, value: Any, key: str) -> tuple[Any, list[str]]:
     """The value as its type, which jsonargparse judges."""
     for candidate in [_loaded(value), str(value)] if isinstance(value, _Text) else [value]:
+        if candidate is None and not _takes_null(hint):  # jsonargparse lets it pass
+            continue
         if isinstance(candidate, Mapping):  # YAML reads `0: road` with an integer key
             candidate = {str(n): str(item) if isinstance(item, _Text) else item for n, item in candidate.items()}
         try:
@@ -304,7 +334,13 @@ def _leaf(hint: Any, value: Any, key: str) -> tuple[Any, list[str]]:
     expected = f"expected {_describe(hint)}{nearest(str(value), list(_choices(hint)))}"
     loaded = _loaded(value)
     guess = _colon_hint(loaded, loaded.values()) if isinstance(loaded, Mapping) else ""
+    if loaded is None:
+        return None, [f"{key} is empty; {expected}"]
     return None, [f"{key}={value!s} is not accepted; {expected}{guess}"]
+
+
+def _takes_null(hint: Any) -> bool:
+    return hint is types.NoneType or (_is_union(hint) and types.NoneType in typing.get_args(hint))
 
 
 def _colon_hint(names: Iterable[Any], values: Iterable[Any]) -> str:

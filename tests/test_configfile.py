@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import yaml
 
 from cegate.config import KINDS
-from cegate.configfile import read_config, to_mapping, to_yaml
+from cegate.configfile import all_keys, read_config, to_mapping, to_yaml
 from cegate.errors import ConfigError
 from cegate.methods import METHODS
 
@@ -100,3 +102,26 @@ def test_a_root_that_is_resolved_already_cannot_be_given_again():
     with pytest.raises(ConfigError, match=r"data\.roots\.other=/new changes nothing"):
         read_config(saved, moved[1:])
     assert read_config(saved, moved[1:], training=True)  # a matrix gives the roots of all its settings to each
+
+
+@pytest.mark.parametrize("key", [key for key in all_keys() if "<name>" not in key])
+def test_an_empty_value_is_a_key_left_out_or_one_of_its_values(key, caplog):
+    section, _, name = key.rpartition(".")
+    empty: dict = {name: None}
+    for part in reversed(section.split(".")):
+        empty = {part: empty}
+    assert read_config(empty) == read_config({})
+    if caplog.records:  # null is none of its values
+        assert f"{key} is empty, as if it were left out" in caplog.text
+        default = functools.reduce(getattr, key.split("."), read_config({}))
+        if not isinstance(default, str):  # text may be the word null
+            with pytest.raises(ConfigError, match=rf"{key} is empty; expected"):
+                read_config({}, [(key, "null")])
+    else:
+        assert functools.reduce(getattr, key.split("."), read_config({}, [(key, "null")])) is None
+
+
+def test_an_empty_value_does_not_hide_that_of_the_base(tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {lr: 0.5}")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\ntrain:\n  lr:\n")
+    assert read_config(tmp_path / "top.yaml").train.lr == 0.5
