@@ -28,13 +28,15 @@ def resample_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1
 def published_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 1) -> Tensor:
     """Positions as the published backbones resize them in a forward pass on another grid than their own.
 
-    They resize by the factors (n + 0.1) / own side, a guard against rounding that also moves the sampling points: it is no
-    resize to a size.
+    They resize by the factors (n + 0.1) / own side, a guard against rounding that also moves the sampling points: it is
+    no resize to a size.
     """
     side = int((positions.shape[1] - prefix) ** 0.5)
     factors = [(n + 0.1) / side for n in grid]
     return _resampled(
-        positions, prefix, lambda planes: F.interpolate(planes, scale_factor=factors, mode="bicubic", align_corners=False)
+        positions,
+        prefix,
+        lambda planes: F.interpolate(planes, scale_factor=factors, mode="bicubic", align_corners=False),
     )
 
 

@@ -1,13 +1,14 @@
 """Injectors: cross attention in which geospatial queries look at the backbone's features (CrossEarth, Eq. 7).
 
-On the backbone's outputs they are a neck, ``f_I(f_G(X), f_phi(X))``; at blocks they are functions at the block port, whose
-results go on through the backbone.
+On the backbone's outputs they are a neck, ``f_I(f_G(X), f_phi(X))``; at blocks they are functions at the block port,
+whose results go on through the backbone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,31 @@ from cegate.errors import ConfigError
 from cegate.parts.gse import GSE, WIDTHS
 
 Place = Literal["outputs", "blocks"]
+ORDER = 200
+"""At a block's output: after sites and Rein."""
+
+
+class Features(Protocol):
+    """Feature maps of a batch, and what else a head sees."""
+
+    maps: Sequence[Tensor]
+
+    def _replace(self, *, maps: Sequence[Tensor]) -> Features: ...
+
+
+class Tokens(Protocol):
+    """How the tokens of a call lie."""
+
+    prefix: int
+
+
+class Plug(NamedTuple):
+    """A function at a port of a layer. Where several meet, a lower ``order`` comes first."""
+
+    port: str
+    layer: int
+    order: int
+    function: Callable
 
 
 class Injector(nn.Module):
@@ -60,25 +86,29 @@ class Injector(nn.Module):
 
 
 class Injection(nn.Module):
-    """GSE and one injector for each place.
+    """GSE and one injector for each place; a part of the network.
 
-    On outputs it is called as a neck, ``injection(images, maps) -> maps``. At blocks :meth:`at_blocks` gives the functions
-    of one call, bound to that call's queries, so that nothing of a call is kept here.
+    On outputs it changes the features on their way to the head (:meth:`change`). At blocks :meth:`plugs_of_call` gives
+    the functions of one call, bound to that call's queries, so that nothing of a call is kept here. Features that no
+    one hands to :meth:`change`, and calls without those plugs, know nothing of it: so the restoration of masked images
+    sees the backbone alone.
 
     Args:
         bands: of the images.
         channels: C of the backbone.
-        places: number of output maps, or the layers after which it injects.
+        places: number of output maps, or with ``at="blocks"`` the layers after which it injects.
+        at: ``outputs`` (Eq. 7), or ``blocks``.
         width, heads, residual: of every injector.
         chain: the result of a place is the next place's queries (outputs only).
         test: also inject in evaluation mode (Eq. 7); False leaves features alone there.
         widths: of the GSE.
 
     Raises:
-        ConfigError: heads do not divide the width.
+        ConfigError: heads do not divide the width, or blocks in a chain.
     """
 
     deployed = True
+    active = True
 
     def __init__(
         self,
@@ -86,6 +116,7 @@ class Injection(nn.Module):
         channels: int,
         places: int | Sequence[int] = 4,
         *,
+        at: Place = "outputs",
         width: int = 256,
         heads: int = 8,
         residual: bool = True,
@@ -94,64 +125,58 @@ class Injection(nn.Module):
         widths: Sequence[int] = WIDTHS,
     ) -> None:
         super().__init__()
+        if chain and at == "blocks":
+            raise ConfigError(
+                "injector.chain=true goes with injector.at=outputs; blocks hand their results on themselves"
+            )
         self.layers = list(range(places)) if isinstance(places, int) else list(places)
-        self.chain, self.test = chain, test
+        self.at, self.chain, self.test = at, chain, test
         self.gse = GSE(bands, channels, widths)
-        self.injectors = nn.ModuleList(
-            [Injector(channels, width, heads, residual=residual) for _ in self.layers]
-        )
+        self.injectors = nn.ModuleList([Injector(channels, width, heads, residual=residual) for _ in self.layers])
 
     @property
     def on(self) -> bool:
         """Whether it takes part in a forward pass of the current mode."""
-        return self.training or self.test
+        return self.active and (self.training or self.test)
 
     def no_weight_decay(self) -> set[str]:
         """Each injector names its own."""
         return set()
 
-    def forward(self, images: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Inject into output maps.
+    def plugs(self) -> Iterable[Plug]:
+        """None that are the same in every call."""
+        return ()
+
+    def change(self, features: Features, images: Tensor) -> Features:
+        """Inject into output maps on the token grid, before any resizing; shapes stay.
 
         Args:
+            features: with ``maps`` [B, C, h, w], shallow to deep; anything with ``_replace``.
             images: [B, bands, H, W], normalised, as the backbone saw them.
-            maps: [B, C, h, w] on the token grid, shallow to deep, before any resizing.
-
-        Returns:
-            Maps of the same shapes.
         """
-        if not self.on:
-            return list(maps)
-        grid = tuple(maps[0].shape[-2:])
-        queries = self.gse(images, grid)
-        results = []
-        for injector, features in zip(self.injectors, maps, strict=True):
-            tokens = injector(features.flatten(2).mT, queries)
+        if not self.on or self.at == "blocks":
+            return features
+        grid = tuple(features.maps[0].shape[-2:])
+        queries, results = self.gse(images, grid), []
+        for injector, level in zip(self.injectors, features.maps, strict=True):
+            tokens = injector(level.flatten(2).mT, queries)
             if self.chain:
                 queries = tokens
             results.append(tokens.mT.unflatten(2, grid))
-        return results
+        return features._replace(maps=results)
 
-    def at_blocks(self, images: Tensor, grid: tuple[int, int]) -> dict[int, Callable[[Tensor, object], Tensor]]:
-        """Functions for the block port of one call: layer -> ``function(y, tokens)`` with y [B, P + N, C].
-
-        Prefix tokens (``tokens.prefix`` of them) pass through. Empty where it takes no part.
-        """
-        if not self.on:
-            return {}
+    def plugs_of_call(self, images: Tensor, grid: tuple[int, int]) -> list[Plug]:
+        """What it plugs in for one call on images [B, bands, H, W]: after Rein, at the block port of its layers."""
+        if not self.on or self.at == "outputs":
+            return []
         queries = self.gse(images, grid)
-        return {
-            layer: _BlockPort(injector, queries) for layer, injector in zip(self.layers, self.injectors, strict=True)
-        }
+        return [
+            Plug("block", layer, ORDER, partial(_inject_block, injector, queries))
+            for layer, injector in zip(self.layers, self.injectors, strict=True)
+        ]
 
 
-class _BlockPort:
-    """An injector with the queries of one call."""
-
-    def __init__(self, injector: Injector, queries: Tensor) -> None:
-        self.injector, self.queries = injector, queries
-
-    def __call__(self, y: Tensor, tokens) -> Tensor:
-        prefix = y[:, : tokens.prefix]
-        patches = self.injector(y[:, tokens.prefix :], self.queries)
-        return torch.cat([prefix, patches], dim=1) if tokens.prefix else patches
+def _inject_block(injector: Injector, queries: Tensor, y: Tensor, tokens: Tokens) -> Tensor:
+    """y [B, P + N, C], the block's output; prefix tokens pass."""
+    patches = injector(y[:, tokens.prefix :], queries)
+    return torch.cat([y[:, : tokens.prefix], patches], dim=1) if tokens.prefix else patches

@@ -34,7 +34,8 @@ class Restore(nn.Module):
 class PerLevel(Restore):
     """Level i through a 3 x 3 convolution of dilation 1, 6, 12 or 18, all side by side, one linear map to pixels.
 
-    On the token grid and not on the resized pyramid, on whose smallest level a dilation of 18 would reach past the border.
+    On the token grid and not on the resized pyramid, on whose smallest level a dilation of 18 would reach past the
+    border.
     """
 
     def __init__(self, channels: int, bands: int, width: int = WIDTH) -> None:

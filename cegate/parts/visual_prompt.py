@@ -15,8 +15,8 @@ Mode = Literal["fill", "add", "literal"]
 class VisualPrompt(nn.Module):
     """A learned image v [1, bands, S, S] that starts at 0, the mean colour; training only.
 
-    ``fill``: ``X M + v (1 - M)``, what the authors' training code has. ``add``: ``X M + v``. ``literal``: ``X M v``, Eq. 6
-    as printed, which is 0 at the start whatever the image.
+    ``fill``: ``X M + v (1 - M)``, what the authors' training code has. ``add``: ``X M + v``. ``literal``: ``X M v``,
+    Eq. 6 as printed, which is 0 at the start whatever the image.
 
     Args:
         bands: of the images.
@@ -44,7 +44,9 @@ class VisualPrompt(nn.Module):
         height, width = images.shape[-2:]
         side = self.value.shape[-1]
         if height > side or width > side:
-            raise ConfigError(f"the visual prompt is {side} px wide, the images are {height} x {width}; set data.crop so")
+            raise ConfigError(
+                f"the visual prompt is {side} px wide, the images are {height} x {width}; set data.crop so"
+            )
         prompt = self.value[..., :height, :width]
         if self.mode == "fill":
             return torch.where(kept, images, prompt)

@@ -22,8 +22,8 @@ class EarthStyleInjection(nn.Module):
     """``X_S``: blocks of an image in a drawn style, the rest as it is. Nothing here learns or has a gradient.
 
     Each sample draws a style ``eps_o ~ N(mean, cov)`` of the collection, is given the style ``alpha eps_o + (1 - alpha)
-    p_s(X)``, and shows it in some blocks. What a small picture is filled up with is neither seen nor changed. Of more than
-    three bands the first three are styled; one or two are looked at as a grey or false-colour image.
+    p_s(X)``, and shows it in some blocks. What a small picture is filled up with is neither seen nor changed. Of more
+    than three bands the first three are styled; one or two are looked at as a grey or false-colour image.
 
     Args:
         style: what tells and gives a style.
@@ -32,8 +32,8 @@ class EarthStyleInjection(nn.Module):
         alpha: share of the drawn style, 0..1 (CrossEarth's training code: 0.1; style augmentation: 0.5).
         covariance: ``full``, or ``diag``, Eq. 2 taken literally.
         region: ``masked`` styles the blocks that the mask hides; ``kept`` the others, as Eq. 5 is printed.
-        renormalize: normalise again after styling. Without it the whole result is left in 0..1, as CrossEarth's training
-            code leaves it.
+        renormalize: normalise again after styling. Without it the whole result is left in 0..1, as CrossEarth's
+            training code leaves it.
         downsample: style at 1 / 2^downsample of the size, for large crops.
 
     Raises:
@@ -56,7 +56,9 @@ class EarthStyleInjection(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= alpha <= 1:
-            raise ConfigError(f"style.alpha={alpha} is no share of a style; use 0 (the image's own) to 1 (the drawn one)")
+            raise ConfigError(
+                f"style.alpha={alpha} is no share of a style; use 0 (the image's own) to 1 (the drawn one)"
+            )
         statistics.check(style)
         self.style, self.alpha, self.region = style, alpha, region
         self.renormalize, self.downsample = renormalize, downsample

@@ -117,9 +117,9 @@ def load_style(weights: str | Path | None) -> StyleModel:
     """The style model of a configuration.
 
     Args:
-        weights: folder with the public files ``checkpoint_stylepredictor.pth`` and ``checkpoint_transformer.pth``, or one
-            .safetensors or .pth file with both networks as ``predictor.*`` and ``transfer.*`` (as `cegate convert` takes
-            them out of a CrossEarth checkpoint); None: no networks, colour statistics.
+        weights: folder with the public files ``checkpoint_stylepredictor.pth`` and ``checkpoint_transformer.pth``, or
+            one .safetensors or .pth file with both networks as ``predictor.*`` and ``transfer.*`` (as `cegate convert`
+            takes them out of a CrossEarth checkpoint); None: no networks, colour statistics.
 
     Raises:
         CheckpointError: files are missing or unreadable, or are of another network; keys are named.
@@ -165,10 +165,16 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def _load(network: nn.Module, path: Path, state: Mapping[str, Tensor], what: str) -> None:
     own = network.state_dict()
-    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}  # old files have none
+    counters = {
+        name: value for name, value in own.items() if name.endswith("num_batches_tracked")
+    }  # old files have none
     state = counters | dict(state)
     missing, left = [name for name in own if name not in state], [name for name in state if name not in own]
-    wrong = [f"{k} {list(state[k].shape)} for {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape]
+    wrong = [
+        f"{k} {list(state[k].shape)} for {list(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     texts = {"missing": missing, "unexpected": left, "of another shape": wrong}
     if problems := [f"{label} {_some(names)}" for label, names in texts.items() if names]:
         guess = nearest(left[0], own) if left else ""

@@ -53,7 +53,7 @@ class StylePredictor(nn.Module):
 
 
 def scale_input(image: Tensor) -> Tensor:
-    """Pixels in 0..1 -> what the public weights were trained on: normalised as for ImageNet, then turned into Inception's
-    own scale."""
+    """Pixels in 0..1 -> what the public weights were trained on: normalised as for ImageNet, then turned into
+    Inception's own scale."""
     mean, trained, std = (torch.tensor(v).to(image).view(3, 1, 1) for v in (_MEAN, _TRAINED_STD, _STD))
     return (image - mean) / trained * (std / 0.5) + (mean - 0.5) / 0.5

@@ -253,7 +253,9 @@ def measure_folder(
         CheckpointError: what is saved is of other images or settings.
     """
     if bands is not None and len(bands) != 3:
-        raise ConfigError(f"--bands={','.join(map(str, bands))} are {len(bands)}; a style is of three: red, green, blue")
+        raise ConfigError(
+            f"--bands={','.join(map(str, bands))} are {len(bands)}; a style is of three: red, green, blue"
+        )
     images = list_images(folder, pattern)
     if limit is not None and limit < len(images):
         images = [images[i * len(images) // limit] for i in range(limit)]

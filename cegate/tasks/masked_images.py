@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from cegate.masks import BlockMask, inside
 from cegate.parts.restore import DecoderName, build_decoder
 from cegate.parts.visual_prompt import Mode, VisualPrompt
 from cegate.tasks.styling import Styling
-from cegate.tasks.task import Step, Term, View
+from cegate.tasks.task import Step, Task, Term, View, seeded
 
 LARGEST_PX = 512
 """Side of the restored image; a larger crop is compared at this size."""
@@ -22,21 +22,22 @@ Loss = Literal["mse", "l1"]
 Target = Literal["clean", "input"]
 
 
-class MaskedImages:
-    """The view "masked", ``X_M``, and what its restoration costs; with styling also that of ``X_S`` and how the two agree.
+class MaskedImages(Task):
+    """The view "masked", ``X_M``, and what its restoration costs; with styling also that of ``X_S`` and how the two
+    agree.
 
     Terms, each a mean over a sample's pixels and bands: ``mim``, d(X_M restored, X); for styled samples ``mim_styled``,
-    d(X_S restored, X), and ``style_consistency``, |X_M restored - X_S restored|. Their weights make each the mean over the
-    whole batch, 0 where a sample is not styled. What a small picture is filled up with does not count.
+    d(X_S restored, X), and ``style_consistency``, |X_M restored - X_S restored|. Their weights make each the mean over
+    the whole batch, 0 where a sample is not styled. What a small picture is filled up with does not count.
 
-    Features come from the backbone alone, without injection. Nothing is drawn from torch's generators, so a segmentation
-    loss beside it draws the same as without it.
+    Features come from the backbone alone, without injection. Nothing is drawn from torch's generators, so a
+    segmentation loss beside it draws the same as without it.
 
     Args:
         channels: C of the four maps.
         bands: of the images; all of them are restored.
         crop: side of a training crop.
-        seed: of the run.
+        seed: of the run, for the first weights of the decoder.
         mask: which blocks are hidden.
         decoder, prompt: see :mod:`cegate.parts.restore` and :mod:`cegate.parts.visual_prompt`.
         loss: ``mse``, or ``l1`` (CASID).
@@ -62,10 +63,11 @@ class MaskedImages:
         styling: Styling | None = None,
         separate: bool = False,
     ) -> None:
-        self.mask, self.seed, self.loss, self.target = mask, seed, loss, target
+        self.mask, self.loss, self.target = mask, loss, target
         self.styling, self.separate = styling, separate
         self.prompt = VisualPrompt(bands, crop, prompt)
-        self.decoder = build_decoder(decoder, channels, bands)
+        with seeded(seed, "mim"):
+            self.decoder = build_decoder(decoder, channels, bands)
 
     def parts(self) -> dict[str, nn.Module]:
         """Visual prompt and decoder; neither is deployed."""
@@ -73,11 +75,15 @@ class MaskedImages:
 
     def prepare(self, step: Step) -> None:
         """Add the view of masked images, made of clean ones."""
-        images = step.batch.image
-        kept = self.mask.draw(tuple(images.shape[-2:]), self.seed, step.iteration, step.slots)
-        step.views["masked"] = View(self.prompt(images, kept.to(images.device)), plain=True)
+        images, names = step.batch.image, tuple(step.batch.names)
+        kept = self.mask.draw(tuple(images.shape[-2:]), step.seed, step.iteration, step.slots)
+        # one pass with the segmentation's images, unless that one injects at blocks
+        beside = None if self.separate else "image"
+        masked = self.prompt(images, kept.to(images.device))
+        step.views["masked"] = View(masked, names=names, beside=beside, plain=self.separate)
         if self.separate and len(rows := self._styled_rows(step)):
-            step.views["styled"] = View(step.views["image"].images[rows], plain=True)
+            styled = step.views["image"].images[rows]
+            step.views["styled"] = View(styled, names=_at(names, rows), beside="masked", plain=True)
 
     def terms(self, step: Step) -> list[Term]:
         """What restoring costs each sample."""
@@ -92,7 +98,7 @@ class MaskedImages:
         maps = step.features["styled"].maps if self.separate else [m[rows] for m in step.features["image"].maps]
         of_styled = self.decoder(maps, size)
         target = self._target(clean[rows], step.views["image"].images[rows], size)
-        share, samples = len(rows) / len(names), [names[row] for row in rows.tolist()]
+        share, samples = len(rows) / len(names), list(_at(names, rows))
         consistency = _mean((of_masked[rows] - of_styled).abs(), counts[rows])
         return [
             *terms,
@@ -104,7 +110,7 @@ class MaskedImages:
         """Indices of the styled samples, on the device of the images."""
         if self.styling is None:
             return torch.empty(0, dtype=torch.long)
-        return self.styling.fires(step.iteration, step.slots).nonzero()[:, 0].to(step.batch.image.device)
+        return self.styling.fires(step).nonzero()[:, 0].to(step.batch.image.device)
 
     def _target(self, clean: Tensor, given: Tensor, size: Sequence[int]) -> Tensor:
         return _resize(clean if self.target == "clean" else given.detach(), size)
@@ -113,23 +119,14 @@ class MaskedImages:
         error = restored - target
         return _mean(error.abs() if self.loss == "l1" else error.square(), counts)
 
-    def after_step(self, iteration: int) -> None:
-        """Nothing follows the optimiser."""
 
-    def journal(self) -> dict[str, float]:
-        """The terms say it all."""
-        return {}
-
-    def state(self) -> dict[str, Any]:
-        """There is none but that of the parts."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """There is none."""
+def _at(names: Sequence[str], rows: Tensor) -> tuple[str, ...]:
+    return tuple(names[row] for row in rows.tolist())
 
 
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
-    """Mean over bands and counted pixels of each sample, [B]; 0 without any. values [B, C, H, W], counts [B, 1, H, W]."""
+    """Mean over bands and counted pixels of each sample, [B]; 0 without any. values [B, C, H, W], counts [B, 1, H,
+    W]."""
     total = at_least_float32(values).where(counts, 0).flatten(1).sum(1)
     return total / (counts.flatten(1).sum(1) * values.shape[1]).clamp(min=1)
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cegate.draws import generator
 from cegate.errors import ConfigError
 from cegate.masks import BlockMask
 from cegate.style.injection import EarthStyleInjection
-from cegate.tasks.task import Step, Term, View
+from cegate.tasks.task import Step, Task
 
 Draw = Literal["iteration", "sample"]
 
 
-class Styling:
+class Styling(Task):
     """Replaces the view "image" by ``X_S``, with a probability; labels stay, and there is no loss of its own.
 
-    Whether an iteration is styled, in which blocks and how is a function of (seed, iteration, slot): a run that was killed
-    goes on within a styled iteration as if nothing had been.
+    Whether an iteration is styled, in which blocks and how is a function of (seed, iteration, slot): a run that was
+    killed goes on within a styled iteration as if nothing had been.
 
     Args:
         injection: what styles; it has no weights to train.
         mask: which blocks; with its own ratio and block, drawn apart from that of masked images.
-        seed: of the run.
         probability: that an iteration (or a sample) is styled.
         draw: ``iteration`` draws once for all samples of an iteration, ``sample`` for each.
 
@@ -41,46 +40,35 @@ class Styling:
         injection: EarthStyleInjection,
         mask: BlockMask,
         *,
-        seed: int,
         probability: float = 0.1,
         draw: Draw = "iteration",
     ) -> None:
         if not 0 <= probability <= 1:
             raise ConfigError(f"style.probability={probability} is no probability; use 0 (never) to 1 (always)")
-        self.injection, self.mask, self.seed = injection, mask, seed
+        self.injection, self.mask = injection, mask
         self.probability, self.draw = probability, draw
         self._styled, self._seen = 0, 0  # samples since the last line of the journal
 
-    def fires(self, iteration: int, slots: Sequence[int]) -> Tensor:
+    def fires(self, step: Step) -> Tensor:
         """Which samples of an iteration are styled, [B] bool on the CPU."""
-        numbers = [(iteration, slot) if self.draw == "sample" else (iteration,) for slot in slots]
-        return torch.tensor([generator(self.seed, "styled", *own).random() < self.probability for own in numbers])
-
-    def parts(self) -> dict[str, nn.Module]:
-        """Nothing is trained."""
-        return {}
+        numbers = [(step.iteration, slot) if self.draw == "sample" else (step.iteration,) for slot in step.slots]
+        return torch.tensor([generator(step.seed, "styled", *own).random() < self.probability for own in numbers])
 
     def prepare(self, step: Step) -> None:
         """Put ``X_S`` where the samples that are drawn were."""
-        fired = self.fires(step.iteration, step.slots)
+        fired = self.fires(step)
         self._styled, self._seen = self._styled + int(fired.sum()), self._seen + len(fired)
         if not fired.any():
             return
-        images = step.views["image"].images
+        view = step.views["image"]
         rows = fired.nonzero()[:, 0]
         slots = [step.slots[row] for row in rows.tolist()]
-        kept = self.mask.draw(tuple(images.shape[-2:]), self.seed, step.iteration, slots)
-        drawn = self.injection.draw(self.seed, step.iteration, slots)
-        rows = rows.to(images.device)
-        styled = self.injection(images[rows], kept, drawn)
-        step.views["image"] = View(images.index_copy(0, rows, styled.to(images.dtype)))
-
-    def terms(self, step: Step) -> list[Term]:
-        """The segmentation loss is the segmentation's."""
-        return []
-
-    def after_step(self, iteration: int) -> None:
-        """Nothing follows the optimiser."""
+        kept = self.mask.draw(tuple(view.images.shape[-2:]), step.seed, step.iteration, slots)
+        drawn = self.injection.draw(step.seed, step.iteration, slots)
+        rows = rows.to(view.images.device)
+        styled = self.injection(view.images[rows], kept, drawn)
+        images = view.images.index_copy(0, rows, styled.to(view.images.dtype))
+        step.views["image"] = replace(view, images=images)
 
     def journal(self) -> dict[str, float]:
         """Share of the samples since the last line that were styled."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,20 @@ from cegate.parts.restore import DECODERS, FullAspp, PerLevel, build_decoder
 from cegate.parts.visual_prompt import VisualPrompt
 
 WIDTHS = (4, 6, 8, 10)
+
+
+class Features(NamedTuple):
+    maps: list
+    grid: tuple = (2, 3)
+
+
+class Tokens(NamedTuple):
+    prefix: int
+    grid: tuple = (2, 3)
+
+
+def injected(injection: Injection, images: torch.Tensor, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+    return injection.change(Features(maps), images).maps
 
 
 def count(module: torch.nn.Module) -> int:
@@ -75,7 +89,7 @@ def test_an_injector_is_cross_attention_of_queries_to_features():
 def test_a_fresh_injection_changes_nothing_to_the_last_bit(chain):
     injection = Injection(3, 12, width=8, heads=2, chain=chain, widths=WIDTHS)
     maps = [torch.randn(2, 12, 2, 3, requires_grad=True) for _ in range(4)]
-    found = injection(torch.randn(2, 3, 32, 48), maps)
+    found = injected(injection, torch.randn(2, 3, 32, 48), maps)
     assert all(torch.equal(a, b) for a, b in zip(found, maps, strict=True))
     sum(m.square().sum() for m in found).backward()
     assert injection.injectors[0].gamma.grad.abs().sum() > 0  # and learns
@@ -84,7 +98,7 @@ def test_a_fresh_injection_changes_nothing_to_the_last_bit(chain):
 
 def test_once_gamma_is_open_the_extractor_learns():
     injection = opened(Injection(3, 12, width=8, heads=2, widths=WIDTHS))
-    found = injection(torch.randn(2, 3, 32, 48), [torch.randn(2, 12, 2, 3) for _ in range(4)])
+    found = injected(injection, torch.randn(2, 3, 32, 48), [torch.randn(2, 12, 2, 3) for _ in range(4)])
     sum(m.square().sum() for m in found).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in injection.gse.parameters())
 
@@ -93,7 +107,7 @@ def test_in_a_chain_a_stage_asks_with_what_the_one_before_found():
     injection = opened(Injection(3, 12, width=8, heads=2, chain=True, widths=WIDTHS))
     images, maps = torch.randn(1, 3, 32, 48), [torch.randn(1, 12, 2, 3) for _ in range(4)]
     queries = injection.gse(images, (2, 3))
-    found = injection(images, maps)
+    found = injected(injection, images, maps)
     for injector, features, result in zip(injection.injectors, maps, found, strict=True):
         queries = injector(features.flatten(2).mT, queries)
         torch.testing.assert_close(result.flatten(2).mT, queries)
@@ -102,24 +116,28 @@ def test_in_a_chain_a_stage_asks_with_what_the_one_before_found():
 def test_samples_do_not_meet_and_a_switch_leaves_it_out_at_test():
     injection = opened(Injection(3, 12, width=8, heads=2, test=False, widths=WIDTHS))
     images, maps = torch.randn(3, 3, 32, 48), [torch.randn(3, 12, 2, 3) for _ in range(4)]
-    together = injection(images, maps)
-    alone = injection(images[1:2], [m[1:2] for m in maps])
+    together = injected(injection, images, maps)
+    alone = injected(injection, images[1:2], [m[1:2] for m in maps])
     torch.testing.assert_close(together[3][1:2], alone[3])
     injection.eval()
-    assert injection(images, maps)[0] is maps[0]
-    assert injection.at_blocks(images, (2, 3)) == {}
+    assert injected(injection, images, maps)[0] is maps[0]
 
 
 def test_at_blocks_the_prefix_passes_and_no_call_is_kept():
-    injection = opened(Injection(3, 12, [1, 3], width=8, heads=2, widths=WIDTHS))
+    injection = opened(Injection(3, 12, [1, 3], at="blocks", width=8, heads=2, widths=WIDTHS))
     one, other = torch.randn(2, 1, 3, 32, 48)
-    y, tokens = torch.randn(1, 1 + 6, 12), SimpleNamespace(prefix=1, grid=(2, 3))
-    ports = injection.at_blocks(one, (2, 3))
-    injection.at_blocks(other, (2, 3))  # a second call in between
-    assert list(ports) == [1, 3]
-    found = ports[3](y, tokens)
+    y = torch.randn(1, 1 + 6, 12)
+    plugs = injection.plugs_of_call(one, (2, 3))
+    injection.plugs_of_call(other, (2, 3))  # a second call in between
+    assert [(plug.port, plug.layer) for plug in plugs] == [("block", 1), ("block", 3)]
+    found = plugs[1].function(y, Tokens(1))
     assert torch.equal(found[:, 0], y[:, 0])
     torch.testing.assert_close(found[:, 1:], injection.injectors[1](y[:, 1:], injection.gse(one, (2, 3))))
+    maps = [torch.randn(1, 12, 2, 3)]
+    assert injected(injection, one, maps) is maps
+    assert not list(injection.plugs())
+    with pytest.raises(ConfigError, match=r"injector.chain=true goes with injector.at=outputs"):
+        Injection(3, 12, [1], at="blocks", chain=True)
 
 
 def test_heads_must_divide_the_width():
@@ -197,5 +215,7 @@ def test_enlarging_last_gives_the_same_as_enlarging_first():
 
 
 def test_an_unknown_decoder_is_refused():
-    with pytest.raises(ConfigError, match="mim.decoder='aspp' is not one of per_level, full_aspp, linear; did you mean"):
+    with pytest.raises(
+        ConfigError, match=r"mim.decoder='aspp' is not one of per_level, full_aspp, linear; did you mean"
+    ):
         build_decoder("aspp", 8, 3)

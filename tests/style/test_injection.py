@@ -46,10 +46,8 @@ def test_a_styled_image_by_hand(covariance, region):
     found = style(x, kept, style.draw(11, 5, [3, 4]))
     expected = np.empty(x.shape)
     values, vectors = np.linalg.eigh(spread().covariance)
-    if covariance == "full":
-        factor = vectors @ np.diag(np.sqrt(values)) @ vectors.T
-    else:
-        factor = np.diag(np.sqrt(values[::-1]))
+    full = vectors @ np.diag(np.sqrt(values)) @ vectors.T
+    factor = full if covariance == "full" else np.diag(np.sqrt(values[::-1]))
     for b, slot in enumerate((3, 4)):
         z = generator(11, "style", 5, slot).standard_normal(6)
         elsewhere = spread().mean + factor @ z
@@ -88,7 +86,7 @@ def test_without_normalising_again_the_image_lies_in_0_to_1():
     x = normalised()
     kept = checkerboard(2, (12, 16))
     found = injection(renormalize=False)(x, kept, injection().draw(0, 0, [0, 1]))
-    assert 0 <= found.min() and found.max() <= 1
+    assert found.min() >= 0 and found.max() <= 1
     again = (found - injection().mean) / injection().std
     torch.testing.assert_close(again, injection()(x, kept, injection().draw(0, 0, [0, 1])), atol=1e-5, rtol=0)
 
@@ -134,5 +132,5 @@ def test_no_gradient_passes():
 def test_bad_settings_name_the_key():
     with pytest.raises(ConfigError, match=r"style.alpha=1.5 is no share of a style; use 0"):
         injection(alpha=1.5)
-    with pytest.raises(CheckpointError, match="is of embeddings of 4 numbers, but colour statistics .* has 6"):
+    with pytest.raises(CheckpointError, match=r"is of embeddings of 4 numbers, but colour statistics .* has 6"):
         EarthStyleInjection(ColourStatistics(), spread(4), mean=MEAN, std=STD)

@@ -85,7 +85,9 @@ def test_other_files_are_refused(tmp_path, arrays, message):
 
 
 def test_statistics_of_another_dimension_are_refused(public):
-    with pytest.raises(CheckpointError, match=r"style_statistics.npz is of embeddings of 100 numbers, but colour .* has 6"):
+    with pytest.raises(
+        CheckpointError, match=r"style_statistics.npz is of embeddings of 100 numbers, but colour .* has 6"
+    ):
         public.check(ColourStatistics())
 
 
