@@ -113,10 +113,42 @@ def convert_file(
         CheckpointError: the file is of another kind, does not fit the backbone, or ``out`` is taken.
         BackboneError: the backbone's weights do not fit.
     """
+    from cegate.released import convert, groups
+
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give another --out")
     with _fresh(out):
-        return _convert_file(file, out, weights, backbone, classes, crop, stride, features, fft_layers, leave)
+        state, meta = read_checkpoint(file)
+        found = convert(state, str(file), fft_layers=fft_layers, leave=leave)
+        if found.kind == "backbone":
+            target = out if out.suffix == ".safetensors" else out / BACKBONE_FILE
+            _write_backbone(found.backbone, target, crop)
+            return [
+                f"{file}: a DINOv2 backbone",
+                *found.account.summary(),
+                f"written: {target}; give it as model.weights",
+            ]
+        depth, width = _size(found)
+        name = backbone or _backbone_name(width, depth, file)
+        config, folder = _config(found, meta, name, classes, crop, stride, features, depth), out
+        if found.backbone:
+            _write_backbone(found.backbone, folder / BACKBONE_FILE, crop)
+            config["model"]["weights"] = str(folder / BACKBONE_FILE)
+        elif weights is None:
+            raise CheckpointError(
+                f"{file} holds no backbone; give the one it belongs to with --weights FILE, such as "
+                "dinov2_converted.pth or dinov2_vitl14_pretrain.pth"
+            )
+        else:
+            config["model"]["weights"] = _fitting_backbone(Path(weights).expanduser(), folder, crop)
+        _write_adapter(found, config, folder, file)
+        if found.style:
+            _save(found.style, folder / STYLE_FILE)
+        _write_account(found, folder / ACCOUNT_FILE)
+        kind = {"rein": "Rein or CrossEarth", "earth_adapter": "Earth-Adapter"}[found.kind]
+        lines = [f"{file}: {kind}, {depth} layers of width {width}, {found.classes} classes", *found.account.summary()]
+        lines += [f"style networks: {folder / STYLE_FILE}, for style.weights"] if found.style else []
+        return [*lines, f"written: {folder}; every key is in {ACCOUNT_FILE}, groups: {groups(found.weights)}"]
 
 
 @contextmanager
@@ -129,49 +161,6 @@ def _fresh(out: Path) -> Iterator[None]:
         if not was_there and out.is_dir():
             shutil.rmtree(out)
         raise
-
-
-def _convert_file(
-    file: Path,
-    out: Path,
-    weights: str | Path | None,
-    backbone: str | None,
-    classes: Sequence[str] | None,
-    crop: int,
-    stride: int,
-    features: Sequence[int] | None,
-    fft_layers: Sequence[int] | None,
-    leave: Sequence[str],
-) -> list[str]:
-    from cegate.released import convert, groups
-
-    state, meta = read_checkpoint(file)
-    found = convert(state, str(file), fft_layers=fft_layers, leave=leave)
-    if found.kind == "backbone":
-        target = out if out.suffix == ".safetensors" else out / BACKBONE_FILE
-        _write_backbone(found.backbone, target, crop)
-        return [f"{file}: a DINOv2 backbone", *found.account.summary(), f"written: {target}; give it as model.weights"]
-    depth, width = _size(found)
-    name = backbone or _backbone_name(width, depth, file)
-    config, folder = _config(found, meta, name, classes, crop, stride, features, depth), out
-    if found.backbone:
-        _write_backbone(found.backbone, folder / BACKBONE_FILE, crop)
-        config["model"]["weights"] = str(folder / BACKBONE_FILE)
-    elif weights is None:
-        raise CheckpointError(
-            f"{file} holds no backbone; give the one it belongs to with --weights FILE, such as dinov2_converted.pth "
-            "or dinov2_vitl14_pretrain.pth"
-        )
-    else:
-        config["model"]["weights"] = _fitting_backbone(Path(weights).expanduser(), folder, crop)
-    _write_adapter(found, config, folder, file)
-    if found.style:
-        _save(found.style, folder / STYLE_FILE)
-    _write_account(found, folder / ACCOUNT_FILE)
-    kind = {"rein": "Rein or CrossEarth", "earth_adapter": "Earth-Adapter"}[found.kind]
-    lines = [f"{file}: {kind}, {depth} layers of width {width}, {found.classes} classes", *found.account.summary()]
-    lines += [f"style networks: {folder / STYLE_FILE}, for style.weights"] if found.style else []
-    return [*lines, f"written: {folder}; every key is in {ACCOUNT_FILE}, groups: {groups(found.weights)}"]
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -62,14 +62,15 @@ class EarthStyleInjection(nn.Module):
         statistics.check(style)
         self.style, self.alpha, self.region = style, alpha, region
         self.renormalize, self.downsample = renormalize, downsample
-        self._mean, self._factor = statistics.mean, statistics.factor(covariance)
+        self.spread = (statistics.mean, statistics.factor(covariance))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
     def draw(self, seed: int, iteration: int, slots: Sequence[int]) -> Tensor:
         """Styles of the collection for some slots of an iteration, [B, dim] float32 on the CPU."""
-        chance = [generator(seed, "style", iteration, slot).standard_normal(len(self._mean)) for slot in slots]
-        return torch.from_numpy(np.stack(chance) @ self._factor.T + self._mean).float()
+        mean, factor = self.spread
+        chance = [generator(seed, "style", iteration, slot).standard_normal(len(mean)) for slot in slots]
+        return torch.from_numpy(np.stack(chance) @ factor.T + mean).float()
 
     @torch.no_grad()
     def forward(self, images: Tensor, kept: Tensor, drawn: Tensor) -> Tensor:

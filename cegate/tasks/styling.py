@@ -77,9 +77,12 @@ class Styling(Task):
         return share
 
     def state(self) -> dict[str, Any]:
-        """The counts of the journal; every draw is a function of numbers."""
-        return {"styled": self._styled, "seen": self._seen}
+        """The counts of the journal, and the spread of styles: where it was measured on the source it is kept, not
+        measured anew. Every draw is a function of numbers."""
+        mean, factor = (torch.from_numpy(values) for values in self.injection.spread)
+        return {"styled": self._styled, "seen": self._seen, "mean": mean, "factor": factor}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Go on counting, with the styles as they were spread."""
         self._styled, self._seen = state["styled"], state["seen"]
+        self.injection.spread = (state["mean"].numpy(), state["factor"].numpy())
