@@ -59,8 +59,6 @@ def crossearth_tasks(config: Config, network: Segmenter, source: SegmentationSet
             styling=styling,
             separate=injector.method == "gse" and injector.at == "blocks",
         )
-        for part in task.parts().values():
-            part.to(network.device)
         tasks.append(task)
     return tasks
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,7 @@ class MaskedImages(Task):
     ) -> None:
         self.mask, self.loss, self.target = mask, loss, target
         self.styling, self.separate = styling, separate
+        self._seen: dict[str, tuple[Tensor | float, int]] = {}  # term -> sum and number of losses since the last line
         self.prompt = VisualPrompt(bands, crop, prompt)
         with seeded(seed, "mim"):
             self.decoder = build_decoder(decoder, channels, bands)
@@ -90,21 +91,42 @@ class MaskedImages(Task):
         clean, names = step.batch.image, step.batch.names
         size = tuple(min(side, LARGEST_PX) for side in clean.shape[-2:])
         counts = _resize(inside(clean).to(clean.dtype), size) >= 1  # a pixel between picture and filling is none
-        of_masked = self.decoder(step.features["masked"].maps, size)
+        of_masked = at_least_float32(self.decoder(step.features["masked"].maps, size))
         target = self._target(clean, step.views["masked"].images, size)
         terms = [Term("mim", self._distance(of_masked, target, counts), list(names))]
         if not len(rows := self._styled_rows(step)):
-            return terms
+            return self._counted(terms)
         maps = step.features["styled"].maps if self.separate else [m[rows] for m in step.features["image"].maps]
-        of_styled = self.decoder(maps, size)
+        of_styled = at_least_float32(self.decoder(maps, size))
         target = self._target(clean[rows], step.views["image"].images[rows], size)
         share, samples = len(rows) / len(names), list(_at(names, rows))
         consistency = _mean((of_masked[rows] - of_styled).abs(), counts[rows])
-        return [
-            *terms,
+        terms += [
             Term("mim_styled", self._distance(of_styled, target, counts[rows]), samples, share),
             Term("style_consistency", consistency, samples, share),
         ]
+        return self._counted(terms)
+
+    def _counted(self, terms: list[Term]) -> list[Term]:
+        """The terms, taken into the means of the journal; on the device, which need not wait for it."""
+        for term in terms:
+            total, count = self._seen.get(term.name, (0.0, 0))
+            self._seen[term.name] = (total + term.losses.detach().double().sum(), count + len(term.losses))
+        return terms
+
+    def journal(self) -> dict[str, float]:
+        """Mean of each term over the samples since the last line."""
+        means = {name: float(total) / count for name, (total, count) in self._seen.items()}
+        self._seen = {}
+        return means
+
+    def state(self) -> dict[str, Any]:
+        """The sums of the journal; every draw is a function of numbers."""
+        return {"seen": {name: [float(total), count] for name, (total, count) in self._seen.items()}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on counting."""
+        self._seen = {name: (total, count) for name, (total, count) in state["seen"].items()}
 
     def _styled_rows(self, step: Step) -> Tensor:
         """Indices of the styled samples, on the device of the images."""
@@ -127,7 +149,7 @@ def _at(names: Sequence[str], rows: Tensor) -> tuple[str, ...]:
 def _mean(values: Tensor, counts: Tensor) -> Tensor:
     """Mean over bands and counted pixels of each sample, [B]; 0 without any. values [B, C, H, W], counts [B, 1, H,
     W]."""
-    total = at_least_float32(values).where(counts, 0).flatten(1).sum(1)
+    total = values.where(counts, 0).flatten(1).sum(1)
     return total / (counts.flatten(1).sum(1) * values.shape[1]).clamp(min=1)
 
 

@@ -218,13 +218,19 @@ def test_prompt_decoder_and_backbone_learn_and_styles_do_not():
 
 
 def test_the_journal_goes_on_where_it_was():
-    style = styling(probability=0.5)
+    style, encoder = styling(probability=0.5), Encoder()
+    task, losses = masked(styling=style), []
     for iteration in range(10):
-        run([style], iteration)
-    resumed = styling(probability=0.5)
+        losses += run([style, task], iteration, encoder=encoder)[1]
+    resumed, again = styling(probability=0.5), masked()
     resumed.load_state(style.state())
-    assert resumed.journal() == style.journal()
-    assert style.journal() == {}
+    again.load_state(task.state())
+    said = again.journal()
+    assert said == task.journal() and resumed.journal() == style.journal()
+    for name in ("mim", "mim_styled", "style_consistency"):
+        mean = torch.cat([term.losses for term in losses if term.name == name]).double().mean()
+        assert said[name] == pytest.approx(mean.item(), rel=1e-12)
+    assert style.journal() == task.journal() == {}
 
 
 def test_a_probability_out_of_range_names_the_key():
