@@ -55,7 +55,8 @@ def resample_plain(state: Mapping[str, Tensor], *, patch: int, grid: tuple[int, 
     if POSITIONS in state:
         count = state[POSITIONS].shape[1]
         prefix = count - math.isqrt(count) ** 2  # class and register tokens, far fewer than a further row would take
-        changed[POSITIONS] = resample_positions(state[POSITIONS], grid, prefix)
+        if count != prefix + grid[0] * grid[1]:
+            changed[POSITIONS] = resample_positions(state[POSITIONS], grid, prefix)
     return changed
 
 
