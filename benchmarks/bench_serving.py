@@ -12,9 +12,9 @@ from side_by_side import note, side_by_side
 from torch import Tensor
 
 from cegate.gate import GatePlan
-from cegate.models.adapters import Adapter
-from cegate.models.segmenter import Segmenter
-from cegate.models.vit import weight_hash
+from cegate.adapters import Adapter
+from cegate.segmenter import Segmenter
+from cegate.backbone.vit import weight_hash
 
 K = 18
 DOMAINS = ("arid", "boreal", "monsoon", "temperate")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.kernels.low_pass import low_pass_fft
-from cegate.models.segmenter import Segmenter
-from cegate.toolbox.toolbox import Toolbox
+from cegate.segmenter import Segmenter
+from cegate.parts.toolbox import Toolbox
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from cegate import __version__
+from cegate.adapters import Adapter, misfits
+from cegate.backbone.vit import weight_hash
+from cegate.compute import pick_device
 from cegate.config import Config
 from cegate.configfile import read_config
 from cegate.errors import CheckpointError, ConfigError, nearest
 from cegate.gate import GatePlan
-from cegate.models.adapters import Adapter, misfits
-from cegate.models.compute import pick_device
-from cegate.models.segmenter import Segmenter, build
-from cegate.models.vit import weight_hash
 from cegate.runfolder import RunFolder, write_json, write_text, written_aside
+from cegate.segmenter import Segmenter, build
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -78,8 +78,9 @@ class State:
 
 def save_state(path: Path, state: State) -> None:
     """Write a checkpoint aside and rename it, so that the file is the old one or the new one."""
+    sites = {name: [str(site) for site in getattr(state, name)] for name in ("active", "frozen", "ever_active")}
     with written_aside(path) as aside:
-        torch.save(dict(vars(state)), aside)
+        torch.save({**vars(state), **sites}, aside)  # plain text: a safe reader takes no class of ours
 
 
 def load_state(path: Path) -> State:
@@ -124,9 +125,8 @@ def trained_weights(segmenter: Segmenter, sites: Iterable[str] | None = None) ->
         for site in chosen
         for name, parameter in segmenter.toolbox.parameters_of(site).items()
     }
-    backbone = segmenter.vit.state_dict() if segmenter.config.model.tune == "full" else {}
-    refiner = segmenter.refiner.state_dict() if segmenter.refiner is not None else {}
-    parts = {"head": segmenter.head.state_dict(), "refiner": refiner, "vit": backbone}
+    modules = {name: module for name, module in segmenter.learning_modules().items() if name != "toolbox"}
+    parts = {name: module.state_dict() for name, module in modules.items()}
     return weights | {
         f"{part}.{name}": value.detach() for part, state in parts.items() for name, value in state.items()
     }
@@ -159,8 +159,8 @@ def restore(segmenter: Segmenter, state: State, where: str | Path, *, backbone_s
     _check_fit(segmenter, where, state.classes, state.backbone_sha256, backbone_sha256)
     load_trained(segmenter, state.trained, None, where)
     segmenter.toolbox.apply(GatePlan(state.active, state.frozen))
-    segmenter.refine(state.stage == "after")
-    segmenter.value_range = state.value_range
+    segmenter.adapts(state.stage == "after")
+    segmenter.recipe = replace(segmenter.recipe, value_range=state.value_range)
 
 
 def _check_fit(
@@ -314,9 +314,13 @@ def load_adapter(path: Path, device: str | torch.device | None = None, *, weight
         raise CheckpointError(f"{folder / CONFIG_FILE} names the site {unknown[0]!r}, which the backbone does not have")
     load_trained(segmenter, trained, plan.on, file)
     segmenter.toolbox.apply(plan)
-    segmenter.mean, segmenter.std = tuple(description["mean"]), tuple(description["std"])
-    segmenter.value_range = description["value_range"]
-    segmenter.ignore = description["ignore"]
+    segmenter.recipe = replace(
+        segmenter.recipe,
+        mean=tuple(description["mean"]),
+        std=tuple(description["std"]),
+        value_range=description["value_range"],
+        ignore=description["ignore"],
+    )
     return segmenter.to(pick_device(device or "auto") if isinstance(device, str | None) else device).eval()
 
 

@@ -42,8 +42,8 @@ def main(argv: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from cegate.checkpoint import load_adapter
+    from cegate.compute import pick_device
     from cegate.engine import predictor
-    from cegate.models.compute import pick_device
 
     images = predictor.find_images(options["input"])
     if options["overwrite"] and options["keep"]:

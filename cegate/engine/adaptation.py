@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from cegate.checkpoint import trained_weights
 from cegate.config import IGNORE
 from cegate.data.stream import DomainPair
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 
 
 class Teacher:

@@ -16,19 +16,19 @@ from rich.table import Table
 from torch import Tensor
 
 from cegate.checkpoint import load_checkpoint
+from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import EvalStream
 from cegate.engine.sets import open_evaluated
 from cegate.errors import CheckpointError, ConfigError
+from cegate.heads.head import likeliest_class
 from cegate.losses import pixel_cross_entropy
 from cegate.metrics import Confusion, Scores
-from cegate.models.compute import Precision, pick_device, precision_of
-from cegate.models.head import likeliest_class
-from cegate.models.segmenter import Segmenter
 from cegate.models.sliding import slide
 from cegate.runfolder import RunFolder, writable_folder, write_json, write_text, written_aside
+from cegate.segmenter import Segmenter
 
 
 @dataclass(frozen=True)

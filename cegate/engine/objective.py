@@ -15,7 +15,7 @@ from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import Batch, DomainPair, PairStream, TrainStream
 from cegate.engine.adaptation import Teacher, mix_domains, share_of_sure
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import torch
 
 from cegate import figures
 from cegate.checkpoint import load_state, restore
+from cegate.compute import Precision
 from cegate.data.datasets import Item, SegmentationSet
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import predict_logits
-from cegate.models.compute import Precision
-from cegate.models.head import likeliest_class
-from cegate.models.segmenter import Segmenter
+from cegate.heads.head import likeliest_class
 from cegate.runfolder import RunFolder
+from cegate.segmenter import Segmenter
 
 
 def draw_run(

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from cegate.config import IGNORE
 from cegate.data.rasters import SUFFIXES, is_georeferenced, write_mask
 from cegate.errors import DataError
-from cegate.models.segmenter import Segmenter
 from cegate.runfolder import writable_folder, written_aside
+from cegate.segmenter import Segmenter
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 

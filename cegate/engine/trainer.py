@@ -8,6 +8,7 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 
 from cegate import __version__, ops
+from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import (
     STAGES,
     State,
@@ -29,6 +31,7 @@ from cegate.checkpoint import (
     save_state,
     trained_weights,
 )
+from cegate.compute import pick_device, precision_of
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.engine import evaluator, results
@@ -48,10 +51,8 @@ from cegate.engine.sets import Sets, open_sets, value_range_of
 from cegate.errors import CheckpointError, ConfigError, TrainingError
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan, draw_k, normalize, select_top_k
-from cegate.models.compute import pick_device, precision_of
-from cegate.models.segmenter import Segmenter, build, starting_plan
-from cegate.models.vit import weight_hash
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run, read_json, write_json
+from cegate.segmenter import Segmenter, build, starting_plan
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Trainer:
         self.precision_name, self.precision = precision_of(config.run.precision, self.device)
         self.backbone_sha256 = weight_hash(segmenter.vit)
         self.initial = {name: value.clone() for name, value in trained_weights(segmenter).items()}
-        segmenter.value_range = value_range_of(sets.source)
+        segmenter.recipe = replace(segmenter.recipe, value_range=value_range_of(sets.source))
         self.interrupt = Interrupt()
         self.peak_memory: int | None = None  # bytes
         self.warned_of_zeros = False
@@ -219,10 +220,10 @@ class Trainer:
         load_trained(segmenter, self.initial, None, "the initial weights")
         plan = GatePlan() if self.stage == "before" else starting_plan(config, segmenter.toolbox)
         segmenter.toolbox.apply(plan)
-        segmenter.refine(self.stage == "after")
+        segmenter.adapts(self.stage == "after")
         segmenter.tune(config.model.tune == "full" and self.stage == "after")
         segmenter.train()
-        groups = parameter_groups(segmenter.learning_modules(), config.train.weight_decay)
+        groups = parameter_groups(segmenter.learning_modules().values(), config.train.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=config.train.lr)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision_name == "fp16")
         unlabelled = self.sets.unlabelled if self.stage == "after" else None
@@ -298,7 +299,7 @@ class Trainer:
         record = {"iteration": self.iteration, "scores": scores, "mass": mass, "active": list(plan.active)}
         self.folder.gates.append(record)
         self.score_seconds.append(time.perf_counter() - started)
-        kinds = [site.partition(".")[0] for site in plan.active]
+        kinds = [site.kind for site in plan.active]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         log.debug("iteration %d: gate chose %s (%d new)", self.iteration, counts, changed)
 
@@ -531,7 +532,7 @@ class Trainer:
         segmenter = self.segmenter
         sites, apart = segmenter.toolbox.counts(), (segmenter.toolbox, segmenter.head)
         adapting = [sites[site] for site in segmenter.toolbox.plan.on]
-        others = [module for module in segmenter.learning_modules() if module not in apart]
+        others = [module for module in segmenter.learning_modules().values() if module not in apart]
         adapting += [p.numel() for module in others for p in module.parameters()]
         write_json(
             self.folder.result,

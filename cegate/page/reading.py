@@ -15,8 +15,8 @@ from cegate.config import KINDS, Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.engine.results import Record, best_iteration, records_of
 from cegate.errors import CheckpointError, ConfigError
-from cegate.gate import site_key
 from cegate.runfolder import RunFolder, read_json
+from cegate.sites import SiteId
 
 
 @dataclass(frozen=True)
@@ -170,13 +170,13 @@ def _sites(folder: RunFolder, config: Config, rounds: Iterable[Round]) -> tuple[
     """All scored sites. Without scores: the configured kinds on as many layers as choices or adapter speak of."""
     scored = {site for choice in rounds for site in choice.scores}
     if scored:
-        return tuple(sorted(scored, key=site_key))
+        return tuple(sorted(map(SiteId, scored)))
     chosen = {site for choice in rounds for site in choice.active}
     if not chosen:
         return ()
     adapter = folder.adapter / CONFIG_FILE
     features = read_json(adapter).get("features", []) if adapter.is_file() else []
-    depth = 1 + max(*features, *(site_key(site)[1] for site in chosen), 0)
+    depth = 1 + max(*features, *(SiteId(site).layer for site in chosen), 0)
     return tuple(f"{kind}.{layer}" for kind in KINDS if kind in config.toolbox.kinds for layer in range(depth))
 
 

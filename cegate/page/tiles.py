@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cegate.checkpoint import load_checkpoint
+from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import Item, SegmentationSet, open_set
@@ -21,11 +22,10 @@ from cegate.data.transforms import normalise
 from cegate.engine.evaluator import percent, predict_logits
 from cegate.errors import CegateError, DataError
 from cegate.metrics import Confusion
-from cegate.models.compute import Precision, pick_device, precision_of
-from cegate.models.segmenter import Segmenter, ValueRange
 from cegate.page.outcome import domain_title
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain
 from cegate.palette import default_palette
+from cegate.segmenter import Segmenter, ValueRange
 
 SIDE_PX = 512
 """Longest side of a picture."""

@@ -12,9 +12,9 @@ from cegate.data.datasets import open_set
 from cegate.engine.evaluator import evaluate, evaluate_run, percent, predict_logits, table_of, write_evaluation
 from cegate.engine.trainer import Trainer, train
 from cegate.errors import CheckpointError, ConfigError
-from cegate.models.segmenter import Segmenter
 from cegate.models.sliding import slide
 from cegate.runfolder import RunFolder
+from cegate.segmenter import Segmenter
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from rasterio.transform import from_origin
 
 import cegate
 from cegate import cli, predict
+from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import save_adapter
 from cegate.engine.predictor import find_images, plan_outputs, predict_files
 from cegate.errors import DataError
-from cegate.models.vit import weight_hash
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import pytest
 
 import cegate.page
 from cegate import cli, report
+from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import State, save_state, trained_weights
 from cegate.engine.evaluator import evaluate_run, percent
-from cegate.models.segmenter import build, starting_plan
-from cegate.models.vit import weight_hash
 from cegate.page.reading import read_runs
 from cegate.page.writing import render_page
 from cegate.runfolder import RunFolder
+from cegate.segmenter import build, starting_plan
 
 VOID = {"meta", "link", "img", "path", "rect", "br"}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
