@@ -12,11 +12,12 @@ from cegate import figures
 from cegate.checkpoint import load_state, restore
 from cegate.data.datasets import Item, SegmentationSet
 from cegate.data.transforms import normalise
-from cegate.engine.evaluator import predict_logits
+from cegate.engine.evaluator import predictor_of
 from cegate.models.compute import Precision
-from cegate.models.head import likeliest_class
 from cegate.models.segmenter import Segmenter
 from cegate.runfolder import RunFolder
+from cegate.scenes.mosaic import Pixels
+from cegate.scenes.sink import ClassArray
 
 
 def draw_run(
@@ -57,6 +58,8 @@ def draw_run(
 def mask_of(segmenter: Segmenter, item: Item, precision: Precision) -> np.ndarray:
     """Predicted class of every pixel of an item, [H, W] uint8."""
     data = segmenter.config.data
-    image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
-    logits = predict_logits(segmenter, image, crop=data.crop, stride=data.stride, fit=item.fit, precision=precision)
-    return likeliest_class(logits[0]).to(torch.uint8).cpu().numpy()
+    image = torch.from_numpy(normalise(item.image, segmenter.mean, segmenter.std))
+    predictor = predictor_of(segmenter, crop=data.crop, stride=data.stride, fit=item.fit, precision=precision)
+    sink = ClassArray(tuple(image.shape[1:]))
+    predictor.run(Pixels(image), sink)
+    return sink.array

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -18,13 +17,16 @@ from cegate.gate import GatePlan, select_top_k
 from cegate.losses import pixel_cross_entropy
 from cegate.models.adapters import Adapter, AdapterBank, Chosen, Gates
 from cegate.models.compute import precision_of
-from cegate.models.head import Head, likeliest_class
+from cegate.models.head import Head
 from cegate.models.heads import build_head
-from cegate.models.pixels import RawImage, Source, open_source
-from cegate.models.sliding import slide_rows
 from cegate.models.vit import build_vit, extract_features, feature_layers
 from cegate.palette import default_palette
+from cegate.recipe import Recipe
 from cegate.refiners.rein import Rein
+from cegate.scenes.mosaic import Mosaic
+from cegate.scenes.predictor import Predictor
+from cegate.scenes.reader import RawImage, open_reader
+from cegate.scenes.sink import ClassArray, ShareArray
 from cegate.toolbox.toolbox import Toolbox
 
 
@@ -189,23 +191,63 @@ class Segmenter(nn.Module):
         below, right = -height % self.patch, -width % self.patch
         return F.pad(pixels, (0, right, 0, below), value=fill) if below or right else pixels
 
-    @torch.no_grad()
+    @property
+    def recipe(self) -> Recipe:
+        """What its own weights need to be run."""
+        return self.recipe_of(None)
+
+    def recipe_of(self, adapter: str | int | None) -> Recipe:
+        """What an adapter needs to be run; None: the model's own weights.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        learned = self if adapter is None else self.bank.named(adapter)
+        data = learned.config.data
+        return Recipe(
+            classes=tuple(learned.classes),
+            palette=tuple(data.palette or default_palette(len(learned.classes))),
+            bands=tuple(learned.bands),
+            mean=tuple(learned.mean),
+            std=tuple(learned.std),
+            value_range=learned.value_range,
+            crop=data.crop,
+            stride=data.stride,
+            precision=self.config.run.precision,
+        )
+
+    def predictor(
+        self, *, adapter: str | int | None = None, stride: int | None = None, blend: str = "cosine"
+    ) -> Predictor:
+        """What puts images through the model; arguments as of :meth:`predict`."""
+        recipe, forward, head = self.recipe_of(adapter), self, self.head
+        if adapter is not None:
+            forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
+        mosaic = Mosaic(recipe.crop, stride or recipe.stride, blend, log_shares=head.log_shares)
+        return Predictor(forward, mosaic, self.device, precision_of(recipe.precision, self.device)[1], self)
+
     def predict(
         self,
         image: RawImage,
         *,
         adapter: str | int | None = None,
         all_pixels: bool = False,
+        stride: int | None = None,
+        blend: str = "cosine",
         progress: Callable[[float], None] | None = None,
     ) -> np.ndarray:
         """Class index of every pixel.
 
         A file is read, seen and forgotten from top to bottom: beside the result, some windows' height of it is held.
+        Several threads may call it at once.
 
         Args:
             image: (bands, H, W) or (H, W, bands) array, or an image file.
             adapter: which adapter sees it; default: the model's own weights.
             all_pixels: predict also where the image says that it has no data.
+            stride: step between windows in pixels; default: that of the configuration.
+            blend: how windows that overlap are weighed: ``cosine`` and ``linear`` less towards their edges, ``none``
+                alike, as in evaluation.
             progress: told the share of the image, 0..1, that is done.
 
         Returns:
@@ -213,51 +255,31 @@ class Segmenter(nn.Module):
             nodata value in every band, its alpha band or its mask, a masked array where all bands are masked.
 
         Raises:
-            ConfigError: there is no such adapter.
+            ConfigError: there is no such adapter or blend, or the stride is larger than a window.
             DataError: the image cannot be read, or is not of the bands, depth or scale that were learned from.
         """
-        with self._scan(image, adapter, all_pixels) as (source, parts):
-            classes = np.empty(source.size, np.uint8)
-            for rows, logits in parts:
-                classes[rows] = likeliest_class(logits).to(torch.uint8).cpu().numpy()
-                if progress is not None:
-                    progress(rows.stop / source.size[0])
-            if source.empty is not None:
-                classes[source.empty] = IGNORE
-        return classes
+        predictor = self.predictor(adapter=adapter, stride=stride, blend=blend)
+        with open_reader(image, self.recipe_of(adapter), all_pixels=all_pixels) as reader:
+            sink = ClassArray(reader.size)
+            predictor.run(reader, sink, progress)
+        return sink.array
 
-    @torch.no_grad()
     def predict_proba(
-        self, image: RawImage, *, adapter: str | int | None = None, all_pixels: bool = False
+        self,
+        image: RawImage,
+        *,
+        adapter: str | int | None = None,
+        all_pixels: bool = False,
+        stride: int | None = None,
+        blend: str = "cosine",
     ) -> np.ndarray:
         """Class probabilities, (K, H, W) float32, of a (bands, H, W) or (H, W, bands) array or an image file; NaN
         where :meth:`predict` gives 255. Else as there."""
-        with self._scan(image, adapter, all_pixels) as (source, parts):
-            shares = np.concatenate([logits.float().softmax(0).cpu().numpy() for _, logits in parts], axis=1)
-            if source.empty is not None:
-                shares[:, source.empty] = np.nan
-        return shares
-
-    @contextmanager
-    def _scan(
-        self, image: RawImage, adapter: str | int | None, all_pixels: bool
-    ) -> Iterator[tuple[Source, Iterator[tuple[slice, Tensor]]]]:
-        """The image, and rows of it with their logits [K, rows, W]."""
-        forward, head, data, learned = self, self.head, self.config.data, self
-        if adapter is not None:
-            forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
-            learned = self.bank.named(adapter)
-            data = learned.config.data
-        _, precision = precision_of(self.config.run.precision, self.device)
-        windows = {"crop": data.crop, "stride": data.stride, "log_shares": head.log_shares}
-        was_training = self.training
-        with open_source(image, learned, all_pixels=all_pixels) as source, precision():
-            self.eval()
-            try:
-                rows = lambda first, last: source.rows(first, last).to(self.device)  # noqa: E731
-                yield source, slide_rows(forward, rows, source.size, **windows)
-            finally:
-                self.train(was_training)
+        predictor, recipe = self.predictor(adapter=adapter, stride=stride, blend=blend), self.recipe_of(adapter)
+        with open_reader(image, recipe, all_pixels=all_pixels) as reader:
+            sink = ShareArray(len(recipe.classes), reader.size)
+            predictor.run(reader, sink)
+        return sink.array
 
     def normalise(self, image: RawImage, *, adapter: str | int | None = None) -> Tensor:
         """Raw pixels -> the normalised float32 tensor [bands, H, W] that the backbone takes.
@@ -270,15 +292,14 @@ class Segmenter(nn.Module):
             ConfigError: there is no such adapter.
             DataError: wrong number of bands, NaN or infinite pixels, or a scale that is not that of training.
         """
-        learned = self if adapter is None else self.bank.named(adapter)
-        with open_source(image, learned, all_pixels=True) as source:
-            tensor = source.rows(0, source.size[0])
-        if source.empty is not None and source.empty.any():
+        with open_reader(image, self.recipe_of(adapter), all_pixels=True) as reader:
+            pixels, empty = reader.read(0, reader.size[0])
+        if empty is not None and empty.any():
             raise DataError(
-                f"{source.name} has {int(source.empty.sum())} NaN or infinite pixels; fill them, or call predict, "
-                "which leaves them out"
+                f"{reader.name} has {int(empty.sum())} NaN or infinite pixels; fill them, or call predict, which "
+                "leaves them out"
             )
-        return tensor
+        return pixels
 
 
 def normalisation(vit: nn.Module, bands: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
