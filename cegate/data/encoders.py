@@ -78,9 +78,11 @@ class TiffWriter:
         tags: number -> field: all that does not depend on the size, see `read_tags`.
     """
 
+    BIG_PX = 1 << 31
+
     def __init__(self, file: BinaryIO, size: tuple[int, int], tags: Mapping[int, Tag]) -> None:
         (height, width), self._file = size, file
-        self._tiled, self._big = min(size) > BLOCK, height * width >= 1 << 31
+        self._tiled, self._big = min(size) > BLOCK, height * width >= self.BIG_PX
         self._tags = {number: tag for number, tag in tags.items() if number not in _OF_THE_SIZE}
         self._tags |= {_WIDTH: self._numbers([width]), _LENGTH: self._numbers([height])}
         if self._tiled:
