@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from cegate import dispatch
 from cegate.backbone.vit import feature_layers, weight_hash
 from cegate.config import Config
-from cegate.data.scale import ValueRange
 from cegate.errors import CheckpointError, ConfigError, nearest
 from cegate.gate import GatePlan
 from cegate.heads.build import build_head
 from cegate.network import Network
 from cegate.parts.part import Use
 from cegate.parts.toolbox import Toolbox
+from cegate.recipe import Recipe
 from cegate.sites import SiteId
 
 Gates = Tensor | Sequence
@@ -45,25 +45,12 @@ class Adapter:
     """Sites that are on."""
     backbone_sha256: str
     """:func:`~cegate.backbone.vit.weight_hash` of the backbone it was trained on."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Per band, of pixels in 0..1."""
-    value_range: ValueRange | None
-    """[low, high] of each band, mapped to 0..1; None: 8-bit pixels."""
+    recipe: Recipe
+    """How images are read, normalised and cut into windows for it, and its classes."""
     source: str
     """File of the weights, for messages."""
     weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """``toolbox.<site>.<weight>`` and ``head.<weight>``; empty once a model holds them."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Names of the classes in the order of their indices."""
-        return tuple(self.config.data.classes)
-
-    @property
-    def bands(self) -> tuple[int, ...]:
-        """1-based bands of a file that the backbone sees."""
-        return tuple(self.config.data.source.bands or (1, 2, 3))
 
 
 def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
@@ -238,7 +225,7 @@ class AdapterBank(nn.Module):
                 f"adapter has {len(adapter)} entries for {samples} samples; give one for each, or one name"
             )
         indices = [self.index(chosen) for chosen in adapter]
-        numbers = {len(a.classes): name for i, (name, a) in enumerate(self._adapters.items()) if i in indices}
+        numbers = {len(a.recipe.classes): name for i, (name, a) in enumerate(self._adapters.items()) if i in indices}
         if len(numbers) > 1:
             (few, one), (many, other) = sorted(numbers.items())[:2]
             raise ConfigError(
@@ -322,7 +309,7 @@ def check_fit(network: Network, adapter: Adapter, backbone_sha256: str) -> None:
     }
     if adapter.backbone_sha256 != backbone_sha256:
         names = {"model.backbone": (theirs.model.backbone, ours.model.backbone)}
-        bands = {"the number of bands": (len(adapter.bands), len(network.recipe.bands))}
+        bands = {"the number of bands": (len(adapter.recipe.bands), len(network.recipe.bands))}
         hashes = {"its sha256": (adapter.backbone_sha256[:12], backbone_sha256[:12])}
         why = _differences(names | sizes | bands) or _differences(hashes)
         raise CheckpointError(

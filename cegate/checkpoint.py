@@ -24,6 +24,7 @@ from cegate.config import Config
 from cegate.configfile import read_config
 from cegate.errors import CheckpointError, ConfigError, nearest
 from cegate.gate import GatePlan
+from cegate.recipe import Recipe
 from cegate.runfolder import RunFolder, write_json, write_text, written_aside
 from cegate.segmenter import Segmenter, build
 
@@ -213,7 +214,7 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "backbone_weights": config.model.weights,
         "backbone_sha256": backbone_sha256,
         "image_size": config.model.image_size or config.data.crop,
-        "patch_size": segmenter.patch,
+        "patch_size": segmenter.backbone.patch,
         "features": segmenter.layers,
         "toolbox": asdict(config.toolbox),
         "refiner": asdict(config.refiner),
@@ -221,17 +222,8 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "frozen_sites": list(plan.frozen),
         "head": config.model.head,
         "tune": config.model.tune,
-        "classes": list(segmenter.classes),
-        "palette": list(segmenter.palette),
-        "bands": list(segmenter.bands),
-        "mean": list(segmenter.mean),
-        "std": list(segmenter.std),
-        "value_range": segmenter.value_range,
-        "ignore": segmenter.ignore,
-        "crop": config.data.crop,
-        "stride": config.data.stride,
+        **segmenter.recipe.to_mapping(),
         "seed": config.run.seed,
-        "precision": config.run.precision,
     }
 
 
@@ -314,13 +306,7 @@ def load_adapter(path: Path, device: str | torch.device | None = None, *, weight
         raise CheckpointError(f"{folder / CONFIG_FILE} names the site {unknown[0]!r}, which the backbone does not have")
     load_trained(segmenter, trained, plan.on, file)
     segmenter.toolbox.apply(plan)
-    segmenter.recipe = replace(
-        segmenter.recipe,
-        mean=tuple(description["mean"]),
-        std=tuple(description["std"]),
-        value_range=description["value_range"],
-        ignore=description["ignore"],
-    )
+    segmenter.recipe = Recipe.from_mapping(description)
     return segmenter.to(pick_device(device or "auto") if isinstance(device, str | None) else device).eval()
 
 
@@ -336,9 +322,7 @@ def read_adapter(path: Path) -> Adapter:
         config=_rebuild_config(description, folder, None),
         plan=GatePlan(description["active_sites"], description["frozen_sites"]),
         backbone_sha256=description["backbone_sha256"],
-        mean=tuple(description["mean"]),
-        std=tuple(description["std"]),
-        value_range=description["value_range"],
+        recipe=Recipe.from_mapping(description),
         source=str(folder / WEIGHTS_FILE),
         weights=_read_weights(folder / WEIGHTS_FILE),
     )

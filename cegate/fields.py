@@ -1,9 +1,9 @@
 """Values of dataclass fields: the one judge of what a configuration may hold, and the texts that help shows.
 
 A field's type says what is accepted (int, float, bool, str, Literal, list, dict, dataclass, unions of them),
-`Annotated` with `Range`, `Pattern`, `Meets` or `OneOf` which values of the type, and the string under the field what it means.
-The judge is ours and no library's: YAML decides no type here (`cegate.yamltext`), a message names key, value, what is
-accepted and what was probably meant, all problems come at once, and help needs nothing but argparse.
+`Annotated` with `Range`, `Pattern`, `Meets` or `OneOf` which values of the type, and the string under the field what it
+means. The judge is ours and no library's: YAML decides no type here (`cegate.yamltext`), a message names key, value,
+what is accepted and what was probably meant, all problems come at once, and help needs nothing but argparse.
 """
 
 from __future__ import annotations

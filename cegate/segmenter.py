@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -20,15 +20,16 @@ from cegate.data.scale import EIGHT_BIT, ValueRange
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.heads.build import build_head
-from cegate.heads.head import likeliest_class
-from cegate.models.pixels import RawImage, Source, open_source
-from cegate.models.sliding import slide_rows
 from cegate.network import Network
 from cegate.palette import default_palette
 from cegate.parts.part import Part
 from cegate.parts.rein import Rein
 from cegate.parts.toolbox import Toolbox
 from cegate.recipe import Recipe
+from cegate.scenes.mosaic import Mosaic
+from cegate.scenes.predictor import Predictor
+from cegate.scenes.reader import RawImage, open_reader
+from cegate.scenes.sink import ClassArray, ShareArray
 
 
 class Segmenter(Network):
@@ -42,40 +43,12 @@ class Segmenter(Network):
     def __init__(self, backbone: Backbone, parts: Mapping[str, Part], layers: Sequence[int], config: Config) -> None:
         super().__init__(backbone, parts, layers)
         self.config, self.bank = config, AdapterBank()
-        self.recipe = recipe_of(config, backbone.vit)
+        self.recipe = starting_recipe(config, backbone.vit)
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Names of the classes in the order of their indices."""
         return self.recipe.classes
-
-    @property
-    def mean(self):
-        return self.recipe.mean
-
-    @property
-    def std(self):
-        return self.recipe.std
-
-    @property
-    def bands(self):
-        return self.recipe.bands
-
-    @property
-    def palette(self):
-        return self.recipe.palette
-
-    @property
-    def ignore(self):
-        return self.recipe.ignore
-
-    @property
-    def value_range(self):
-        return self.recipe.value_range
-
-    @property
-    def patch(self):
-        return self.backbone.patch
 
     @property
     def refiner(self) -> Part | None:
@@ -189,23 +162,48 @@ class Segmenter(Network):
         """
         self.bank.delete(name)
 
-    @torch.no_grad()
+    def recipe_of(self, adapter: str | int | None) -> Recipe:
+        """What an adapter needs to be run; None: the model's own weights.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        if adapter is None:
+            return self.recipe
+        return replace(self.bank.named(adapter).recipe, precision=self.recipe.precision)
+
+    def predictor(
+        self, *, adapter: str | int | None = None, stride: int | None = None, blend: str = "cosine"
+    ) -> Predictor:
+        """What puts images through the model; arguments as of :meth:`predict`."""
+        recipe, forward, head = self.recipe_of(adapter), self, self.head
+        if adapter is not None:
+            forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
+        mosaic = Mosaic(recipe.crop, stride or recipe.stride, blend, log_shares=head.log_shares)
+        return Predictor(forward, mosaic, self.device, precision_of(recipe.precision, self.device)[1], self)
+
     def predict(
         self,
         image: RawImage,
         *,
         adapter: str | int | None = None,
         all_pixels: bool = False,
+        stride: int | None = None,
+        blend: str = "cosine",
         progress: Callable[[float], None] | None = None,
     ) -> np.ndarray:
         """Class index of every pixel.
 
         A file is read, seen and forgotten from top to bottom: beside the result, some windows' height of it is held.
+        Several threads may call it at once.
 
         Args:
             image: (bands, H, W) or (H, W, bands) array, or an image file.
             adapter: which adapter sees it; default: the model's own weights.
             all_pixels: predict also where the image says that it has no data.
+            stride: step between windows in pixels; default: that of the configuration.
+            blend: how windows that overlap are weighed: ``cosine`` and ``linear`` less towards their edges, ``none``
+                alike, as in evaluation.
             progress: told the share of the image, 0..1, that is done.
 
         Returns:
@@ -213,51 +211,31 @@ class Segmenter(Network):
             nodata value in every band, its alpha band or its mask, a masked array where all bands are masked.
 
         Raises:
-            ConfigError: there is no such adapter.
+            ConfigError: there is no such adapter or blend, or the stride is larger than a window.
             DataError: the image cannot be read, or is not of the bands, depth or scale that were learned from.
         """
-        with self._scan(image, adapter, all_pixels) as (source, parts):
-            classes = np.empty(source.size, np.uint8)
-            for rows, logits in parts:
-                classes[rows] = likeliest_class(logits).to(torch.uint8).cpu().numpy()
-                if progress is not None:
-                    progress(rows.stop / source.size[0])
-            if source.empty is not None:
-                classes[source.empty] = IGNORE
-        return classes
+        predictor = self.predictor(adapter=adapter, stride=stride, blend=blend)
+        with open_reader(image, self.recipe_of(adapter), all_pixels=all_pixels) as reader:
+            sink = ClassArray(reader.size)
+            predictor.run(reader, sink, progress)
+        return sink.array
 
-    @torch.no_grad()
     def predict_proba(
-        self, image: RawImage, *, adapter: str | int | None = None, all_pixels: bool = False
+        self,
+        image: RawImage,
+        *,
+        adapter: str | int | None = None,
+        all_pixels: bool = False,
+        stride: int | None = None,
+        blend: str = "cosine",
     ) -> np.ndarray:
         """Class probabilities, (K, H, W) float32, of a (bands, H, W) or (H, W, bands) array or an image file; NaN
         where :meth:`predict` gives 255. Else as there."""
-        with self._scan(image, adapter, all_pixels) as (source, parts):
-            shares = np.concatenate([logits.float().softmax(0).cpu().numpy() for _, logits in parts], axis=1)
-            if source.empty is not None:
-                shares[:, source.empty] = np.nan
-        return shares
-
-    @contextmanager
-    def _scan(
-        self, image: RawImage, adapter: str | int | None, all_pixels: bool
-    ) -> Iterator[tuple[Source, Iterator[tuple[slice, Tensor]]]]:
-        """The image, and rows of it with their logits [K, rows, W]."""
-        forward, head, data, learned = self, self.head, self.config.data, self
-        if adapter is not None:
-            forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
-            learned = self.bank.named(adapter)
-            data = learned.config.data
-        _, precision = precision_of(self.config.run.precision, self.device)
-        windows = {"crop": data.crop, "stride": data.stride, "log_shares": head.log_shares}
-        was_training = self.training
-        with open_source(image, learned, all_pixels=all_pixels) as source, precision():
-            self.eval()
-            try:
-                rows = lambda first, last: source.rows(first, last).to(self.device)  # noqa: E731
-                yield source, slide_rows(forward, rows, source.size, **windows)
-            finally:
-                self.train(was_training)
+        predictor, recipe = self.predictor(adapter=adapter, stride=stride, blend=blend), self.recipe_of(adapter)
+        with open_reader(image, recipe, all_pixels=all_pixels) as reader:
+            sink = ShareArray(len(recipe.classes), reader.size)
+            predictor.run(reader, sink)
+        return sink.array
 
     def normalise(self, image: RawImage, *, adapter: str | int | None = None) -> Tensor:
         """Raw pixels -> the normalised float32 tensor [bands, H, W] that the backbone takes.
@@ -270,18 +248,17 @@ class Segmenter(Network):
             ConfigError: there is no such adapter.
             DataError: wrong number of bands, NaN or infinite pixels, or a scale that is not that of training.
         """
-        learned = self if adapter is None else self.bank.named(adapter)
-        with open_source(image, learned, all_pixels=True) as source:
-            tensor = source.rows(0, source.size[0])
-        if source.empty is not None and source.empty.any():
+        with open_reader(image, self.recipe_of(adapter), all_pixels=True) as reader:
+            pixels, empty = reader.read(0, reader.size[0])
+        if empty is not None and empty.any():
             raise DataError(
-                f"{source.name} has {int(source.empty.sum())} NaN or infinite pixels; fill them, or call predict, "
-                "which leaves them out"
+                f"{reader.name} has {int(empty.sum())} NaN or infinite pixels; fill them, or call predict, which "
+                "leaves them out"
             )
-        return tensor
+        return pixels
 
 
-def recipe_of(config: Config, vit: nn.Module) -> Recipe:
+def starting_recipe(config: Config, vit: nn.Module) -> Recipe:
     """What a configuration and a backbone's pretraining say of how images are run; the value range is not known yet."""
     data, bands = config.data, tuple(config.data.source.bands or (1, 2, 3))
     mean, std = normalisation(vit, len(bands))

@@ -104,6 +104,11 @@ class SiteId(str):
         return cls(f"{kind}.{layer}" if stream is None else f"{kind}.{layer}.{stream}")
 
     @property
+    def row(self) -> str:
+        """Kind and stream: the row of a table of gates."""
+        return self.kind if self.stream is None else f"{self.kind}.{self.stream}"
+
+    @property
     def sort_key(self) -> tuple[int, int, str]:
         """(place of the kind in the registry, layer, stream or '')."""
         return kinds().index(self.kind), self.layer, self.stream or ""

@@ -188,7 +188,7 @@ def test_a_constant_band_becomes_zero(model):
     try:
         tensor = model.normalise(np.full((3, 64, 64), 7, np.uint16))
         assert torch.isfinite(tensor).all()
-        assert tensor[1, 0, 0].item() == pytest.approx(-model.mean[1] / model.std[1])
+        assert tensor[1, 0, 0].item() == pytest.approx(-model.recipe.mean[1] / model.recipe.std[1])
     finally:
         model.recipe = dataclasses.replace(model.recipe, value_range=None)
 
@@ -197,7 +197,7 @@ def test_more_bands_widen_the_input():
     data = replace(CONFIG.data, source=SetConfig(bands=[4, 3, 2, 1]))
     model = cegate.build(replace(CONFIG, data=data))
     assert model(torch.randn(1, 4, 64, 64)).shape == (1, 3, 64, 64)
-    assert len(model.mean) == len(model.std) == 4
+    assert len(model.recipe.mean) == len(model.recipe.std) == 4
 
 
 def test_build_takes_a_dict_and_names_an_unknown_key():

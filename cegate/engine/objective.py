@@ -63,8 +63,8 @@ def _stream_of(config: Config, segmenter: Segmenter, dataset: SegmentationSet) -
         crop=config.data.crop,
         augment=config.data.augment,
         seed=config.run.seed,
-        mean=segmenter.mean,
-        std=segmenter.std,
+        mean=segmenter.recipe.mean,
+        std=segmenter.recipe.std,
     )
 
 

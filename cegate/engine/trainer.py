@@ -115,7 +115,8 @@ def describe(config: Config) -> str:
             f"source: {len(sets.source)} images, classes {', '.join(segmenter.classes)}",
             "evaluated on:",
             *(domains or ["  nothing"]),
-            f"backbone: {config.model.backbone}, patch {segmenter.patch}, features of layers {segmenter.layers}",
+            f"backbone: {config.model.backbone}, patch {segmenter.backbone.patch}, "
+            f"features of layers {segmenter.layers}",
             f"toolbox: {len(counts)} sites with {sum(counts.values()):,} weights; "
             f"training {trained.get(gate.method, f'{len(starting_plan(config, segmenter.toolbox).active)} sites')}",
             *_describe_refiner(config, segmenter),
@@ -409,7 +410,7 @@ class Trainer:
             step_seconds=self.step_seconds,
             score_seconds=self.score_seconds,
             peak_memory_bytes=self.peak_memory,
-            value_range=self.segmenter.value_range,
+            value_range=self.segmenter.recipe.value_range,
             backbone_sha256=self.backbone_sha256,
             classes=list(self.segmenter.classes),
         )

@@ -204,7 +204,7 @@ class _Painter:
     def __call__(self, item: Item, counts: np.ndarray) -> tuple[Sequence[Picture], str]:
         """Pictures, and a note where the recomputed counts are not those of the evaluation."""
         segmenter, data = self.segmenter, self.segmenter.config.data
-        image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
+        image = torch.from_numpy(normalise(item.image[None], segmenter.recipe.mean, segmenter.recipe.std))
         windows = {"crop": data.crop, "stride": data.stride, "fit": item.fit}
         logits = predict_logits(segmenter, image, precision=self.precision, **windows)
         sure, mask = (part[0].cpu().numpy() for part in logits.float().softmax(1).max(1))
@@ -217,7 +217,7 @@ class _Painter:
             if moved > OTHER_COUNTS
             else ""
         )
-        palette, k = segmenter.palette, len(segmenter.classes)
+        palette, k = segmenter.recipe.palette, len(segmenter.classes)
         pictures = (
             Picture("image", photo(item.image), f"Image of {item.name}", flat=False),
             Picture("truth", class_map(item.label, palette), f"True classes of {item.name}", flat=True),

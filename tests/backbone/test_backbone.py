@@ -12,8 +12,8 @@ from cegate.backbone.ports import PORTS, Circuit, Plug, Tokens
 from cegate.errors import BackboneError
 
 SMALL = {"embed_dim": 96, "num_heads": 3}
-# plain, class and register tokens, distilled, no class token, position of its own for the class token, rotary with fused
-# and separate projections, added biases, gated MLPs, norms of queries and keys, RMSNorm, other activations
+# plain, class and register tokens, distilled, no class token, position of its own for the class token, rotary with
+# fused and separate projections, added biases, gated MLPs, norms of queries and keys, RMSNorm, other activations
 NAMES = {
     "vit_small_patch14_dinov2": SMALL,
     "vit_small_patch14_reg4_dinov2": SMALL,

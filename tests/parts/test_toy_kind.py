@@ -1,4 +1,4 @@
-"""A kind of module in one file: registered, and then trained, scored, saved, resumed, loaded and drawn like the others."""
+"""A kind of module in one file: registered, then trained, scored, saved, resumed, loaded and drawn like the others."""
 
 from __future__ import annotations
 

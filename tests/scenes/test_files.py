@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import torch
 from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 
-import cegate
 from cegate import cli, predict
 from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import save_adapter
-from cegate.engine.predictor import find_images, plan_outputs, predict_files
+from cegate.data.rasters import OpenImage
 from cegate.errors import DataError
+from cegate.scenes import sink
+from cegate.scenes.files import find_images, plan_outputs, predict_files
 
 
 @pytest.fixture
@@ -34,21 +36,20 @@ def images(tmp_path):
     return folder
 
 
-def test_georeferenced_input_gives_a_geotiff_and_the_rest_png(images, small, tmp_path):
-    segmenter = cegate.build(small())
+def test_georeferenced_input_gives_a_geotiff_and_the_rest_png(images, segmenter, tmp_path):
     masks = plan_outputs(find_images([str(images)]), tmp_path / "out")
     assert [written.mask.name for written in predict_files(segmenter, masks)] == ["a.png", "b.tif", "c.png"]
     with rasterio.open(images / "b.tif") as src, rasterio.open(tmp_path / "out/b.tif") as mask:
         assert (mask.crs, mask.transform, mask.shape) == (src.crs, src.transform, src.shape)
         assert mask.nodata == 255
         assert np.array_equal(mask.read(1), segmenter.predict(images / "b.tif"))
-        assert "#{:02X}{:02X}{:02X}".format(*mask.colormap(1)[1][:3]) == segmenter.palette[1]
+        assert "#{:02X}{:02X}{:02X}".format(*mask.colormap(1)[1][:3]) == segmenter.recipe.palette[1]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.tif", "c.png"]
 
 
-def test_one_image_goes_into_the_file_that_is_named(images, small, tmp_path):
+def test_one_image_goes_into_the_file_that_is_named(images, segmenter, tmp_path):
     masks = plan_outputs([images / "b.tif"], tmp_path / "mask.png")
-    written = list(predict_files(cegate.build(small()), masks))
+    written = list(predict_files(segmenter, masks))
     assert written == [(tmp_path / "mask.png", images / "b.tif", 0)]
     with pytest.raises(DataError, match="one file for 2 images"):
         plan_outputs([images / "a.png", images / "b.tif"], tmp_path / "mask.png")
@@ -70,18 +71,19 @@ def test_nothing_is_overwritten_unasked(images, tmp_path):
         plan_outputs(find_images([str(images)]), images, overwrite=True)
 
 
-def test_a_mask_that_cannot_be_written_leaves_the_older_one(images, small, tmp_path, monkeypatch):
+def test_a_mask_that_cannot_be_written_leaves_the_older_one(images, segmenter, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/b.tif").write_bytes(b"older")
 
-    def full(path, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    class FullDisk(sink.MaskFile):
+        def write(self, rows):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(sink, "MaskFile", FullDisk)
     (images / "aa_broken.png").write_text("no picture")
     masks = plan_outputs([images / "aa_broken.png", images / "b.tif"], tmp_path / "out", overwrite=True)
     with pytest.raises(DataError, match=r"out/b\.tif cannot be written \(No space left on device\).*aa_broken\.png"):
-        list(predict_files(cegate.build(small()), masks))
+        list(predict_files(segmenter, masks))
     assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [b"older"]
 
 
@@ -93,12 +95,12 @@ def test_images_of_one_name_are_told_apart(images, tmp_path):
         plan_outputs([images / "a.png", twin], tmp_path / "out")
 
 
-def test_images_that_cannot_be_used_are_named_after_the_others_are_done(images, small, tmp_path):
+def test_images_that_cannot_be_used_are_named_after_the_others_are_done(images, segmenter, tmp_path):
     (images / "aa_broken.tif").write_bytes(b"no picture")
     (images / "two_bands.tif").write_bytes(two_bands(images / "b.tif"))
     masks = plan_outputs(find_images([str(images)]), tmp_path / "out")
     told = []
-    predicted = predict_files(cegate.build(small()), masks, told.append)
+    predicted = predict_files(segmenter, masks, told.append)
     assert [written.mask.name for written in islice(predicted, 3)] == ["a.png", "b.tif", "c.png"]
     why = r"2 of 5 images have no mask: .*aa_broken\.tif.*two_bands\.tif has 2 bands, the model reads"
     with pytest.raises(DataError, match=why):
@@ -110,21 +112,86 @@ def test_images_that_cannot_be_used_are_named_after_the_others_are_done(images, 
     assert told == sorted(told) and {1, 2, 3, 4, 5} <= set(told)
 
 
-def test_an_image_that_goes_before_its_mask_is_written_stops_no_other(images, small, tmp_path, monkeypatch):
-    segmenter = cegate.build(small())
-    predict_image = segmenter.predict
-
-    def predict_and_lose(image, **options):
-        classes = predict_image(image, **options)
-        if image.name == "a.png":
-            image.unlink()
-        return classes
-
-    monkeypatch.setattr(segmenter, "predict", predict_and_lose)
+def test_an_image_that_goes_before_its_turn_stops_no_other(images, segmenter, tmp_path):
     predicted = predict_files(segmenter, plan_outputs(find_images([str(images)]), tmp_path / "out"))
-    assert [written.mask.name for written in islice(predicted, 2)] == ["b.tif", "c.png"]
-    with pytest.raises(DataError, match=r"1 of 3 images have no mask: .*a\.png: no such file"):
+    assert next(predicted).mask.name == "a.png"
+    (images / "b.tif").unlink()
+    assert next(predicted).mask.name == "c.png"
+    with pytest.raises(DataError, match=r"1 of 3 images have no mask: .*b\.tif: no such file"):
         next(predicted)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (MemoryError("Unable to allocate 3.00 TiB"), r"b\.tif: out of memory \(Unable to allocate 3.00 TiB\); cut it"),
+        (MemoryError(), r"out of memory \(MemoryError\)"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB"), r"CUDA out of memory. Tried to allo"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "DefaultCPUAllocator"),
+        (rasterio.errors.RasterioIOError("Read failed. See previous exception"), r"b\.tif: cannot be read as a raster"),
+    ],
+    ids=["numpy", "bare", "gpu", "torch", "gdal"],
+)
+def test_what_goes_wrong_with_one_image_stops_no_other(images, segmenter, tmp_path, monkeypatch, error, why):
+    read = OpenImage.read
+
+    def fail(self, bands=None, *, window=None):
+        if str(self._path).endswith("b.tif"):
+            raise error
+        return read(self, bands, window=window)
+
+    monkeypatch.setattr(OpenImage, "read", fail)
+    predicted = predict_files(segmenter, plan_outputs(find_images([str(images)]), tmp_path / "out"))
+    assert [written.mask.name for written in islice(predicted, 2)] == ["a.png", "c.png"]
+    with pytest.raises(DataError, match=why) as caught:
+        next(predicted)
+    assert "\n" not in str(caught.value)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
+
+
+def test_our_own_bugs_keep_their_traceback(images, segmenter, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(OpenImage, "read", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        next(predict_files(segmenter, {images / "a.png": tmp_path / "a.png"}))
+
+
+def test_an_output_that_is_no_mask_and_no_folder_is_refused(images, tmp_path):
+    for name in ("map.jpg", "map.geojson", "map.TIF.bak"):
+        with pytest.raises(DataError, match=rf"{name}: a mask cannot be written as \.\w+; give a \.png or \.tif file"):
+            plan_outputs([images / "a.png"], tmp_path / name)
+        assert not (tmp_path / name).exists()
+    (tmp_path / "v1.old").mkdir()
+    assert plan_outputs([images / "a.png"], tmp_path / "v1.old")[images / "a.png"].parent == tmp_path / "v1.old"
+    assert plan_outputs([images / "a.png"], tmp_path / "masks_0.5")
+
+
+def test_what_a_killed_process_left_is_no_image(images):
+    (images / ".a.x1y2z3w4.tif").write_bytes((images / "b.tif").read_bytes())
+    (images / "folder.tif").mkdir()
+    assert [path.name for path in find_images([str(images)])] == ["a.png", "b.tif", "c.tif"]
+
+
+def test_windows_of_the_command_are_those_of_python(images, segmenter, tmp_path, capsys):
+    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
+    for number, windows in enumerate(({}, {"stride": 5}, {"blend": "none"}, {"stride": 5, "blend": "linear"})):
+        options = {"adapter": tmp_path / "adapter", "input": images / "b.tif", "output": tmp_path / f"{number}.tif"}
+        argv = [word for key, value in (options | windows).items() for word in (f"--{key}", str(value))]
+        assert predict.main(argv) == cli.GOOD
+        with rasterio.open(tmp_path / f"{number}.tif") as mask:
+            assert np.array_equal(mask.read(1), segmenter.predict(images / "b.tif", **windows))
+    capsys.readouterr()
+    wrong = {
+        "--stride 0": "--stride 0 is no step in pixels; give a whole number of 1 or more",
+        "--stride 33": "stride=33 does not fit windows of 32 px; use 1..32",
+        "--blend cosin": "--blend cosin is unknown; use none, linear, cosine",
+    }
+    for words, message in wrong.items():
+        options = ["--adapter", tmp_path / "adapter", "--input", images / "b.tif", "--output", tmp_path / "m.tif"]
+        assert predict.main([*map(str, options), *words.split()]) == cli.USAGE
+        assert message in capsys.readouterr().err
 
 
 def two_bands(path: Path) -> bytes:
@@ -134,7 +201,7 @@ def two_bands(path: Path) -> bytes:
         return memory.read()
 
 
-def test_ground_control_points_are_kept(images, small, tmp_path):
+def test_ground_control_points_are_kept(images, segmenter, tmp_path):
     points = [GroundControlPoint(row, column, 10 + column, 50 - row) for row, column in ((0, 0), (0, 44), (30, 0))]
     with (
         rasterio.open(images / "b.tif") as src,
@@ -151,7 +218,7 @@ def test_ground_control_points_are_kept(images, small, tmp_path):
         ) as out,
     ):
         out.write(src.read())
-    (written,) = predict_files(cegate.build(small()), plan_outputs([images / "gcp.tif"], tmp_path / "out"))
+    (written,) = predict_files(segmenter, plan_outputs([images / "gcp.tif"], tmp_path / "out"))
     with rasterio.open(written.mask) as mask:
         found, crs = mask.gcps
     assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
@@ -159,13 +226,12 @@ def test_ground_control_points_are_kept(images, small, tmp_path):
 
 
 @pytest.mark.parametrize(("rows", "columns", "share"), [(15, 44, "50.0 %"), (30, 44, "100.0 %"), (1, 1, "under 0.1 %")])
-def test_images_without_data_in_places_are_named(images, small, tmp_path, capsys, rows, columns, share):
+def test_images_without_data_in_places_are_named(images, segmenter, tmp_path, capsys, rows, columns, share):
     with rasterio.open(images / "b.tif", "r+") as image:
         pixels = image.read()
         pixels[:, :rows, :columns] = 255
         image.write(pixels)
         image.nodata = 255
-    segmenter = cegate.build(small())
     save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
     options = ["--adapter", tmp_path / "adapter", "--input", images, "--output", tmp_path / "out"]
     assert predict.main([str(option) for option in options]) == cli.GOOD
@@ -178,8 +244,7 @@ def test_images_without_data_in_places_are_named(images, small, tmp_path, capsys
         assert mask.read_masks(1).all()
 
 
-def test_a_reader_that_leaves_ends_the_command_quietly(images, small, tmp_path, monkeypatch, capfd):
-    segmenter = cegate.build(small())
+def test_a_reader_that_leaves_ends_the_command_quietly(images, segmenter, tmp_path, monkeypatch, capfd):
     save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
     read, write = os.pipe()
     os.close(read)

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from cegate.config import IGNORE
-from cegate.data.rasters import SUFFIXES, is_georeferenced, write_mask
+import torch
+
+from cegate.data.rasters import MASK_SUFFIXES, SUFFIXES, is_georeferenced
 from cegate.errors import DataError
-from cegate.runfolder import writable_folder, written_aside
-from cegate.segmenter import Segmenter
+from cegate.recipe import Recipe
+from cegate.runfolder import writable_folder
+from cegate.scenes.predictor import Predictor
+from cegate.scenes.reader import open_reader
+from cegate.scenes.sink import open_mask_file
 
-MASK_SUFFIXES = (".png", ".tif", ".tiff")
+
+class Segmenting(Protocol):
+    """What masks are made with: a segmenter."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    def predictor(self, *, stride: int | None = None, blend: str = "cosine") -> Predictor: ...
 
 
 class Written(NamedTuple):
@@ -28,6 +40,8 @@ class Written(NamedTuple):
 def find_images(inputs: Sequence[str]) -> list[Path]:
     """Image files that are named by files, folders (not below them) or globs, each once, in order.
 
+    Of a folder, files whose names begin with a dot are left out: what a killed process left, or a system's notes.
+
     Raises:
         DataError: an input names no image.
     """
@@ -35,7 +49,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            images = sorted(file for file in path.iterdir() if _is_image(file))
         else:
             matches = glob.glob(name, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
             images = [path] if path.is_file() else sorted(map(Path, matches))
@@ -43,6 +57,10 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
         found.update(dict.fromkeys(images))
     return list(found)
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
 
 
 def _suffix_for(image: Path) -> str:
@@ -68,13 +86,19 @@ def plan_outputs(
         Image -> mask file.
 
     Raises:
-        DataError: a mask exists, would replace an image, or two images want the same name.
+        DataError: a mask exists, would replace an image, or two images want the same name; or output has a suffix that
+            is no mask's and is no folder yet.
         CheckpointError: nothing can be written there.
     """
     if output.suffix.lower() in MASK_SUFFIXES and not output.is_dir():
         if len(images) != 1:
             raise DataError(f"--output {output} is one file for {len(images)} images; give a folder")
         masks = {images[0]: output}
+    elif re.search("[A-Za-z]", output.suffix) and not output.is_dir():
+        raise DataError(
+            f"--output {output}: a mask cannot be written as {output.suffix}; give a .png or .tif file, or a folder "
+            "(make one of that name first if you mean it)"
+        )
     else:
         masks = {image: output / f"{image.stem}{_suffix_for(image)}" for image in images}
     taken: dict[Path, Path] = {}
@@ -94,38 +118,46 @@ def plan_outputs(
 
 
 def predict_files(
-    segmenter: Segmenter,
+    segmenter: Segmenting,
     masks: dict[Path, Path],
     progress: Callable[[float], None] = lambda done: None,
     *,
     all_pixels: bool = False,
+    stride: int | None = None,
+    blend: str = "cosine",
 ) -> Iterator[Written]:
     """Segment images and write their masks: single-band class indices with the palette as colour table.
 
-    A georeferenced image's coordinate system and transform go into a .tif. Each mask is whole or absent. An image that
-    cannot be used does not stop the others.
+    A georeferenced image's coordinate system and transform go into a .tif. Each mask is whole or absent, and is written
+    while its image is read: what is held of either does not grow with its height. An image that cannot be used does not
+    stop the others.
 
     Args:
         segmenter: the model.
         masks: image -> mask file, see `plan_outputs`.
         progress: told how many of the images are done, with the share of the one that is being segmented.
-        all_pixels: predict also where an image says that it has no data, see `Segmenter.predict`.
+        all_pixels: predict also where an image says that it has no data.
+        stride, blend: see `cegate.scenes.mosaic.Mosaic`.
 
     Yields:
         Masks as they are written.
 
     Raises:
         DataError: a mask cannot be written: at once; those before it stay, and so does an older one in its place. Or,
-            at the end: images that cannot be read or do not fit the model. Each is named with its reason in either.
+            at the end: images that cannot be read, take more memory than there is, or do not fit the model. Each is
+            named with its reason in either.
+        ConfigError: stride or blend does not fit.
     """
+    predictor, recipe = segmenter.predictor(stride=stride, blend=blend), segmenter.recipe
     failed: list[str] = []
     for done, (image, mask) in enumerate(masks.items()):
         try:
-            classes = segmenter.predict(
-                image, all_pixels=all_pixels, progress=lambda share, done=done: progress(done + share)
-            )
-            with written_aside(mask) as aside:
-                write_mask(aside, classes, like=image, palette=segmenter.palette)
+            with (
+                _memory_errors_named(image),
+                open_reader(image, recipe, all_pixels=all_pixels) as reader,
+                open_mask_file(mask, reader.size, like=image, palette=recipe.palette) as sink,
+            ):
+                predictor.run(reader, sink, lambda share, done=done: progress(done + share))
         except DataError as error:
             failed.append(str(error))
             progress(done + 1)
@@ -133,6 +165,18 @@ def predict_files(
         except OSError as error:
             reason = f"{mask} cannot be written ({error.strerror or error}); give another --output"
             raise DataError("; ".join([reason, *failed])) from error
-        yield Written(mask, image, float((classes == IGNORE).mean()))
+        yield Written(mask, image, sink.without_data)
     if failed:
         raise DataError(f"{len(failed)} of {len(masks)} images have no mask: {'; '.join(failed)}")
+
+
+@contextmanager
+def _memory_errors_named(image: Path) -> Iterator[None]:
+    """Turn what says that memory is used up, on the host or a GPU, into a DataError that names the image."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(f"{image}: out of memory ({reason}); cut it into parts that are less wide") from error
