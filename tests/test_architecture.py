@@ -24,7 +24,7 @@ FLOORS = [
     ("models", "fisher"),
     ("runfolder",),
     ("checkpoint",),
-    ("api", "figures"),
+    ("api", "figures", "tasks"),
     ("engine",),
     ("matrix", "page"),
     ("cli",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +72,8 @@ def evaluate(
     batch: int | None = None,
     workers: int = 0,
     precision: Precision = nullcontext,
+    part: range | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Segment every image of a set with a sliding window and count against its labels.
 
@@ -82,6 +85,8 @@ def evaluate(
         batch: windows per forward pass; it does not change the result.
         workers: processes that read ahead.
         precision: makes the autocast context of a forward pass.
+        part: images of the set to take, in a row; default: all. `join` puts parts together.
+        progress: told the number of images that are done.
 
     Raises:
         DataError: an image or mask cannot be read; the file is named.
@@ -93,7 +98,8 @@ def evaluate(
     segmenter.eval()
     stream = EvalStream(dataset, mean=segmenter.mean, std=segmenter.std)
     try:
-        for item in stream.loader(workers=workers):
+        part = range(len(dataset)) if part is None else part
+        for item in stream.loader(part.start, part.stop, workers=workers):
             windows = {"crop": crop, "stride": stride, "batch": batch, "fit": dataset.fit}
             logits = predict_logits(segmenter, item.image, precision=precision, **windows)
             loss_sum += pixel_cross_entropy(logits, item.label.to(logits.device)).item()
@@ -101,11 +107,25 @@ def evaluate(
             tile.update(likeliest_class(logits).cpu(), item.label)
             names += item.names
             tiles.append(tile.matrix.numpy())
+            if progress is not None:
+                progress(len(tiles))
     finally:
         segmenter.train(was_training)
-    counts = np.stack(tiles)
+    kinds = len(segmenter.classes)
+    counts = np.array(tiles, np.int64).reshape(-1, kinds, kinds)
     confusion = Confusion(segmenter.classes, counts.sum(axis=0))
-    return Evaluation(dataset.name, confusion, loss_sum / len(names), Tiles(names, counts))
+    return Evaluation(dataset.name, confusion, loss_sum / max(len(names), 1), Tiles(names, counts))
+
+
+def join(parts: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of a whole set, of those of its parts in order."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [name for part in parts for name in part.tiles.names]
+    counts = np.concatenate([part.tiles.confusion for part in parts])
+    loss = sum(part.loss * part.images for part in parts) / len(names)
+    confusion = Confusion(parts[0].confusion.classes, counts.sum(axis=0))
+    return Evaluation(parts[0].domain, confusion, loss, Tiles(names, counts))
 
 
 @torch.no_grad()
