@@ -25,7 +25,7 @@ FLOORS = [
     ("toolbox", "refiners"),
     ("models", "fisher"),
     ("checkpoint",),
-    ("api", "figures"),
+    ("api", "figures", "tasks"),
     ("engine",),
     ("matrix", "page"),
     ("cli",),

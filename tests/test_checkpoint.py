@@ -112,7 +112,10 @@ def rewrite(folder: Path, **changes) -> None:
         ({"active_sites": [], "frozen_sites": []}, "unexpected toolbox.frequency.7.down"),
         ({"active_sites": ["spatial.99"]}, "names the site 'spatial.99', which the backbone does not have"),
         ({"format_version": 99}, "has format_version 99; this cegate"),
-        ({"head": "liner"}, "model.head=liner is not accepted; expected linear, mask2former or unetformer; did you mean 'linear'?"),
+        (
+            {"head": "liner"},
+            "model.head=liner is not accepted; expected linear, mask2former or unetformer; did you mean 'linear'?",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

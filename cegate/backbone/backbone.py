@@ -76,6 +76,12 @@ class Features(NamedTuple):
     queries: Tensor | None = None
     """[m, width] learned tokens for a head with queries, where a part gives some."""
 
+    def split(self, sizes: Sequence[int]) -> list[Features]:
+        """The features of batches that ran together, from the numbers of their samples."""
+        if len(sizes) == 1:
+            return [self]
+        return [self._replace(maps=list(maps)) for maps in zip(*(m.split(list(sizes)) for m in self.maps), strict=True)]
+
 
 class Backbone:
     """A program of blocks over a ViT, whose weights it reads as they are.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +102,8 @@ def evaluate(
     batch: int | None = None,
     workers: int = 0,
     precision: Precision = nullcontext,
+    part: range | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Segment every image of a set with a sliding window and count against its labels.
 
@@ -114,6 +116,8 @@ def evaluate(
         batch: windows per forward pass; it does not change the result.
         workers: processes that read ahead.
         precision: makes the autocast context of a forward pass.
+        part: images of the set to take, in a row; default: all. `join` puts parts together.
+        progress: told the number of images that are done.
 
     Raises:
         DataError: an image or mask cannot be read; the file is named.
@@ -123,16 +127,32 @@ def evaluate(
     loss_sum = 0.0
     windows = {"crop": crop, "stride": stride, "blend": blend, "batch": batch, "fit": dataset.fit}
     predictor = predictor_of(segmenter, precision=precision, **windows)
+    part = range(len(dataset)) if part is None else part
+    stream = EvalStream(dataset, mean=segmenter.recipe.mean, std=segmenter.recipe.std)
     with evaluation_mode(segmenter):
-        for item in EvalStream(dataset, mean=segmenter.recipe.mean, std=segmenter.recipe.std).loader(workers=workers):
+        for item in stream.loader(part.start, part.stop, workers=workers):
             tally = Tally(segmenter.classes, item.label[0])
             predictor.run(Pixels(item.image[0]), tally)
             loss_sum += tally.loss
             names += item.names
             tiles.append(tally.confusion.matrix.numpy())
-    counts = np.stack(tiles)
+            if progress is not None:
+                progress(len(tiles))
+    kinds = len(segmenter.classes)
+    counts = np.array(tiles, np.int64).reshape(-1, kinds, kinds)
     confusion = Confusion(segmenter.classes, counts.sum(axis=0))
-    return Evaluation(dataset.name, confusion, loss_sum / len(names), Tiles(names, counts))
+    return Evaluation(dataset.name, confusion, loss_sum / max(len(names), 1), Tiles(names, counts))
+
+
+def join(parts: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of a whole set, of those of its parts in order."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [name for part in parts for name in part.tiles.names]
+    counts = np.concatenate([part.tiles.confusion for part in parts])
+    loss = sum(part.loss * part.images for part in parts) / len(names)
+    confusion = Confusion(parts[0].confusion.classes, counts.sum(axis=0))
+    return Evaluation(parts[0].domain, confusion, loss, Tiles(names, counts))
 
 
 def predictor_of(segmenter: Segmenter, *, precision: Precision = nullcontext, **windows: Any) -> Predictor:

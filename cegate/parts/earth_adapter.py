@@ -48,17 +48,19 @@ class EarthAdapter(Site):
 
     def add_to_block(self, use: Use, y: Tensor, tokens: Tokens) -> Tensor:
         """y [B, P + H W, C], the block's output."""
-        patches = y[:, tokens.prefix :]
+        *weights, cutoff = self.operands(use, *WEIGHTS, "cutoff")
+        rest = {"cutoff": cutoff, "band": self.band, "adapters": use.adapters}
+        if use.tap is None:
+            return ops.frequency_adapter(y, tokens.grid, *weights, prefix=tokens.prefix, **rest)
 
         def mix(patches: Tensor, base: Tensor) -> Tensor:
             # the operator adds to what it reads, so base is patches once more
-            *weights, cutoff = self.operands(use, *WEIGHTS, "cutoff")
-            rest = {"cutoff": cutoff, "band": self.band, "adapters": use.adapters}
             return ops.frequency_adapter(patches, tokens.grid, *weights, **rest)
 
-        def backward(y: Tensor, dz: Tensor) -> Tensor:
-            return self._backward(use, tokens, y, dz)
+        def backward(patches: Tensor, dz: Tensor) -> Tensor:
+            return self._backward(use, tokens, patches, dz)
 
+        patches = y[:, tokens.prefix :]
         mixed = self.run(use, patches, patches, mix, backward)
         return torch.cat([y[:, : tokens.prefix], mixed], dim=1) if tokens.prefix else mixed
 
