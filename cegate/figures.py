@@ -26,6 +26,8 @@ from cegate.runfolder import written_aside
 Record = Mapping[str, Any]
 Points = Sequence[tuple[float, float]]
 
+STAGES = {"before": "frozen", "after": "gate"}
+"""Stage, as journals and checkpoints name it -> as readers know it."""
 PANEL_ROWS = 4
 PANEL_SIDE_PX = 512
 IGNORED_COLOUR = "#FFFFFF"
@@ -248,7 +250,7 @@ class Chart:
     """How the last values are written in the legend."""
 
 
-def run_charts(records: Sequence[Record], method: str = "gate") -> list[Chart]:
+def run_charts(records: Sequence[Record], method: str = STAGES["after"]) -> list[Chart]:
     """Training loss, and the leading score of every domain in percent, from lines of metrics.jsonl; dashed is the
     frozen backbone. ``method`` is what the second stage is called."""
 
@@ -262,7 +264,7 @@ def run_charts(records: Sequence[Record], method: str = "gate") -> list[Chart]:
         ]
         return [(iteration, 100 * score) for iteration, score in measured if score is not None]
 
-    evaluated = [record for record in records if record["split"] in ("before", "after")]
+    evaluated = [record for record in records if record["split"] in STAGES]
     domains = list(dict.fromkeys(record["domain"] for record in evaluated))
     loss = [
         Curve("frozen", losses("before", "loss"), GREY, dashed=True),
@@ -316,7 +318,7 @@ def _whole_iterations(ax: Axes) -> None:
     ax.set_xlabel("iteration")
 
 
-def draw_curves(records: Sequence[Record], path: Path, method: str = "gate") -> None:
+def draw_curves(records: Sequence[Record], path: Path, method: str = STAGES["after"]) -> None:
     """Write `run_charts` of the lines of metrics.jsonl as PNG."""
     save_png(chart_figure(run_charts(records, method)), path)
 
@@ -348,7 +350,7 @@ def draw_panels(
         axes = figure.subplots(len(items), columns, squeeze=False)
         for row, item in enumerate(items):
             step = -(-max(item.label.shape) // PANEL_SIDE_PX)
-            masks = {"truth": item.label, **{title: masks[row] for title, masks in predictions.items()}}
+            masks = {"truth": item.label, **{STAGES.get(title, title): of[row] for title, of in predictions.items()}}
             axes[row, 0].imshow(_picture(item.image)[::step, ::step], interpolation="none")
             for ax, (title, mask) in zip(axes[row, 1:], masks.items(), strict=True):
                 shown = np.where(mask[::step, ::step] == IGNORE, len(classes), mask[::step, ::step])

@@ -16,7 +16,7 @@ from cegate.checkpoint import WEIGHTS_FILE, adapter_folder, load_state, read_ada
 from cegate.engine.evaluator import percent
 from cegate.engine.results import best_iteration, records_of
 from cegate.errors import CheckpointError
-from cegate.figures import SitePlace, domain_title, headline, in_order, place_of
+from cegate.figures import STAGES, SitePlace, domain_title, headline, in_order, place_of
 from cegate.runfolder import RunFolder
 
 
@@ -91,9 +91,6 @@ def _facts(facts: Mapping[str, str]) -> Table:
     for name, value in facts.items():
         table.add_row(f"[bold]{name}", value)
     return table
-
-
-STAGES = {"before": "frozen", "after": "gate"}
 
 
 def _weights_per_site(sizes: Mapping[str, int]) -> dict[str, int]:
