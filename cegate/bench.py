@@ -16,8 +16,6 @@ from cegate.methods import METHODS
 if TYPE_CHECKING:
     from cegate.matrix.runner import Outcome
 
-SHOWN = 2  # tables that are printed; table.md has all
-
 USAGE = cli.Usage(
     prog="cegate bench",
     description="Train every method on every setting with every seed, one process per device, then compare: means and "
@@ -102,12 +100,13 @@ def _finish(outcome: Outcome, output: Path) -> int:
 
 
 def _report(output: Path) -> int:
-    """Write the tables, show the first of them; exit code 1 if a finished cell could not be read."""
+    """Write the tables, show the scores of every setting; exit code 1 if a finished cell could not be read."""
     from cegate.matrix.report import write_report
-    from cegate.matrix.tables import markdown_table
+    from cegate.matrix.tables import DIFFERENCE, markdown_table
 
     report = write_report(output)
-    print("\n".join([*map(markdown_table, report.tables[:SHOWN]), *report.notes]))
+    shown = [table for table in report.tables if not table.title.endswith(DIFFERENCE)]
+    print("\n".join([*map(markdown_table, shown), *report.notes]))
     print(f"Written: {', '.join(map(str, report.files))}")
     return cli.FAILED if report.problems else cli.GOOD
 
