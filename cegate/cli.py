@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import errno
 import functools
 import os
@@ -18,7 +17,7 @@ from typing import Any, Literal
 
 from cegate import configfile
 from cegate.config import Config
-from cegate.errors import LONGEST, CegateError, ConfigError, shown
+from cegate.errors import CegateError, ConfigError, shown
 from cegate.fields import default_of, hints_of, section_of, texts_of
 
 GOOD, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -189,15 +188,10 @@ def _refuse_unknown_options(argv: Sequence[str], usage: Usage) -> None:
             )
             raise ConfigError(f"{usage.prog} does not take --{name}; {taken}")
         keys = [key for key in configfile.all_keys() if key.partition(".")[0] in usage.sections]
-        raise ConfigError(f"unknown option --{name}{_nearest_option(name, [*own, *keys])}")
-
-
-def _nearest_option(name: str, valid: Sequence[str]) -> str:
-    key = configfile.nearest_key(name, {}, valid)
-    if key in valid:
-        return f"; did you mean --{key}?"
-    match = difflib.get_close_matches(name[:LONGEST], valid, n=1)
-    return f"; did you mean --{match[0]}?" if match else "; --help lists what is accepted"
+        meant = configfile.nearest_key(name, {option: option for option in own}, keys)
+        if meant and (meant in own or meant.partition(".")[0] in usage.sections):
+            raise ConfigError(f"unknown option --{shown(name)}; did you mean --{meant}?")
+        raise ConfigError(f"unknown option --{shown(name)}; --help lists what is accepted")
 
 
 def _add_options(parser: argparse.ArgumentParser, options: Sequence[Option]) -> None:

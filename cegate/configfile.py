@@ -275,13 +275,13 @@ def _without_empty(hint: Any, value: Any, prefix: str = "") -> Any:
     if cls is None or not isinstance(value, Mapping):
         return value
     if named:
-        return {name: _without_empty(cls, item, f"{prefix}{name}.") for name, item in value.items()}
+        return {name: _without_empty(cls, item, f"{prefix}{shown(name)}.") for name, item in value.items()}
     hints, kept = hints_of(cls), {}
     for name, item in value.items():
         if item is None and name in hints and not takes_null(hints[name]):
             log.warning("%s%s is empty, as if it were left out", prefix, name)
         else:
-            kept[name] = _without_empty(hints.get(name), item, f"{prefix}{name}.")
+            kept[name] = _without_empty(hints.get(name), item, f"{prefix}{shown(name)}.")
     return kept
 
 
@@ -377,11 +377,12 @@ def nearest_key(name: str, near: Mapping[str, str], keys: Iterable[str] | None =
     """
     name = name[-LONGEST:].replace("-", "_")
     last = name.rpartition(".")[2]
-    everywhere = last_parts(all_keys() if keys is None else keys)
-    if meant := SYNONYMS.get(name.lower(), SYNONYMS.get(last.lower())):
-        of_this_section = meant.rpartition(".")[2]
-        if last not in near and last not in everywhere:
-            return near.get(of_this_section, meant)
+    everywhere = last_parts(filter(is_served, all_keys()) if keys is None else keys)
+    meant = SYNONYMS.get(name.lower())
+    if not meant and last not in everywhere:
+        meant = SYNONYMS.get(last.lower())
+    if meant:
+        return near.get(meant.rpartition(".")[2], meant)
     for candidates in (near, everywhere):
         if match := difflib.get_close_matches(last, candidates, n=1, cutoff=0.6):
             return candidates[match[0]]

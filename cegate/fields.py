@@ -123,7 +123,7 @@ class Reader:
             self._note(f"{key}={shown(value)} is not accepted; expected a mapping {expected}{guess}")
             return {} if named else cls()
         if named:
-            return {str(name): self.read(cls, item, f"{key}.{name}") for name, item in value.items()}
+            return {_name(name): self.read(cls, item, f"{key}.{_name(name)}") for name, item in value.items()}
         return self._read_section(cls, value, f"{key}." if key else "")
 
     def _read_section(self, cls: type, mapping: Mapping[Any, Any], prefix: str) -> Any:
@@ -132,8 +132,8 @@ class Reader:
             if name in hints:
                 values[name] = self.read(hints[name], value, f"{prefix}{name}")
             else:
-                guess = _colon_hint({name: value}) or self._suggest(str(name), prefix.rstrip("."), hints)
-                self._note(f"unknown key '{shown(f'{prefix}{name}')}'{guess}")
+                guess = _colon_hint({name: value}) or self._suggest(_name(name), prefix.rstrip("."), hints)
+                self._note(f"unknown key '{shown(f'{prefix}{_name(name)}')}'{guess}")
         return cls(**values)
 
     def _read_value(self, hint: Any, value: Any, key: str) -> Any:
@@ -142,10 +142,10 @@ class Reader:
         except _OutOfRange as problem:
             self._note(f"{key}{problem}")
         except _OfAnotherType:
-            expected = (
-                f"expected {describe(hint)}{nearest(str(value), choices(hint)) if isinstance(value, str) else ''}"
-            )
-            items = loaded(value)
+            items, words = loaded(value), choices(hint)
+            given = [item for item in (items if isinstance(items, list) else [value]) if isinstance(item, str)]
+            unknown = [item for item in given if item not in words]
+            expected = f"expected {describe(hint)}{nearest(unknown[0], words) if unknown else ''}"
             if items is None:
                 self._note(f"{key} is empty; {expected}")
             else:
@@ -167,11 +167,16 @@ def loaded(value: Any) -> Any:
         return str(value)
 
 
+def _name(key: Any) -> str:
+    """A key of a mapping as text; mappings made in Python may have numbers."""
+    return key if isinstance(key, str) else shown(key)
+
+
 def _colon_hint(items: Mapping[Any, Any]) -> str:
     """What to do about ``{0:road}``, which YAML reads as the name ``0:road`` without a value."""
     for name, value in items.items():
-        if value is None and ":" in str(name):
-            before, _, after = str(name).partition(":")
+        if value is None and ":" in _name(name):
+            before, _, after = _name(name).partition(":")
             return f"; put a space after the colon: '{shown(before)}: {shown(after)}'"
     return ""
 
@@ -206,7 +211,9 @@ def _fit(hint: Any, value: Any) -> Any:
         fits = [[_fit(args[0], item) for item in items]] if isinstance(items, list | tuple) else []
     elif origin is dict:
         items = loaded(value)
-        fits = [{_text(str(k)): _fit(args[1], v) for k, v in items.items()}] if isinstance(items, Mapping) else []
+        fits = [{_text(_name(k)): _fit(args[1], v) for k, v in items.items()}] if isinstance(items, Mapping) else []
+        if fits and len(fits[0]) < len(items):
+            raise _OutOfRange(f"={shown(items)} gives a name twice, as a number and as a text; keep one")
     else:
         fits = list(_PLAIN[hint](value))
     if not fits:
@@ -318,8 +325,8 @@ _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "tex
 def describe(hint: Any) -> str:
     """What a type accepts, in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    words = choices(hint) if origin in (typing.Literal, Annotated) else []
-    if words:
+    if origin is typing.Literal or any(isinstance(arg, OneOf) for arg in args):
+        words = choices(hint)
         return ", ".join(words[:-1]) + (" or " if words[:-1] else "") + words[-1]
     if origin is Annotated:
         return describe(args[0])
