@@ -70,7 +70,9 @@ def _like(tensor: Tensor, wanted: bool = True) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else tensor.new_empty(0)
 
 
-def _filter(x: Tensor, height: int, width: int, cutoff: float, band: str) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+def _filter(
+    x: Tensor, height: int, width: int, cutoff: float, band: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
     kept = make_filter(x, (height, width), cutoff, band, 0.0)
     return kept.rows, kept.columns, kept.row_weights, kept.column_weights, kept.coupled
 
@@ -280,7 +282,9 @@ def obstacles(tensors: dict[str, Tensor]) -> list[str]:
 
 
 if EXTENSION is not None:
-    _WEIGHTS = "Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, Tensor router, Tensor router_bias, Tensor scale"
+    _WEIGHTS = (
+        "Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, Tensor router, Tensor router_bias, Tensor scale"
+    )
     define(f"low_pass_on_grid(Tensor x, {GRID}) -> Tensor", _low_pass_run, lambda x, *rest: _like(x))
     low_pass = differentiable("low_pass_on_grid", _low_pass_run, _low_pass_setup, _low_pass_backward)
     define(

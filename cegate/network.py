@@ -62,9 +62,20 @@ class Network(nn.Module):
             )  # in one step, for threads
         return wired[1]
 
-    def encode(self, images: Tensor, circuit: Circuit | None = None) -> Features:
-        """Features of the backbone with what is plugged in; images [B, bands, H, W] of whole patches."""
-        return self.backbone.run(images, self.layers, circuit or self.circuit())
+    def encode(self, images: Tensor, circuit: Circuit | None = None, *, plain: bool = False) -> Features:
+        """Features of the backbone with what is plugged in; ``plain`` leaves out what a part plugs in for one call.
+
+        Args:
+            images: [B, bands, H, W], whole patches.
+            circuit: what is plugged in, in place of plan and parts.
+            plain: as the restoration of masked images sees the backbone.
+        """
+        circuit = circuit or self.circuit()
+        grid = tuple(side // self.backbone.patch for side in images.shape[-2:])
+        parts = [] if plain else [part for part in self.parts().values() if part.active]
+        if own := [plug for part in parts for plug in part.plugs_of_call(images, grid)]:
+            circuit = Circuit([*circuit.plugs, *own])
+        return self.backbone.run(images, self.layers, circuit)
 
     def neck(self, features: Features, images: Tensor) -> Features:
         """What the active parts make of the features before the head."""

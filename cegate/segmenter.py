@@ -22,6 +22,7 @@ from cegate.gate import GatePlan, select_top_k
 from cegate.heads.build import build_head
 from cegate.network import Network
 from cegate.palette import default_palette
+from cegate.parts.injector import Injection
 from cegate.parts.part import Part
 from cegate.parts.rein import Rein
 from cegate.parts.toolbox import Toolbox
@@ -348,4 +349,22 @@ def build_parts(config: Config, backbone: Backbone) -> dict[str, Part]:
         parts["refiner"] = Rein(backbone, config.refiner, query_width=head.query_width)
         if linked:
             head.link_queries()
+    if config.injector.method == "gse":
+        parts["injector"] = build_injection(config, backbone)
     return parts
+
+
+def build_injection(config: Config, backbone: Backbone) -> Injection:
+    """Injectors on the maps that the head sees, or at their blocks."""
+    given, layers = config.injector, feature_layers(backbone.depth, config.model.features)
+    return Injection(
+        len(config.data.source.bands or (1, 2, 3)),
+        backbone.width,
+        layers,
+        at=given.at,
+        width=given.width,
+        heads=given.heads,
+        residual=given.residual,
+        chain=given.chain,
+        test=given.test,
+    )

@@ -65,7 +65,9 @@ def test_loss_and_every_gradient_are_those_of_an_eager_call(dynamic, device):
         x = torch.randn(2, 1 + grid[0] * grid[1], CHANNELS, device=device, requires_grad=True)
         found, expected = (function(x, leaves, grid, scale) for function in (compiled, losses_of))
         torch.testing.assert_close(found, expected)
-        found, expected = (torch.autograd.grad(sum(losses), [x, *wanted], allow_unused=True) for losses in (found, expected))
+        found, expected = (
+            torch.autograd.grad(sum(losses), [x, *wanted], allow_unused=True) for losses in (found, expected)
+        )
         unused = [leaves["cpp"][-1]] if "cpp" in leaves else []  # its cutoff
         for leaf, ours, eager in zip([x, *wanted], found, expected, strict=True):
             if any(leaf is other for other in unused):

@@ -59,8 +59,9 @@ class Circuit:
     """What is plugged in, by layer."""
 
     def __init__(self, plugs: Iterable[Plug] = ()) -> None:
+        self.plugs = tuple(plugs)
         by_layer: dict[int, dict[str, list[Plug]]] = defaultdict(lambda: defaultdict(list))
-        for plug in plugs:
+        for plug in self.plugs:
             by_layer[plug.layer][plug.port].append(plug)
         self._ports = {
             layer: Ports(

@@ -33,6 +33,10 @@ class Part(nn.Module):
         """Where it takes part in the backbone's program."""
         return ()
 
+    def plugs_of_call(self, images: Tensor, grid: tuple[int, int]) -> Iterable[Plug]:
+        """Where it takes part in the program of one call on images [B, bands, H, W] with a grid (h, w) of tokens."""
+        return ()
+
     def change(self, features: Features, images: Tensor) -> Features:
         """What it makes of the backbone's features before the head sees them.
 

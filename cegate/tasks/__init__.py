@@ -7,6 +7,7 @@ from typing import Protocol
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.segmenter import Segmenter
+from cegate.tasks.crossearth import crossearth_tasks
 from cegate.tasks.dacs import Dacs
 from cegate.tasks.segmentation import Segmentation
 from cegate.tasks.stream import Share
@@ -33,6 +34,9 @@ def build_tasks(
         share: slots of a batch that this process takes.
     """
     tasks: list[Task] = [Segmentation(config, network, sets.source, share)]
-    if adapting and sets.unlabelled is not None:
+    if not adapting:
+        return tasks
+    tasks += crossearth_tasks(config, network, sets.source)
+    if sets.unlabelled is not None:
         tasks.append(Dacs(config, network, sets.unlabelled, share))
     return tasks

@@ -51,6 +51,8 @@ class View:
     """Of the samples."""
     beside: str | None = None
     """View of equal height and width that shares one pass of the network; None: a pass of its own."""
+    plain: bool = False
+    """Encoded without what parts plug in for one call (injectors at blocks)."""
 
 
 @dataclass
@@ -86,7 +88,7 @@ class Step:
             assert leader in names and self.views[leader].beside is None, f"views {names} are beside none that leads"
             images = [self.views[name].images for name in names]
             whole = self.network.whole_patches(images[0] if len(images) == 1 else torch.cat(images), 0.0)
-            features = self.network.encode(whole)
+            features = self.network.encode(whole, plain=self.views[leader].plain)
             for name, part in zip(names, features.split([len(batch) for batch in images]), strict=True):
                 self.features[name] = part
 
