@@ -1,8 +1,8 @@
 """MFNet's checkpoints by the names of cegate's parts.
 
 The authors publish code and no weights, so this reads what users trained with that code: the encoder, once or twice
-(``sam.image_encoder.*``, ``image_encoder.*``), with adapters or low-rank updates in it, and beside it pyramids, fusions and
-decoder.
+(``sam.image_encoder.*``, ``image_encoder.*``), with adapters or low-rank updates in it, and beside it pyramids, fusions
+and decoder.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def convert_mfnet(checkpoint: Mapping[str, object]) -> MFNet:
     if not any("_Adapter" in key or "lora_" in key for key in state):
         first = next(iter(state), "none")
         raise CheckpointError(
-            f"no checkpoint of MFNet: none of its {len(state)} keys has _Adapter or lora_ in it ({first} is the first); "
-            "give the state dict that its train script saves"
+            f"no checkpoint of MFNet: none of its {len(state)} keys has _Adapter or lora_ in it ({first} is the first);"
+            " give the state dict that its train script saves"
         )
     found = convert_weights(state)
     lacking = [part for part in ("modal", "neck", "head") if not found.weights[part]]

@@ -1,17 +1,17 @@
 """Segment Anything's image encoder (timm's ``samvit_*``) as a program of blocks, at any size of input.
 
-A block attends within windows of 14 x 14 tokens, or globally, with positions relative to the query. Everything else acts
-token by token, so it runs on [B, T, C]; only queries, keys and values are cut into windows, and what is plugged in never
-sees a window. Two rewritings, both exact, spare what the published form spends on padding and on biases:
+A block attends within windows of 14 x 14 tokens, or globally, with positions relative to the query. Everything else
+acts token by token, so it runs on [B, T, C]; only queries, keys and values are cut into windows, and what is plugged in
+never sees a window. Two rewritings, both exact, spare what the published form spends on padding and on biases:
 
-*No padded window.* SAM fills windows at the lower and right edge with tokens that are zero after the norm, so that their
-keys and values are the bias of the projection, all alike. A window is cut to the tokens it has, and one more key stands
-for all that it lacks: its logit is the logarithm of the sum of their exponentials. At 256 px (16 x 16 tokens) a windowed
-block attends over 256 queries instead of 784.
+*No padded window.* SAM fills windows at the lower and right edge with tokens that are zero after the norm, so that
+their keys and values are the bias of the projection, all alike. A window is cut to the tokens it has, and one more key
+stands for all that it lacks: its logit is the logarithm of the sum of their exponentials. At 256 px (16 x 16 tokens) a
+windowed block so attends from 256 places instead of 784, and projects as many.
 
-*No bias in memory.* ``q . R_h[y_q - y_k] + q . R_w[x_q - x_k]`` is a product once more: of what the query says about each row
-and column with the key's row and column in ones and zeros. It is appended to the channels of queries and keys, so that
-attention needs no mask of T x T (805 MB a sample and block at 1024 px).
+*No bias in memory.* ``q . R_h[y_q - y_k] + q . R_w[x_q - x_k]`` is a product once more: of what the query says about
+each row and column with the key's row and column in ones and zeros. It is appended to the channels of queries and keys,
+so that attention needs no mask of T x T (805 MB a sample and block at 1024 px).
 
 Source: Kirillov et al., Segment Anything, ICCV 2023 (relative positions: Li et al., MViTv2, CVPR 2022).
 """
@@ -61,7 +61,7 @@ def create_sam(name: str, *, pretrained: bool = False, in_chans: int = 3, patch_
 
 
 def from_sam_names(state: Mapping[str, Tensor], vit: nn.Module) -> dict[str, Tensor]:
-    """Weights of SAM's public file by timm's names.
+    """Weights of SAM's public file by timm's names. Bands of the patch embedding are not compared.
 
     Args:
         state: what ``sam_vit_*.pth`` holds, prompt encoder and mask decoder included or not.
@@ -93,10 +93,11 @@ def from_sam_names(state: Mapping[str, Tensor], vit: nn.Module) -> dict[str, Ten
     if strange:
         raise BackboneError(f"{len(strange)} weights are none of SAM's, {strange[0]} first; give SAM's own file")
     for key, shape in wanted.items():
-        if found[key].shape != shape:
+        given = found[key].shape
+        if given != shape and (key != "patch_embed.proj.weight" or given[2:] != shape[2:]):
             raise BackboneError(
-                f"{key} is {list(found[key].shape)} in SAM's file and {list(shape)} in the backbone: "
-                "build it at 1024 px, by create_sam"
+                f"{key} is {list(given)} in SAM's file and {list(shape)} in the backbone; build it at SAM's own sizes "
+                "(create_sam: 1024 px, patches of 16)"
             )
     return found
 
@@ -149,16 +150,16 @@ class Places(NamedTuple):
     columns: Tensor
     """[w, S_w, d]: of each query column to the columns of its window."""
     keys: Tensor
-    """[h, w, 1, S_h + S_w + fill]: a key's row and column as ones among zeros. The last channel is free for the key
-    that stands for padding, and the fill makes d + S_h + S_w + fill a multiple of 8."""
+    """[h, w, 1, S_h + S_w + fill]: a key's row and column as ones among zeros. With windows, the last channel is free
+    for the key that stands for padding; d + S_h + S_w + fill is a multiple of 8."""
 
 
 def find_places(table_h: Tensor, table_w: Tensor, grid: tuple[int, int], window: int) -> Places:
     """Relative positions from a block's two tables; ``window`` 0: global attention."""
     sides = (window, window) if window else grid
     rows, columns = (relative_table(*axis) for axis in zip((table_h, table_w), grid, sides, strict=True))
-    d = rows.shape[-1]
-    keys = rows.new_zeros(*grid, 1, sum(sides) + 1 + -(d + sum(sides) + 1) % 8)
+    used = sum(sides) + (1 if window else 0)
+    keys = rows.new_zeros(*grid, 1, used + -(rows.shape[-1] + used) % 8)
     y, x = (torch.arange(count, device=rows.device) for count in grid)
     keys[y, :, :, y % sides[0]] = 1
     keys[:, x, :, sides[0] + x % sides[1]] = 1

@@ -21,8 +21,8 @@ EPS = 1e-8
 class UNetFormerHead(Head):
     """From the coarsest map upwards: attention, then a weighted fusion with the next finer map, three times over.
 
-    BatchNorm makes the samples of a batch depend on each other in train mode; in evaluation mode, in which Fisher scores
-    are measured, none does.
+    BatchNorm makes the samples of a batch depend on each other in train mode; in evaluation mode, in which Fisher
+    scores are measured, none does.
 
     Args:
         channels: C of each map.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
@@ -69,8 +68,8 @@ class DFM(Neck):
     odd side is rounded up). With one modality the pyramid is its own, weighed by its own excitation.
 
     Args:
-        official_norm: BatchNorm in the pyramid of the second modality, as in the published code, instead of LayerNorm in
-            both.
+        official_norm: BatchNorm in the pyramid of the second modality, as in the published code, instead of LayerNorm
+            in both.
     """
 
     def __init__(

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cegate.backbone.backbone import Backbone
 from cegate.backbone.ports import Plug, Tokens
 from cegate.parts.part import Part, kaiming, zeros
 
@@ -67,6 +68,11 @@ class MMAdapter(Part):
             if exchange and streams == 2:
                 layer.mix = nn.Parameter(torch.full((2,), 0.5))
             self.layers.append(layer)
+
+    @classmethod
+    def build(cls, backbone: Backbone, **options: object) -> MMAdapter:
+        """For the blocks of a backbone."""
+        return cls(backbone.depth, backbone.width, **options)
 
     def plugs(self) -> Iterable[Plug]:
         for n, layer in enumerate(self.layers):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cegate.backbone.backbone import Backbone
 from cegate.backbone.ports import Plug, Tokens
 from cegate.parts.mm_adapter import ORDER, by_stream, exchange_matrix
 from cegate.parts.part import Part, kaiming, zeros
@@ -28,8 +29,8 @@ class MMLoRA(Part):
         f_m <- f_m + mix_m B_m A_m u_m + (1 - mix_m) B_n A_n u_n            f = fc1(u), fc2(u)
 
     The exchange has no factor s, as in the published code. One modality alone, or two that do not exchange:
-    ``f_m <- f_m + s B_m A_m u_m``. Modalities lie behind each other in the batch: one product with A and one with B serve
-    both. The exchange cannot be merged into the frozen weights.
+    ``f_m <- f_m + s B_m A_m u_m``. Modalities lie behind each other in the batch: one product with A and one with B
+    serve both. The exchange cannot be merged into the frozen weights.
 
     Args:
         depth: blocks of the backbone.
@@ -37,7 +38,7 @@ class MMLoRA(Part):
         streams: modalities, 1 or 2.
         exchange: whether two modalities exchange.
         rank, alpha: of every update.
-        inner: channels of queries; default: C.
+        inner: channels of queries and of values; default: C for both.
         hidden: outputs of fc1 and inputs of fc2; default: 4 C for both.
     """
 
@@ -50,18 +51,26 @@ class MMLoRA(Part):
         exchange: bool = True,
         rank: int = 4,
         alpha: float = 1.0,
-        inner: int | None = None,
+        inner: tuple[int, int] | None = None,
         hidden: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.streams, self.scale, self.layers = streams, alpha / rank, nn.ModuleList()
-        inner, (wide, narrow) = inner or width, hidden or (4 * width, 4 * width)
+        (query, value), (wide, narrow) = inner or (width, width), hidden or (4 * width, 4 * width)
         for _ in range(depth):
             layer = nn.Module()
-            layer.query, layer.value = (LowRank(streams, width, inner, rank) for _ in "qv")
+            layer.query, layer.value = LowRank(streams, width, query, rank), LowRank(streams, width, value, rank)
             layer.fc1 = LowRank(streams, width, wide, rank, exchange=exchange)
             layer.fc2 = LowRank(streams, narrow, width, rank, exchange=exchange)
             self.layers.append(layer)
+
+    @classmethod
+    def build(cls, backbone: Backbone, **options: object) -> MMLoRA:
+        """For the blocks of a backbone."""
+        mlp = backbone.vit.blocks[0].mlp
+        first = mlp.fc1 if hasattr(mlp, "fc1") else mlp.fc1_g  # SwiGLU: what the activation takes
+        sizes = {"inner": (backbone.inner, backbone.value_width), "hidden": (first.out_features, mlp.fc2.in_features)}
+        return cls(backbone.depth, backbone.width, **sizes, **options)
 
     def plugs(self) -> Iterable[Plug]:
         for n, layer in enumerate(self.layers):
