@@ -15,8 +15,8 @@ class Streams(Part):
     """[B, bands, H, W] with the bands of all modalities -> [S B, C, H, W] as a backbone of C bands takes them.
 
     NaN is what is not known: a hole in an elevation map, or a raster that a sample lacks. It becomes a learned value of
-    its band, which starts as 0, the mean of normalised pixels; so a hole is no height, and a model that was trained
-    with missing modalities (`lose_modality`) serves with and without them.
+    its band, which starts as 0; so a hole is no height, and a model that was trained with missing modalities
+    (`lose_modality`) serves with and without them.
 
     A modality of one band is repeated to C bands. One of fewer bands than C is followed by their mean.
 
