@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 NOTE = (
-    "paper, SAM: published in arXiv:2410.11160, one figure per entry without seeds, the best evaluation on the test set "
-    "over all epochs. Its encoder ran without relative positions, which its code never loads (model.official_relpos). "
+    "paper, SAM: published in arXiv:2410.11160, one figure per entry without seeds, the best evaluation on the test "
+    "set over all epochs. Its encoder ran without relative positions, which its code never loads (model.official_relpos). "
     "What is measured here is the last evaluation."
 )
 
@@ -72,7 +72,7 @@ SETTINGS: dict[str, dict[str, dict[str, Row]]] = {
         },
     },
 }
-"""Setting -> method -> backbone -> figures. MMHunan's columns of unused land and built-up area are probably exchanged."""
+"""Setting -> method -> backbone -> figures. MMHunan's unused land and built-up area are probably exchanged."""
 
 
 def miou(setting: str, method: str, backbone: str) -> float | None:
