@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 NOTE = (
     "paper, SAM: published in arXiv:2410.11160, one figure per entry without seeds, the best evaluation on the test "
-    "set over all epochs. Its encoder ran without relative positions, which its code never loads (model.official_relpos). "
-    "What is measured here is the last evaluation."
+    "set over all epochs. Its encoder ran without relative positions, which its code never loads "
+    "(model.official_relpos). What is measured here is the last evaluation."
 )
 
 
