@@ -21,16 +21,27 @@ import numpy as np
 from cegate.config import IGNORE, SetConfig
 from cegate.data import climates, prepared, scenes
 from cegate.data.pairs import Pair, find_pairs
+from cegate.data.preflight import check_labels
 from cegate.data.rasters import (
     Header,
     LabelMap,
     Window,
     misplacement,
+    open_image,
     read_header,
     read_image,
     read_mask,
 )
-from cegate.data.scale import EIGHT_BIT, SCALE_SIDE, ValueRange, check_depth, check_scale, has_doubtful_scale, to_unit
+from cegate.data.scale import (
+    EIGHT_BIT,
+    SCALE_SIDE,
+    ValueRange,
+    check_depth,
+    check_scale,
+    has_doubtful_scale,
+    is_measured,
+    to_unit,
+)
 from cegate.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -43,9 +54,12 @@ LOVEDA_LAYOUT = "{Train,Val}/{Urban,Rural}/{images_png,masks_png}/<n>.png, image
 LOVEDA_SPLITS: tuple[str, ...] = ("Train/Urban", "Train/Rural", "Val/Urban", "Val/Rural")
 CACHE_BYTES = 256 * 2**20
 LARGE_PX = 2**24
+FINGERPRINT = 2
+"""Version of the fingerprints that runs record."""
 UNLABELLED = 254
 """Label of a pixel of a set that was opened without labels."""
 DEFAULT_BANDS = (1, 2, 3)
+_FACT_BYTES = 2**13  # of a file's middle and end
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
 
 
@@ -97,12 +111,28 @@ class SegmentationSet(ABC):
         """(H, W) of an item in pixels."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """Hash of what the set consists of: names and file sizes, or the scenes' recipe. No file is read."""
+    def fingerprint(self, version: int = FINGERPRINT) -> str:
+        """Hash of what the set consists of, equal wherever it lies: names, file sizes and (version 2, ``2:<hash>``)
+        parts of every file's content, or the scenes' recipe.
+
+        Args:
+            version: 1 is what runs recorded before; it does not see other content in files of equal name and size.
+        """
+
+    def has_fingerprint(self, recorded: str) -> bool:
+        """Whether the set is the one whose fingerprint a run recorded, in whichever version that was."""
+        return recorded == self.fingerprint(2 if recorded.startswith("2:") else 1)
 
     @abstractmethod
-    def check(self) -> None:
-        """Look at the header of every file; raises the first DataError, which names the file."""
+    def check(self, *, training: bool = False) -> None:
+        """Look at the header of every file and at a sample of the labels, and say once what is odd.
+
+        Args:
+            training: the set is learned from, so every class should occur in it.
+
+        Raises:
+            DataError: the first file that is unfit; or labels that nothing can be learned from, see `check_labels`.
+        """
 
     def choose_range(self, given: Sequence[float] | None, like: ValueRange | None) -> None:
         """Settle `value_range`.
@@ -204,7 +234,7 @@ class FileSet(SegmentationSet):
 
     def __init__(self, cfg: SetConfig, name: str, classes: Sequence[str], labels: LabelMap, pairs: list[Pair]) -> None:
         super().__init__(name, classes, labels, cfg.bands or DEFAULT_BANDS, cfg.nan)
-        self._pairs = pairs
+        self._pairs, self._ignore, self._bands_given = pairs, cfg.ignore, cfg.bands is not None
         self._headers: dict[int, Header] = {}
         self._misplaced: dict[str, float] = {}  # mask -> pixels
         self._dtype: str | None = None  # of every file, where the range was not given
@@ -249,7 +279,7 @@ class FileSet(SegmentationSet):
             self._headers[index] = image
         return self._headers[index]
 
-    def check(self) -> None:
+    def check(self, *, training: bool = False) -> None:
         for index in range(len(self)):
             self._header(index)
         if self._misplaced:
@@ -258,13 +288,32 @@ class FileSet(SegmentationSet):
                 "(%.1f px off); pixels are paired as they are stored",
                 *(self.name, len(self._misplaced), len(self), *next(iter(self._misplaced.items()))),
             )
+        self._say_what_is_read()
+        if masks := [pair.mask for pair in self._pairs if pair.mask is not None]:
+            sizes = [self.size(index) for index in range(len(self))]
+            labels, ignore = self._labels, self._ignore
+            check_labels(self.name, masks, sizes, labels, self.classes, ignore=ignore, training=training)
 
-    def fingerprint(self) -> str:
+    def _say_what_is_read(self) -> None:
+        """Nobody chose bands of files that hold more than three, or a file holds more than one image."""
+        header = self._header(0)
+        bands = [name for name in header.names if name != "alpha"]
+        if not self._bands_given and len(bands) > len(self.bands):
+            read = ", ".join(f"{k} {header.names[k - 1]}".rstrip() for k in self.bands)
+            low, high = zip(*self.value_range, strict=True)
+            log.warning(
+                "set %r: images have %d bands (%s), of which %s are read, values %g to %g; set bands to choose",
+                *(self.name, len(bands), ", ".join(filter(None, bands)) or "without names", read, min(low), max(high)),
+            )
+        if header.pages > 1:
+            log.warning("set %r: %s holds %d images; the first is read", self.name, self._describe(0), header.pages)
+
+    def fingerprint(self, version: int = FINGERPRINT) -> str:
         facts = [
-            [p.name, *(fact for file in (p.image, p.mask) if file for fact in (file.name, file.stat().st_size))]
+            [p.name, *(fact for file in (p.image, p.mask) if file for fact in _facts(file, version))]
             for p in self._pairs
         ]
-        return _digest(facts, self._labels.codes, self.classes, self.bands, self.value_range)
+        return _digest(version, facts, self._labels.codes, self.classes, self.bands, self.value_range)
 
     def _whole(self, index: int) -> bool:
         height, width = self.size(index)
@@ -303,11 +352,13 @@ class FileSet(SegmentationSet):
         samples, kept = [], []
         for index in chosen:
             tags = self._header(index).nodata
-            pixels = read_image(self._pairs[index].image, self.bands).reshape(len(self.bands), -1)
-            pixels = pixels[:, :: -(-pixels.shape[1] // _RANGE_PX)]
+            height, width = self.size(index)
+            with open_image(self._pairs[index].image) as image:
+                pixels = image.every_nth(-(-height * width // _RANGE_PX), self.bands)
             pixels = pixels[:, np.isfinite(pixels).all(0)]
             samples.append(pixels.astype(np.float64))
-            kept.append(np.stack([_differs(row, tags[band - 1]) for row, band in zip(pixels, self.bands, strict=True)]))
+            differ = (_differs(row, tags[band - 1]) for row, band in zip(pixels, self.bands, strict=True))
+            kept.append(np.stack(list(differ)) & is_measured(pixels))
         values, counts = np.concatenate(samples, axis=1), np.concatenate(kept, axis=1)
         if not values.size:
             raise DataError(f"{self._describe(0)}: no finite pixel in bands {list(self.bands)}; set value_range")
@@ -341,12 +392,12 @@ class GeneratedSet(SegmentationSet):
     def size(self, index: int) -> tuple[int, int]:
         return self._side, self._side
 
-    def check(self) -> None:
+    def check(self, *, training: bool = False) -> None:
         """Nothing can be wrong with a drawn scene."""
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, version: int = FINGERPRINT) -> str:
         recipe = (repr(self.climate), self._first, self._count, self._side)
-        return _digest(recipe, self._labels.codes, self.classes, self.bands, self.value_range)
+        return _digest(version, recipe, self._labels.codes, self.classes, self.bands, self.value_range)
 
     def _scene(self, index: int) -> np.ndarray:
         """[4, H, W] uint8: the image's bands and the label."""
@@ -383,10 +434,10 @@ class Unlabelled(SegmentationSet):
     def size(self, index: int) -> tuple[int, int]:
         return self._images.size(index)
 
-    def fingerprint(self) -> str:
-        return self._images.fingerprint()
+    def fingerprint(self, version: int = FINGERPRINT) -> str:
+        return self._images.fingerprint(version)
 
-    def check(self) -> None:
+    def check(self, *, training: bool = False) -> None:
         self._images.check()
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
@@ -554,5 +605,19 @@ def _root(cfg: SetConfig, name: str) -> Path:
     return root
 
 
-def _digest(*facts: object) -> str:
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+def _facts(file: Path, version: int) -> list:
+    """Name, size and, of the content, a part of the middle and the end, where compressed files keep their checksums."""
+    size = file.stat().st_size
+    if version == 1:
+        return [file.name, size]
+    with file.open("rb") as content:
+        parts = []
+        for start in (max(0, size // 2 - _FACT_BYTES // 2), max(0, size - _FACT_BYTES)):
+            content.seek(start)
+            parts.append(content.read(_FACT_BYTES))
+    return [file.name, size, hashlib.sha256(b"".join(parts)).hexdigest()]
+
+
+def _digest(version: int, *facts: object) -> str:
+    prefix = "" if version == 1 else f"{version}:"
+    return prefix + hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
