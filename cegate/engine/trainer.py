@@ -31,6 +31,7 @@ from cegate.checkpoint import (
 )
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
+from cegate.data.datasets import SegmentationSet
 from cegate.engine import evaluator, results
 from cegate.engine.evaluator import Evaluation, evaluate, percent
 from cegate.engine.objective import Term, make_objective
@@ -421,12 +422,11 @@ class Trainer:
     def _resume(self) -> State | None:
         """The state to go on from; the journals lose what comes after it, which is going to be written again."""
         path = self.folder.path / "env.json"
-        environment = self._environment()
         state = load_state(self.folder.last) if self.folder.last.is_file() else None
         if state is None:
-            write_json(path, environment)
+            write_json(path, self._environment())
         else:
-            self._refuse_other_data(environment["data"])
+            self._refuse_other_data()
             self._refuse_other_precision()
             self.peak_memory = state.peak_memory_bytes
             log.info("going on from iteration %d of stage %s", state.iteration, state.stage)
@@ -441,9 +441,6 @@ class Trainer:
         return state
 
     def _environment(self) -> dict[str, Any]:
-        sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
-        if self.sets.unlabelled is not None:
-            sets[self.sets.unlabelled.name] = self.sets.unlabelled
         gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
         return {
             "versions": {
@@ -462,12 +459,24 @@ class Trainer:
             "seed": self.config.run.seed,
             "backends": ops.backends(),
             "backbone_sha256": self.backbone_sha256,
-            "data": {name: {"images": len(data), "fingerprint": data.fingerprint()} for name, data in sets.items()},
+            "data": {
+                name: {"images": len(data), "fingerprint": data.fingerprint()} for name, data in self._data().items()
+            },
         }
 
-    def _refuse_other_data(self, found: dict[str, Any]) -> None:
+    def _data(self) -> dict[str, SegmentationSet]:
+        sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
+        if self.sets.unlabelled is not None:
+            sets[self.sets.unlabelled.name] = self.sets.unlabelled
+        return sets
+
+    def _refuse_other_data(self) -> None:
         recorded = read_json(self.folder.path / "env.json").get("data", {})
-        changed = [name for name in found if name in recorded and recorded[name] != found[name]]
+        changed = [
+            name
+            for name, data in self._data().items()
+            if name in recorded and not data.has_fingerprint(recorded[name]["fingerprint"])
+        ]
         if changed:
             raise CheckpointError(
                 f"the data of {', '.join(changed)} is not what {self.folder.path} was started with; put the files back "
