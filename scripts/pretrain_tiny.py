@@ -23,7 +23,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cegate.data.climates import PRETRAINING
-from cegate.data.scenes import render_scene
+from cegate.data.generator import render_scene
 from cegate.models.vit import tiny_vit
 
 CROP, PATCH, MASKED = 128, 8, 0.75

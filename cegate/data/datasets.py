@@ -19,7 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from cegate.config import IGNORE, SetConfig
-from cegate.data import climates, prepared, scenes
+from cegate.data import climates, generator, prepared
 from cegate.data.pairs import Pair, find_pairs
 from cegate.data.preflight import check_labels
 from cegate.data.rasters import (
@@ -403,7 +403,7 @@ class GeneratedSet(SegmentationSet):
         """[4, H, W] uint8: the image's bands and the label."""
 
         def draw() -> np.ndarray:
-            image, label = scenes.render_scene(self.climate, self._first + index, self._side)
+            image, label = generator.render_scene(self.climate, self._first + index, self._side)
             return np.concatenate((image, label[None]))
 
         return self._cache.get((index,), draw)
