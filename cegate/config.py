@@ -39,6 +39,24 @@ class RunConfig:
 
 
 @dataclass(frozen=True)
+class SecondConfig:
+    """A second raster of every image: elevation, SAR, infrared."""
+
+    images: str = "second/*"
+    """Glob below root, or below '/'; paired with the images as masks are. Without wildcards it is one file for all."""
+    bands: list[int] | None = None
+    """1-based bands to read; default: all but alpha, of a grey picture stored three times the first."""
+    scale: Literal["tile", "scene", "fixed"] = "tile"
+    """Mapped to 0..1 by the smallest and largest value of the tile, of the whole file, or by value_range."""
+    value_range: list[float] | None = None
+    """[low, high] mapped to 0..1 (fixed), in the raster's unit."""
+    align: bool = True
+    """Warp it to the image's grid where coordinate system, pixel size or extent differ; else refuse such a pair."""
+    missing: Literal["error", "allow"] = "error"
+    """An image without a second raster: refuse it, or let the model do without."""
+
+
+@dataclass(frozen=True)
 class SetConfig:
     """One set of images and masks."""
 
@@ -74,6 +92,8 @@ class SetConfig:
     counted at full size. Evaluation only: training and cegate predict take images as they are, as all do by default."""
     tile: int | None = None
     """generated: side of a scene in pixels; default 256."""
+    second: SecondConfig | None = None
+    """A second raster of every image (elevation, SAR, infrared); default: none. generated: elevation in metres."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from cegate.config import IGNORE, SetConfig
+from cegate.config import IGNORE, SecondConfig, SetConfig
 from cegate.data import climates, generator, prepared
 from cegate.data.pairs import Pair, find_pairs
 from cegate.data.preflight import check_labels
@@ -42,6 +42,7 @@ from cegate.data.scale import (
     is_measured,
     to_unit,
 )
+from cegate.data.second import SecondRasters, scaled
 from cegate.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -68,12 +69,14 @@ class Item:
     """One image with its label."""
 
     image: np.ndarray
-    """[C, H, W] float32, 0..1."""
+    """[C, H, W] float32, 0..1; channels of a second raster come last and are NaN where nothing is known."""
     label: np.ndarray
     """[H, W] uint8, class index or 255; 254 in place of the index in unlabelled sets."""
     name: str
     fit: int | None = None
     """See the set's."""
+    second: int = 0
+    """Channels of the second raster."""
 
 
 class SegmentationSet(ABC):
@@ -87,6 +90,7 @@ class SegmentationSet(ABC):
         labelled: whether there are labels.
         palette: one "#RRGGBB" per class where the set is published with colours, else nothing.
         fit: side of the square that a test image is shrunk to fit; None: it stays as it is.
+        second_bands: 1-based bands that are read of a second raster; nothing without one.
     """
 
     labelled: ClassVar[bool] = True
@@ -96,8 +100,14 @@ class SegmentationSet(ABC):
         self.value_range: tuple[tuple[float, float], ...] = (EIGHT_BIT,) * len(self.bands)
         self.palette: tuple[str, ...] = ()
         self.fit: int | None = None
+        self.second_bands: tuple[int, ...] = ()
         self._labels, self._nan = labels, nan
         self._cache = _Cache(CACHE_BYTES)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of an item's image by raster: the image's bands, and those of a second raster."""
+        return (len(self.bands), *([len(self.second_bands)] if self.second_bands else []))
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -176,6 +186,10 @@ class SegmentationSet(ABC):
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         """[C, H, W] in the file's dtype."""
 
+    def _second(self, index: int, window: Window | None) -> np.ndarray:
+        """[C, H, W] float32 of the second raster, 0..1, NaN where nothing is known."""
+        raise NotImplementedError
+
     @abstractmethod
     def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
         """[H, W] uint8 label of an item or of a part of it; NaN pixels of the image are not looked at."""
@@ -195,7 +209,9 @@ class SegmentationSet(ABC):
                     f"{list(self.bands)}; mend the file, or give the set {self.name!r} nan: ignore to leave them out"
                 )
             label = np.where(empty, np.uint8(IGNORE), label)
-        return Item(image, label, self.item_name(index), self.fit)
+        if self.second_bands:
+            image = np.concatenate((image, self._second(index, window)))
+        return Item(image, label, self.item_name(index), self.fit, len(self.second_bands))
 
     def _describe(self, index: int) -> str:
         return self.item_name(index)
@@ -238,7 +254,18 @@ class FileSet(SegmentationSet):
         self._headers: dict[int, Header] = {}
         self._misplaced: dict[str, float] = {}  # mask -> pixels
         self._dtype: str | None = None  # of every file, where the range was not given
+        self._rasters: SecondRasters | None = None
         self._header(0)
+
+    def add_second(self, cfg: SecondConfig, root: Path, pattern: str) -> None:
+        """Read a second raster of every image.
+
+        Raises:
+            ConfigError, DataError: its range is none, or files are missing.
+        """
+        names = {pair.name: pair.image for pair in self._pairs}
+        self._rasters = SecondRasters(cfg, root, pattern, names, self.name)
+        self.second_bands = self._rasters.bands
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -289,6 +316,8 @@ class FileSet(SegmentationSet):
                 *(self.name, len(self._misplaced), len(self), *next(iter(self._misplaced.items()))),
             )
         self._say_what_is_read()
+        if self._rasters and (warped := self._rasters.check([self._header(index) for index in range(len(self))])):
+            log.warning("%s", warped)
         if masks := [pair.mask for pair in self._pairs if pair.mask is not None]:
             sizes = [self.size(index) for index in range(len(self))]
             labels, ignore = self._labels, self._ignore
@@ -313,7 +342,8 @@ class FileSet(SegmentationSet):
             [p.name, *(fact for file in (p.image, p.mask) if file for fact in _facts(file, version))]
             for p in self._pairs
         ]
-        return _digest(version, facts, self._labels.codes, self.classes, self.bands, self.value_range)
+        second = [self._rasters.facts(lambda file: _facts(file, version))] if self._rasters else []
+        return _digest(version, facts, self._labels.codes, self.classes, self.bands, self.value_range, *second)
 
     def _whole(self, index: int) -> bool:
         height, width = self.size(index)
@@ -324,6 +354,12 @@ class FileSet(SegmentationSet):
         if not self._whole(index):
             return read_image(path, self.bands, window=window)
         return _part(self._cache.get(("image", index), lambda: read_image(path, self.bands)), window)
+
+    def _second(self, index: int, window: Window | None) -> np.ndarray:
+        header = self._header(index)
+        if not self._whole(index):
+            return self._rasters.read(index, header, window)
+        return _part(self._cache.get(("second", index), lambda: self._rasters.read(index, header)), window)
 
     def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
         path = self._pairs[index].mask
@@ -382,6 +418,8 @@ class GeneratedSet(SegmentationSet):
         self.climate = climates.CLIMATES[cfg.split]
         self._count = 64 if cfg.limit is None else cfg.limit
         self._first, self._side = cfg.first, cfg.tile or 256
+        self._heights = cfg.second
+        self.second_bands = () if cfg.second is None else (1,)
 
     def __len__(self) -> int:
         return self._count
@@ -397,16 +435,28 @@ class GeneratedSet(SegmentationSet):
 
     def fingerprint(self, version: int = FINGERPRINT) -> str:
         recipe = (repr(self.climate), self._first, self._count, self._side)
-        return _digest(version, recipe, self._labels.codes, self.classes, self.bands, self.value_range)
+        second = [] if self._heights is None else [self._heights.scale, self._heights.value_range]
+        return _digest(version, recipe, self._labels.codes, self.classes, self.bands, self.value_range, *second)
 
     def _scene(self, index: int) -> np.ndarray:
         """[4, H, W] uint8: the image's bands and the label."""
 
         def draw() -> np.ndarray:
-            image, label = generator.render_scene(self.climate, self._first + index, self._side)
-            return np.concatenate((image, label[None]))
+            drawn = self._draw(index)
+            if self._heights is not None:
+                self._cache.get((index, "heights"), lambda: drawn.elevation[None])
+            return np.concatenate((drawn.image, drawn.label[None]))
 
         return self._cache.get((index,), draw)
+
+    def _draw(self, index: int) -> generator.Drawn:
+        return generator.draw_scene(self.climate, self._first + index, self._side)
+
+    def _second(self, index: int, window: Window | None) -> np.ndarray:
+        metres = self._cache.get((index, "heights"), lambda: self._draw(index).elevation[None])
+        if self._heights.scale == "fixed":
+            return scaled(_part(metres, window).copy(), [self._heights.value_range], epsilon=0.0)
+        return scaled(_part(metres, window).copy(), [(metres.min(), metres.max())])
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         return _part(self._scene(index)[[band - 1 for band in self.bands]], window)
@@ -423,6 +473,7 @@ class Unlabelled(SegmentationSet):
     def __init__(self, images: SegmentationSet) -> None:
         super().__init__(images.name, images.classes, images._labels, images.bands, images._nan)
         self.value_range, self.palette = images.value_range, images.palette
+        self.second_bands = images.second_bands
         self._images = images
 
     def __len__(self) -> int:
@@ -442,6 +493,9 @@ class Unlabelled(SegmentationSet):
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         return self._images._pixels(index, window)
+
+    def _second(self, index: int, window: Window | None) -> np.ndarray:
+        return self._images._second(index, window)
 
     def _describe(self, index: int) -> str:
         return self._images._describe(index)
@@ -496,6 +550,8 @@ def open_set(
         raise ConfigError(f"data.classes has {len(classes)} names; use at most 253, each once")
     opened = openers[cfg.kind](cfg, name, classes, labelled)
     opened.fit = cfg.fit
+    if cfg.second is not None and isinstance(opened, FileSet):
+        opened.add_second(cfg.second, _root(cfg, name), _second_pattern(cfg))
     opened.choose_range(cfg.value_range, like)
     return opened if labelled else Unlabelled(opened)
 
@@ -594,6 +650,12 @@ def _open_generated(cfg: SetConfig, name: str, classes: Sequence[str], labelled:
             f"which are {', '.join(climates.CLASSES)}"
         )
     return GeneratedSet(cfg, name, classes, labels)
+
+
+def _second_pattern(cfg: SetConfig) -> str:
+    """Its glob; a prepared set has a folder of its own for it."""
+    is_default = cfg.second.images == SecondConfig().images
+    return f"{prepared.SECOND}/{cfg.split}/*" if is_default and cfg.kind == "prepared" else cfg.second.images
 
 
 def _root(cfg: SetConfig, name: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,46 @@ def find_pairs(root: Path, images: str, masks: str | None, name: str) -> list[Pa
             )
     keys = sorted(by_image, key=_natural)
     return [Pair(_pair_name(key, by_image[key]), by_image[key], by_mask[key]) for key in keys]
+
+
+def find_second(
+    root: Path, pattern: str, images: Mapping[str, Path], name: str, *, missing: bool = False
+) -> list[Path | None]:
+    """The second raster of every image of a set: the file whose wildcards stand for the image's name, or, where the
+    glob has none, one file for all.
+
+    Args:
+        root: folder of the set.
+        pattern: glob below it, or from ``/`` on.
+        images: name of each pair -> image.
+        name: the set's, for messages.
+        missing: an image may have none.
+
+    Raises:
+        DataError: an image has none and must have one; nothing is found.
+    """
+    if Path(pattern).is_absolute():
+        root, pattern = Path("/"), pattern.lstrip("/")
+    if not _wildcards(pattern):
+        file = root / pattern
+        if not file.is_file() and not missing:
+            raise DataError(f"set {name!r}: no second raster {file}; check second.images={pattern!r}")
+        return [file if file.is_file() else None] * len(images)
+    dead: set[Path] = set()
+    try:
+        files = _find(root, pattern, "images", name, dead)
+    except DataError as error:
+        if not missing or any(True for _ in find_files(root, pattern, dead)):
+            raise DataError(f"{error} (second.images)") from error
+        files = {}
+    by_name = {_pair_name(key, file): file for key, file in files.items()}
+    lonely = [image for of, image in images.items() if of not in by_name]
+    if lonely and not missing:
+        raise DataError(
+            f"set {name!r}: {len(lonely)} of {len(images)} images have no second raster in {root / pattern}, first "
+            f"{lonely[0]}; add the missing files, mend second.images={pattern!r}, or set second.missing: allow"
+        )
+    return [by_name.get(of) for of in images]
 
 
 def _pair_name(key: tuple[str, ...], image: Path) -> str:

@@ -99,10 +99,11 @@ def read_header(path: str | Path) -> Header:
         DataError: the file is missing or unreadable.
     """
     with open_raster(path) as src:
-        return _header(src)
+        return header_of(src)
 
 
-def _header(src: rasterio.DatasetReader) -> Header:
+def header_of(src: rasterio.DatasetReader) -> Header:
+    """`read_header` of an open file."""
     pages = max(1, len(src.subdatasets))
     if _colour_table(src) is not None:
         size, colours = (src.height, src.width), ("red", "green", "blue")
@@ -167,7 +168,7 @@ class OpenImage:
     """
 
     def __init__(self, path: str | Path, src: rasterio.DatasetReader) -> None:
-        self.header = _header(src)
+        self.header = header_of(src)
         self._path, self._src, self._table = path, src, _colour_table(src)
 
     def read(self, bands: Sequence[int] | None = None, *, window: Window | None = None) -> np.ndarray:

@@ -14,8 +14,8 @@ SCALE_SIDE = 1024
 """Side in pixels of the middle of a file that its scale is told from."""
 # reflectances end below 2; what reaches 100 are digital numbers, and nothing that is measured is above a million
 _REFLECTANCE, _NUMBER, _NO_DATA = 2.0, 100.0, 1e6
-# what no sensor measures, and float32 still holds with room for a difference
-_HUGE = 1e38
+# a float32 holds it, with room for a difference; and what no sensor measures, even a thousandth of it
+_HUGE, _NEVER_MEASURED = 1e38, 1e30
 # looked at in each band, evenly spread
 _SCALE_PX = 1 << 18
 
@@ -92,7 +92,7 @@ def is_measured(values: np.ndarray) -> np.ndarray:
     """Where values are neither NaN nor infinite nor as huge as what stands for no data in float files."""
     if not np.issubdtype(values.dtype, np.floating):
         return np.ones(values.shape, bool)
-    return np.isfinite(values) & (np.abs(values) < _HUGE)
+    return np.isfinite(values) & (np.abs(values) < _NEVER_MEASURED)
 
 
 def to_unit(image: np.ndarray, value_range: ValueRange) -> tuple[np.ndarray, np.ndarray]:
