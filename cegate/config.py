@@ -69,9 +69,9 @@ class SecondConfig:
     """A second raster of every image: elevation, SAR, infrared."""
 
     images: str = "second/*"
-    """Glob below root, or below '/'; paired with the images as masks are."""
+    """Glob below root, or below '/'; paired with the images as masks are. Without wildcards it is one file for all."""
     bands: Bands | None = None
-    """1-based bands to read; default: all."""
+    """1-based bands to read; default: all but alpha, of a grey picture stored three times the first."""
     scale: Literal["tile", "scene", "fixed"] = "tile"
     """Mapped to 0..1 by the smallest and largest value of the tile, of the whole file, or by value_range."""
     value_range: LowHigh | None = None
@@ -119,7 +119,7 @@ class SetConfig:
     tile: Side | None = None
     """generated: side of a scene in pixels; default 256."""
     second: SecondConfig | None = None
-    """A second raster of every image (elevation, SAR, infrared); default: none."""
+    """A second raster of every image (elevation, SAR, infrared); default: none. generated: elevation in metres."""
     val_fraction: Annotated[float, Range(0, 0.9, above=True)] | None = None
     """Share of the pairs that is held out of training as data.validation."""
     attribute: str | None = None

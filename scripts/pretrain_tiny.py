@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from cegate.backbone.vit import tiny_vit
 from cegate.data.climates import PRETRAINING
-from cegate.data.scenes import render_scene
+from cegate.data.generator import render_scene
 
 CROP, PATCH, MASKED = 128, 8, 0.75
 MEAN, STD = 0.5, 0.5

@@ -29,6 +29,7 @@ from cegate.checkpoint import (
 )
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN, changed_values, read_config, to_yaml
+from cegate.data.datasets import SegmentationSet
 from cegate.engine import evaluator, results
 from cegate.engine.evaluator import Evaluation, percent
 from cegate.engine.gating import Round
@@ -108,9 +109,6 @@ class Recorder:
         return self.run.checkpoints / f"iter_{iteration}.pt"
 
     def _environment(self) -> dict[str, Any]:
-        sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
-        if self.sets.unlabelled is not None:
-            sets[self.sets.unlabelled.name] = self.sets.unlabelled
         device = self.numerics.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         return {
@@ -130,12 +128,25 @@ class Recorder:
             "seed": self.config.run.seed,
             "backends": ops.backends(),
             "backbone_sha256": self.backbone_sha256,
-            "data": {name: {"images": len(data), "fingerprint": data.fingerprint()} for name, data in sets.items()},
+            "data": {
+                name: {"images": len(data), "fingerprint": data.fingerprint()} for name, data in self._data().items()
+            },
         }
+
+    def _data(self) -> dict[str, SegmentationSet]:
+        sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
+        if self.sets.unlabelled is not None:
+            sets[self.sets.unlabelled.name] = self.sets.unlabelled
+        return sets
 
     def _refuse_changes(self, state: State, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         path, recorded = self.run.path, before.get("data", {})
-        if changed := [name for name, data in now["data"].items() if recorded.get(name, data) != data]:
+        changed = [
+            name
+            for name, data in self._data().items()
+            if name in recorded and not data.has_fingerprint(recorded[name]["fingerprint"])
+        ]
+        if changed:
             raise CheckpointError(
                 f"the data of {', '.join(map(domain_title, changed))} is not what {path} was started with; put the "
                 "files back or start a run of another name"

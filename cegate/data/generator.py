@@ -11,6 +11,7 @@ import math
 import zlib
 from itertools import pairwise
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,8 +26,27 @@ from cegate.data.climates import (
 )
 from cegate.errors import ConfigError, DataError, nearest
 
+_SEA_LEVEL_M, _HILLS_M = 50.0, 100.0  # of the plain, and of a hill whose shading is of full strength
+
+
+class Drawn(NamedTuple):
+    """One scene."""
+
+    image: np.ndarray
+    """[3, H, W] uint8: red, green, blue."""
+    label: np.ndarray
+    """[H, W] uint8, an index into `CLASSES`."""
+    elevation: np.ndarray
+    """[H, W] float32 metres above sea level of the surface: hills, and the roofs and crowns that throw the shadows. A
+    pixel is 1 / `Climate.scale` metres wide."""
+
 
 def render_scene(climate: str | Climate, number: int, size_px: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Image and label of `draw_scene`."""
+    return draw_scene(climate, number, size_px)[:2]
+
+
+def draw_scene(climate: str | Climate, number: int, size_px: int = 256) -> Drawn:
     """Draw one scene. Equal arguments give equal pixels.
 
     Args:
@@ -34,9 +54,6 @@ def render_scene(climate: str | Climate, number: int, size_px: int = 256) -> tup
             copy (`dataclasses.replace`) shows the same place in another light.
         number: which scene, >= 0.
         size_px: side in pixels, >= 16. A larger scene shows more ground at the same pixel size.
-
-    Returns:
-        image [3, H, W] uint8 (red, green, blue) and label [H, W] uint8, an index into `CLASSES`.
 
     Raises:
         ConfigError: no climate has that name.
@@ -52,7 +69,7 @@ def render_scene(climate: str | Climate, number: int, size_px: int = 256) -> tup
         raise DataError(f"scene number={number}, size_px={size_px}: use a number of 0 or more and at least 16 pixels")
     rng = np.random.default_rng([zlib.crc32(climate.name.encode()), number, size_px])
     scene = _Scene(climate, rng, size_px)
-    return scene.photograph(), scene.label
+    return Drawn(scene.photograph(), scene.label, scene.survey())
 
 
 def _noise(rng: np.random.Generator, size: int, wavelength: float) -> np.ndarray:
@@ -423,8 +440,8 @@ class _Scene:
         """[3, H, W] uint8 as the sensor sees it: light, air, optics, noise."""
         climate, rng, size = self.climate, self.rng, self.size
         image = np.where(self._shadows()[..., None], self.colour * _rgb("#6E7486")[0], self.colour)
-        hills = _noise(rng, size, self._length(130))
-        image *= (1 + climate.relief * hills * (self.label != WATER))[..., None]
+        self.hills = _noise(rng, size, self._length(130))
+        image *= (1 + climate.relief * self.hills * (self.label != WATER))[..., None]
         image = (image - 0.5) * climate.gain + 0.5 + rng.normal(0, 0.015)
         image += (
             climate.haze * (_rgb(climate.haze_colour)[0] - image) * (1 + 0.25 * _noise(rng, size, 150.0))[..., None]
@@ -432,6 +449,11 @@ class _Scene:
         image = _blur(image, climate.blur)
         image += climate.noise * rng.standard_normal(image.shape, np.float32)
         return np.clip(image * 255 + 0.5, 0, 255).astype(np.uint8).transpose(2, 0, 1).copy()
+
+    def survey(self) -> np.ndarray:
+        """[H, W] float32 metres, once the picture is taken."""
+        ground = _SEA_LEVEL_M + _HILLS_M * self.climate.relief * self.hills - (self.label == WATER)
+        return (ground + self.height / self.climate.scale).astype(np.float32)
 
 
 def _crowns(
