@@ -276,10 +276,10 @@ def _config(
 
 def _write_adapter(found: Converted, config: Mapping[str, Any], folder: Path, file: Path) -> None:
     """Build the model, load every weight strictly, and write what one shares."""
+    from cegate.backbone.vit import weight_hash
     from cegate.checkpoint import load_trained, save_adapter
     from cegate.configfile import read_config
-    from cegate.models.segmenter import build
-    from cegate.models.vit import weight_hash
+    from cegate.segmenter import build
 
     segmenter = build(read_config(dict(config)))
     wanted, own = _size(found), (len(segmenter.vit.blocks), segmenter.vit.embed_dim)

@@ -6,43 +6,23 @@ whose results go on through the backbone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cegate.backbone.backbone import Features
+from cegate.backbone.ports import Plug, Tokens
 from cegate.errors import ConfigError
 from cegate.parts.gse import GSE, WIDTHS
+from cegate.parts.part import Part
 
 Place = Literal["outputs", "blocks"]
 ORDER = 200
 """At a block's output: after sites and Rein."""
-
-
-class Features(Protocol):
-    """Feature maps of a batch, and what else a head sees."""
-
-    maps: Sequence[Tensor]
-
-    def _replace(self, *, maps: Sequence[Tensor]) -> Features: ...
-
-
-class Tokens(Protocol):
-    """How the tokens of a call lie."""
-
-    prefix: int
-
-
-class Plug(NamedTuple):
-    """A function at a port of a layer. Where several meet, a lower ``order`` comes first."""
-
-    port: str
-    layer: int
-    order: int
-    function: Callable
 
 
 class Injector(nn.Module):
@@ -85,7 +65,7 @@ class Injector(nn.Module):
         return features + self.gamma * found if self.residual else found
 
 
-class Injection(nn.Module):
+class Injection(Part):
     """GSE and one injector for each place; a part of the network.
 
     On outputs it changes the features on their way to the head (:meth:`change`). At blocks :meth:`plugs_of_call` gives
@@ -106,9 +86,6 @@ class Injection(nn.Module):
     Raises:
         ConfigError: heads do not divide the width, or blocks in a chain.
     """
-
-    deployed = True
-    active = True
 
     def __init__(
         self,
@@ -138,14 +115,6 @@ class Injection(nn.Module):
     def on(self) -> bool:
         """Whether it takes part in a forward pass of the current mode."""
         return self.active and (self.training or self.test)
-
-    def no_weight_decay(self) -> set[str]:
-        """Each injector names its own."""
-        return set()
-
-    def plugs(self) -> Iterable[Plug]:
-        """None that are the same in every call."""
-        return ()
 
     def change(self, features: Features, images: Tensor) -> Features:
         """Inject into output maps on the token grid, before any resizing; shapes stay.

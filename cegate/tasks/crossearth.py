@@ -13,7 +13,7 @@ from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.rasters import Window
 from cegate.masks import BlockMask
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 from cegate.style.injection import EarthStyleInjection, to_rgb
 from cegate.style.networks import load_style
 from cegate.style.statistics import load_statistics, measure
@@ -48,8 +48,8 @@ def crossearth_tasks(config: Config, network: Segmenter, source: SegmentationSet
         mim, injector = config.mim, config.injector
         task = MaskedImages(
             BlockMask(mim.ratio, mim.block, config.data.crop),
-            channels=network.vit.embed_dim,
-            bands=len(network.bands),
+            channels=network.backbone.width,
+            bands=len(network.recipe.bands),
             crop=config.data.crop,
             seed=config.run.seed,
             decoder=mim.decoder,
@@ -79,8 +79,8 @@ def build_styling(config: Config, network: Segmenter, source: SegmentationSet) -
     injection = EarthStyleInjection(
         style,
         statistics,
-        mean=network.mean,
-        std=network.std,
+        mean=network.recipe.mean,
+        std=network.recipe.std,
         alpha=given.alpha,
         covariance=given.covariance,
         region=given.region,
