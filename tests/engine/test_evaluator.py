@@ -10,7 +10,7 @@ import torch
 import cegate
 from cegate.data.datasets import open_set
 from cegate.engine.evaluator import evaluate, evaluate_run, percent, predict_logits, table_of, write_evaluation
-from cegate.engine.trainer import Trainer, train
+from cegate.engine.trainer import train
 from cegate.errors import CheckpointError, ConfigError
 from cegate.models.segmenter import Segmenter
 from cegate.models.sliding import slide
@@ -99,8 +99,7 @@ def test_table_names_absent_classes(segmenter, arid):
     assert percent(float("nan")) == percent(None) == "–" and percent(0.1234) == "12.3"
 
 
-def test_a_run_is_evaluated_as_it_was_in_training(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
+def test_a_run_is_evaluated_as_it_was_in_training(small, no_figures, tmp_path):
     config = small()
     result = train(config)
     run = RunFolder(result.path)
