@@ -19,7 +19,7 @@ from cegate.engine.evaluator import (
     table_of,
     write_evaluation,
 )
-from cegate.engine.trainer import Trainer, train
+from cegate.engine.trainer import train
 from cegate.errors import CheckpointError, ConfigError
 from cegate.runfolder import RunFolder
 from cegate.scenes.mosaic import Mosaic, Pixels
@@ -123,8 +123,7 @@ def test_table_names_absent_classes(segmenter, arid):
     assert percent(float("nan")) == percent(None) == "–" and percent(0.1234) == "12.3"
 
 
-def test_a_run_is_evaluated_as_it_was_in_training(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
+def test_a_run_is_evaluated_as_it_was_in_training(small, no_figures, tmp_path):
     config = small()
     result = train(config)
     run = RunFolder(result.path)
