@@ -77,7 +77,7 @@ def _filter(
     return kept.rows, kept.columns, kept.row_weights, kept.column_weights, kept.coupled
 
 
-# The operators of C++ take a filter as matrices. These take the grid instead, so that a compiled graph holds for every grid.
+# The operators of C++ take a filter as matrices. These take the grid, so that a compiled graph holds for every grid.
 GRID = "SymInt height, SymInt width, float cutoff, str band"
 
 

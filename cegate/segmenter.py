@@ -368,7 +368,7 @@ def build_parts(config: Config, backbone: Backbone) -> dict[str, Part]:
     if config.injector.method == "gse":
         parts["injector"] = build_injection(config, backbone)
     if neck is not None:
-        parts["neck"] = neck
+        parts["fusion"] = neck  # `Network.neck` is what all parts do between backbone and head
     return parts
 
 

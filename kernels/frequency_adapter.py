@@ -199,7 +199,7 @@ def _run_backward(dy, x, hidden, enter, leave, scale, *rest):
 
 
 def _fake_backward(dy, x, hidden, enter, leave, scale, height, width, cutoff, learned, *rest):
-    *_, dtype, backend, wants_x, wants_enter, wants_leave, wants_cutoff = rest
+    *_, dtype, _, wants_x, wants_enter, wants_leave, wants_cutoff = rest
     rank, channels = enter.shape
     return (
         dy.new_empty(dy.shape if wants_x else 0),
