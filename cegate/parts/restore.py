@@ -34,8 +34,8 @@ class Restore(nn.Module):
 class PerLevel(Restore):
     """Level i through a 3 x 3 convolution of dilation 1, 6, 12 or 18, all side by side, one linear map to pixels.
 
-    On the token grid and not on the resized pyramid, on whose smallest level a dilation of 18 would reach past the
-    border.
+    Tokens are normalised over their channels. On the token grid and not on the resized pyramid, on whose smallest level
+    a dilation of 18 would reach past the border.
     """
 
     def __init__(self, channels: int, bands: int, width: int = WIDTH) -> None:
@@ -44,7 +44,7 @@ class PerLevel(Restore):
         self.linear = nn.Conv2d(len(DILATIONS) * width, bands, 1)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        seen = [level(features).relu() for level, features in zip(self.levels, maps, strict=True)]
+        seen = [level(_even(features)).relu() for level, features in zip(self.levels, maps, strict=True)]
         return _resize(self.linear(torch.cat(seen, dim=1)), size)
 
 
@@ -87,7 +87,7 @@ class Linear(Restore):
         self.linear = nn.Conv2d(4 * channels, bands, 1)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        return _resize(self.linear(torch.cat(list(maps), dim=1)), size)
+        return _resize(self.linear(torch.cat([_even(features) for features in maps], dim=1)), size)
 
 
 DECODERS: dict[str, Callable[[int, int], Restore]] = {"per_level": PerLevel, "full_aspp": FullAspp, "linear": Linear}
@@ -102,6 +102,15 @@ def build_decoder(name: str, channels: int, bands: int) -> Restore:
     if name not in DECODERS:
         raise ConfigError(f"mim.decoder={name!r} is not one of {', '.join(DECODERS)}{nearest(name, DECODERS)}")
     return DECODERS[name](channels, bands)
+
+
+def _even(features: Tensor) -> Tensor:
+    """Each token's channels at mean 0 and deviation 1, without weights of its own.
+
+    Tokens before the last norm are large: without this the first steps of an optimiser throw the image far off, and its
+    running moments remember that for a thousand iterations.
+    """
+    return F.layer_norm(features.movedim(1, -1), (features.shape[1],)).movedim(-1, 1)
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
