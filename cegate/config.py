@@ -68,6 +68,8 @@ class RunConfig:
 class SecondConfig:
     """A second raster of every image: elevation, SAR, infrared."""
 
+    name: Annotated[str, Pattern(r"[a-z][a-z0-9_]*", "word", "small letters, digits and '_', a letter first")] = "dsm"
+    """Word for it in the names of sites (spatial.7.dsm), pictures and pages."""
     images: str = "second/*"
     """Glob below root, or below '/'; paired with the images as masks are. Without wildcards it is one file for all."""
     bands: Bands | None = None
@@ -391,6 +393,10 @@ class ModalConfig:
     """Bottleneck width of mmadapter as a share of the backbone's."""
     fusion: Literal["dfm", "sum"] = "dfm"
     """How the two streams become one: pyramids with squeeze and excitation (dfm), or their sum."""
+    single: bool = False
+    """Leave the second raster of every set out: the same modules for the image alone."""
+    exchange: bool = True
+    """Whether the modalities learn of each other within the blocks."""
     dropout: Annotated[float, Range(0, 0.9)] = 0.0
     """Share of training samples that lose one of the two rasters."""
 

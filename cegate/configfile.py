@@ -12,7 +12,7 @@ import difflib
 import functools
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import yaml
 from cegate.config import Config, SetConfig
 from cegate.errors import LONGEST, ConfigError, nearest, shown
 from cegate.fields import Reader, hints_of, loaded, section_of, takes_null
-from cegate.methods import METHODS
+from cegate.methods import METHODS, OF_TWO_RASTERS
 from cegate.sites import SiteId
 from cegate.yamltext import Text, parse_yaml
 
@@ -36,17 +36,8 @@ MOST_BYTES, MOST_DOTS = 2**20, 8
 NOT_YET: dict[str, tuple[str, ...]] = {
     "run.speed": (),
     "run.log": (),
-    "data.<set>.second": (),
     "data.<set>.val_fraction": (),
     "data.<set>.attribute": (),
-    "model.head": ("unetformer",),
-    "model.official_relpos": (),
-    "modal": (),
-    "train.optimizer": (),
-    "train.momentum": (),
-    "train.schedule": ("steps",),
-    "train.milestones": (),
-    "train.gamma": (),
     "train.loss": (),
     "evaluate": (),
 }
@@ -120,6 +111,8 @@ def read_config(
     config = _build(functools.reduce(_put, given, mapping))
     _refuse("", list(_idle_roots(config, before, overrides, training)))
     config = _with_roots(config)
+    if config.modal.single:
+        config = _map_sets(config, lambda item: dataclasses.replace(item, second=None))
     _refuse("", find_problems(config, training=training))
     if training:
         for warning in _find_doubts(config):
@@ -168,24 +161,22 @@ def _idle_roots(config: Config, before: Config, overrides: Sequence[tuple[str, s
 
 def _with_roots(config: Config) -> Config:
     """Every ``${name}`` in the root of a set, as far as data.roots knows the name."""
-    data = config.data
+    roots = config.data.roots
 
-    def resolve(item: SetConfig | None) -> SetConfig | None:
-        if item is None or item.root is None:
-            return item
-        known = re.sub(r"\$\{([\w\-]+)\}", lambda match: data.roots.get(match[1], match[0]), item.root)
+    def resolve(item: SetConfig) -> SetConfig:
+        known = item.root and re.sub(r"\$\{([\w\-]+)\}", lambda match: roots.get(match[1], match[0]), item.root)
         return dataclasses.replace(item, root=known)
 
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(
-            data,
-            source=resolve(data.source),
-            validation=resolve(data.validation),
-            unlabelled=resolve(data.unlabelled),
-            targets={name: resolve(target) for name, target in data.targets.items()},
-        ),
-    )
+    return _map_sets(config, resolve)
+
+
+def _map_sets(config: Config, change: Callable[[SetConfig], SetConfig]) -> Config:
+    """The configuration with every set changed."""
+    data = config.data
+    sets = {name: getattr(data, name) for name in ("source", "validation", "unlabelled")}
+    changed = {name: item and change(item) for name, item in sets.items()}
+    targets = {name: change(target) for name, target in data.targets.items()}
+    return dataclasses.replace(config, data=dataclasses.replace(data, **changed, targets=targets))
 
 
 def _refuse(where: str, problems: Sequence[str]) -> None:
@@ -425,7 +416,7 @@ def find_problems(config: Config, *, training: bool = False) -> list[str]:
         *_unserved(config),
         *_run_problems(config),
         *_data_problems(config, training),
-        *_model_problems(config),
+        *_model_problems(config, training),
         *_gate_problems(config, training),
         *_adapt_problems(config, training),
         *_train_problems(config),
@@ -506,13 +497,15 @@ def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str], training
             )
 
 
-def _model_problems(config: Config) -> Iterator[str]:
+def _model_problems(config: Config, training: bool) -> Iterator[str]:
     injector = config.injector
     if injector.width % injector.heads:
         yield f"injector.width={injector.width} is no multiple of injector.heads={injector.heads}; change one of them"
     for key, section in (("style", config.style), ("mim", config.mim)):
         if section.method != "none" and section.block > config.data.crop:
             yield f"{key}.block={section.block} is larger than data.crop={config.data.crop}; use at most the crop"
+    if training and config.run.method in OF_TWO_RASTERS and config.data.source.second is None:
+        yield f"run.method={config.run.method} needs data.source.second, the second raster of every image"
 
 
 def _adapt_problems(config: Config, training: bool) -> Iterator[str]:

@@ -36,9 +36,10 @@ class Network(nn.Module):
         return {name: self._modules[name] for name in self._names}
 
     def adapts(self, on: bool) -> None:
-        """Let the parts beside toolbox and head take part, or leave them out (the frozen stage)."""
-        for part in list(self.parts().values())[2:]:
-            part.active = on
+        """Let the parts that change the backbone's features take part, or leave them out (the frozen stage); what runs
+        of the toolbox its plan says."""
+        for name, part in self.parts().items():
+            part.active = on or not part.adapts or name == "toolbox"
 
     def train(self, mode: bool = True) -> Network:
         """Train mode for the parts; the frozen backbone stays in evaluation mode."""
@@ -70,12 +71,14 @@ class Network(nn.Module):
             circuit: what is plugged in, in place of plan and parts.
             plain: as the restoration of masked images sees the backbone.
         """
-        circuit = circuit or self.circuit()
+        circuit, samples = circuit or self.circuit(), len(images)
         grid = tuple(side // self.backbone.patch for side in images.shape[-2:])
         parts = [] if plain else [part for part in self.parts().values() if part.active]
         if own := [plug for part in parts for plug in part.plugs_of_call(images, grid)]:
             circuit = Circuit([*circuit.plugs, *own])
-        return self.backbone.run(images, self.layers, circuit)
+        for part in self.parts().values():
+            images = part.enter(images)
+        return self.backbone.run(images, self.layers, circuit, streams=len(images) // max(samples, 1) or 1)
 
     def neck(self, features: Features, images: Tensor) -> Features:
         """What the active parts make of the features before the head."""

@@ -20,11 +20,15 @@ from cegate.data.scale import EIGHT_BIT, ValueRange
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.heads.build import build_head
+from cegate.necks.dfm import DFM, Neck, StreamSum
 from cegate.network import Network
 from cegate.palette import default_palette
 from cegate.parts.injector import Injection
+from cegate.parts.mm_adapter import MMAdapter
+from cegate.parts.mm_lora import MMLoRA
 from cegate.parts.part import Part
 from cegate.parts.rein import Rein
+from cegate.parts.streams import Streams
 from cegate.parts.toolbox import Toolbox
 from cegate.recipe import Recipe
 from cegate.scenes.mosaic import Mosaic
@@ -323,6 +327,8 @@ def build(config: Config) -> Segmenter:
             image_size=vit_size,
             patch_size=model.patch_size,
             in_chans=len(data.source.bands or (1, 2, 3)),
+            resample=model.resample,
+            official_relpos=model.official_relpos,
         )
         backbone = Backbone(vit)
         if vit_size % backbone.patch:
@@ -340,18 +346,65 @@ def build_parts(config: Config, backbone: Backbone) -> dict[str, Part]:
     """Name -> part, in the optimiser's order: toolbox and head, then what else the configuration asks for."""
     rein = config.refiner.method == "rein"
     linked = rein and config.model.head == "mask2former"
-    queries = {"queries": config.refiner.tokens} if linked else {}  # one for each token
-    head = build_head(config.model.head, channels=backbone.width, classes=len(config.data.classes), **queries)
-    toolbox = Toolbox(backbone, config.toolbox)
+    streams = stream_names(config)
+    neck = build_neck(config, backbone, len(streams))
+    channels = backbone.width if neck is None else neck.width
+    options = {"queries": config.refiner.tokens} if linked else {}  # one for each token
+    if config.model.head == "unetformer":
+        options["skips"] = config.modal.fusion == "dfm"
+    head = build_head(config.model.head, channels=channels, classes=len(config.data.classes), **options)
+    toolbox = Toolbox(backbone, config.toolbox, streams[1:])
     toolbox.apply(starting_plan(config, toolbox))
     parts: dict[str, Part] = {"toolbox": toolbox, "head": head}
     if rein:
         parts["refiner"] = Rein(backbone, config.refiner, query_width=head.query_width)
         if linked:
             head.link_queries()
+    if len(streams) > 1:
+        bands = [len(config.data.source.bands or (1, 2, 3)), len(config.data.source.second.bands or (1,))]
+        parts["streams"] = Streams(streams, bands, bands[0])
+    if (modal := build_modal(config, backbone, len(streams))) is not None:
+        parts["modal"] = modal
     if config.injector.method == "gse":
         parts["injector"] = build_injection(config, backbone)
+    if neck is not None:
+        parts["neck"] = neck
     return parts
+
+
+def stream_names(config: Config) -> list[str]:
+    """Names of the modalities: the image's own is empty, that of a second raster is the word in its sites."""
+    second = config.data.source.second
+    return [""] if second is None else ["", second.name]
+
+
+def build_modal(config: Config, backbone: Backbone, streams: int) -> Part | None:
+    """MFNet's modules in every block, where they are asked for."""
+    modal = config.modal
+    shared = {"streams": streams, "exchange": modal.exchange}
+    if modal.method == "mmadapter":
+        return MMAdapter.build(backbone, ratio=modal.ratio, **shared)
+    return MMLoRA.build(backbone, rank=modal.rank, **shared) if modal.method == "mmlora" else None
+
+
+def build_neck(config: Config, backbone: Backbone, streams: int) -> Neck | None:
+    """What makes one pyramid, or one set of maps, of the modalities; None where the head takes the maps as they are.
+
+    Raises:
+        ConfigError: the head cannot follow; what can is named.
+    """
+    decodes, fusion = config.model.head == "unetformer", config.modal.fusion
+    if decodes:
+        kind = DFM if fusion == "dfm" else StreamSum
+        return kind(backbone.width, project=backbone.finish, streams=streams)
+    if streams == 1:
+        return None
+    if fusion == "dfm":
+        raise ConfigError(
+            f"model.head={config.model.head} takes four maps of one size, which modal.fusion=dfm does not make; set "
+            "modal.fusion=sum, or model.head=unetformer"
+        )
+    return StreamSum(backbone.width, streams=streams, last=False)
 
 
 def build_injection(config: Config, backbone: Backbone) -> Injection:

@@ -18,22 +18,10 @@ from cegate import released
 from cegate.cli import FAILED, GOOD, USAGE
 from cegate.convert import ACCOUNT_FILE, BACKBONE_FILE, STYLE_FILE, convert_file, main, read_checkpoint
 from cegate.errors import CheckpointError
-from cegate.models import mask2former
+from cegate.heads import mask2former
 from cegate.released import convert, head_name, recognise
 
 SIZES = {"num_attention_heads": 4, "encoder_feedforward_dim": 48, "dim_feedforward": 64}
-
-
-class Tokens:
-    """Queries that stand still, as those of a refiner would be."""
-
-    attached = True
-
-    def __init__(self, queries: torch.Tensor) -> None:
-        self.fixed = queries
-
-    def queries(self) -> torch.Tensor:
-        return self.fixed
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +37,7 @@ def published_head(vectors, monkeypatch, *, rein: bool) -> mask2former.Mask2Form
     head = mask2former.Mask2FormerHead(24, 3, queries=5, width=32, encoder_layers=2, decoder_layers=4, points=8)
     state = {f"decode_head.{name[2:]}": value for name, value in vectors.items() if name.startswith("w.")}
     if rein:
-        head.take_queries(Tokens(vectors["rein.queries"].double()))
+        head.link_queries()
         extra = {name: value for name, value in vectors.items() if name.startswith("rein.w.")}
         state |= {f"decode_head.{name.removeprefix('rein.w.')}": value for name, value in extra.items()}
         state["backbone.reins.learnable_tokens"] = torch.zeros(1, 5, 8)
@@ -67,9 +55,10 @@ def test_a_published_head_gives_its_logits_and_its_map(vectors, monkeypatch, rei
     head = published_head(vectors, monkeypatch, rein=rein)
     maps = [vectors[f"feat{level}"].double() for level in range(4)]
     prefix = "rein." if rein else ""
+    queries = vectors["rein.queries"].double() if rein else None
     with torch.no_grad():
-        classes, masks = head.decoder(maps)
-        shares = head(maps, (64, 96)).softmax(1)
+        classes, masks = head.decoder(maps, queries)
+        shares = head(maps, (64, 96), queries).softmax(1)
     for found, name in ((torch.stack(classes), "cls_logits"), (torch.stack(masks), "mask_logits")):
         expected = vectors[prefix + name].double()
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

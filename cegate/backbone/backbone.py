@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import MethodType
 from typing import NamedTuple, Protocol
 
@@ -11,7 +12,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from cegate.backbone import blocks
+from cegate.backbone import blocks, sam
 from cegate.backbone.ports import Circuit, Ports, Tokens
 from cegate.errors import BackboneError
 
@@ -63,7 +64,7 @@ class Rotary:
         return blocks.run_block(form, blocks.read_weights(block), x, rope, ports, tokens)
 
 
-FAMILIES: dict[type[nn.Module], Family] = {VisionTransformer: Plain(), Eva: Rotary()}
+FAMILIES: dict[type[nn.Module], Family] = dict([(VisionTransformer, Plain()), (Eva, Rotary()), sam.FAMILY])
 """timm class -> how it runs; the first that a model is an instance of."""
 
 
@@ -133,6 +134,11 @@ class Backbone:
     def prefix(self) -> int:
         """Tokens in front of the grid: class token, registers."""
         return getattr(self.vit, "num_prefix_tokens", 0)
+
+    @property
+    def finish(self) -> Callable[[Tensor], Tensor] | None:
+        """What the family makes of the last map [B, C, h, w] for a decoder, as SAM's neck does; None: nothing."""
+        return partial(self.family.finish, self.vit) if hasattr(self.family, "finish") else None
 
     def tokens_after(
         self, images: Tensor, layers: Iterable[int], circuit: Circuit = NOTHING, *, streams: int = 1

@@ -6,6 +6,7 @@ kernel, antialiased positions) gives other tokens: heads and adapters fit the on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -40,15 +41,22 @@ def published_positions(positions: Tensor, grid: tuple[int, int], prefix: int = 
     )
 
 
-def resample_plain(
-    state: Mapping[str, Tensor], *, patch: int, grid: tuple[int, int], prefix: int = 1
-) -> dict[str, Tensor]:
-    """Weights of a ViT by name with both embeddings resampled where their size is another; the rest is as it was."""
+def resample_plain(state: Mapping[str, Tensor], *, patch: int, grid: tuple[int, int]) -> dict[str, Tensor]:
+    """Weights of a ViT by name with both embeddings resampled where their size is another; the rest is as it was.
+
+    Args:
+        state: ``patch_embed.proj.weight`` [C, bands, p, p] and ``pos_embed`` [1, prefix + n n, C], among others.
+        patch: patch side p that is wanted, in pixels.
+        grid: (h, w) in patches that is wanted.
+    """
     changed = dict(state)
     if PATCH in state and state[PATCH].shape[-1] != patch:
         changed[PATCH] = resample_patch(state[PATCH], patch)
-    if POSITIONS in state and state[POSITIONS].shape[1] != prefix + grid[0] * grid[1]:
-        changed[POSITIONS] = resample_positions(state[POSITIONS], grid, prefix)
+    if POSITIONS in state:
+        count = state[POSITIONS].shape[1]
+        prefix = count - math.isqrt(count) ** 2  # class and register tokens, far fewer than a further row would take
+        if count != prefix + grid[0] * grid[1]:
+            changed[POSITIONS] = resample_positions(state[POSITIONS], grid, prefix)
     return changed
 
 

@@ -15,9 +15,12 @@ import timm
 import torch
 from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from cegate.backbone.backbone import Backbone
+from cegate.backbone.resample import resample_plain
+from cegate.backbone.sam import create_sam, forget_relative_positions, from_sam_names
 from cegate.errors import BackboneError, nearest
 
 log = logging.getLogger(__name__)
@@ -29,7 +32,14 @@ DEPTH_SHARES = (1 / 3, 1 / 2, 2 / 3, 1.0)  # layers 8, 12, 16 and 24 of 24: Cros
 
 
 def build_vit(
-    name: str, *, weights: str = "auto", image_size: int, patch_size: int | None = None, in_chans: int = 3
+    name: str,
+    *,
+    weights: str = "auto",
+    image_size: int,
+    patch_size: int | None = None,
+    in_chans: int = 3,
+    resample: str = "timm",
+    official_relpos: bool = False,
 ) -> nn.Module:
     """Build a frozen timm vision transformer.
 
@@ -40,6 +50,9 @@ def build_vit(
             still run where the model supports them.
         patch_size: patch side in pixels to which the patch embedding is resampled; ``None`` keeps the model's own.
         in_chans: bands of the input; the patch embedding of pretrained weights is adapted when it is not 3.
+        resample: how both embeddings come to another size: ``timm`` (pseudo-inverse kernel, antialiased positions), or
+            ``plain`` (bicubic, as the published DINOv2 conversions).
+        official_relpos: SAM without its relative positions, as MFNet's published code has it.
 
     Returns:
         The model in evaluation mode; no parameter requires a gradient.
@@ -48,27 +61,36 @@ def build_vit(
         BackboneError: unknown name, an architecture that the toolbox cannot serve, unsuitable size, unreachable hub, or
             weights that do not fit; keys are named.
     """
-    vit = _create(name, weights == "auto", image_size, patch_size, in_chans)
+    plain = resample == "plain" and weights == "auto" and name != TINY
+    vit = _create(name, weights == "auto" and not plain, image_size, patch_size, in_chans)
     Backbone(vit)
     if weights == "none":
         log.warning("backbone %s has RANDOM weights (model.weights=none)", name)
     elif name == TINY and weights == "auto":
         with resources.as_file(resources.files("cegate") / "weights" / TINY_WEIGHTS) as path:
-            load_weights(vit, path, name)
+            load_weights(vit, path, name, resample=resample)
     elif weights != "auto":
-        load_weights(vit, Path(weights), name)
+        load_weights(vit, Path(weights), name, resample=resample)
+    elif plain:
+        native = _create(name, True, None, None, 3)  # at its own sizes: timm would resample its own way
+        _load_state(vit, native.state_dict(), f"timm's weights of {name}", name, resample)
+    if official_relpos:
+        if not isinstance(vit, VisionTransformerSAM):
+            raise BackboneError(f"model.official_relpos=true is for SAM's encoders, not {name}; leave it out")
+        forget_relative_positions(vit)
     return vit.eval().requires_grad_(False)
 
 
-def _create(name: str, pretrained: bool, image_size: int, patch_size: int | None, in_chans: int) -> nn.Module:
+def _create(name: str, pretrained: bool, image_size: int | None, patch_size: int | None, in_chans: int) -> nn.Module:
     if name == TINY:
         return tiny_vit(image_size, patch_size or 8, in_chans)
     if not timm.is_model(name):
         raise BackboneError(f"model.backbone={name!r} is neither tiny nor a timm model{_near_vits(name)}")
+    if name.startswith("samvit"):
+        return create_sam(name, pretrained=pretrained, in_chans=in_chans, patch_size=patch_size)
     own_size = timm.get_pretrained_cfg(name).input_size[-1] if timm.get_pretrained_cfg(name) else None
-    options: dict[str, object] = {"img_size": image_size, "in_chans": in_chans, "num_classes": 0}
-    if patch_size is not None:
-        options["patch_size"] = patch_size
+    options: dict[str, object] = {"in_chans": in_chans, "num_classes": 0}
+    options |= {key: v for key, v in (("img_size", image_size), ("patch_size", patch_size)) if v is not None}
     try:
         if pretrained:
             _refuse_unsuited(name, options)
@@ -138,21 +160,25 @@ def tiny_vit(image_size: int, patch_size: int = 8, in_chans: int = 3) -> VisionT
     )
 
 
-def load_weights(vit: nn.Module, path: Path, name: str = "this backbone") -> None:
+def load_weights(vit: nn.Module, path: Path, name: str = "this backbone", *, resample: str = "timm") -> None:
     """Load a weight file, resampling patch and position embeddings to the model's sizes.
 
     Args:
         vit: the model.
         path: .pth or .safetensors file.
         name: of the backbone, for messages.
+        resample: as in `build_vit`.
 
     Raises:
         BackboneError: missing file, unreadable file, or keys or shapes that do not fit (they are named).
     """
+    _load_state(vit, _read_weights(path), path, name, resample)
+
+
+def _load_state(vit: nn.Module, given: Mapping[str, object], path: Path | str, name: str, resample: str) -> None:
     own = {key: value for key, value in vit.state_dict().items() if not key.startswith(HEAD_KEYS)}
-    given = _read_weights(path)
     try:
-        state = _converted(given, vit)
+        state = _converted(given, vit, resample)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         # timm's conversion stumbles over weights of another architecture; resampling changes the two embeddings alone
         resampled = ("patch_embed.proj.weight", "pos_embed")
@@ -181,8 +207,13 @@ def _read_weights(path: Path) -> dict[str, object]:
         ) from error
 
 
-def _converted(state: dict[str, object], vit: nn.Module) -> dict[str, Tensor]:
+def _converted(state: dict[str, object], vit: nn.Module, resample: str) -> dict[str, Tensor]:
     """Weights by the model's names, without classifiers, embeddings resampled."""
+    if isinstance(vit, VisionTransformerSAM):
+        if any(key.startswith("image_encoder.") for key in state):
+            state = from_sam_names(state, vit)
+    elif resample == "plain":
+        state = resample_plain(state, patch=vit.patch_embed.patch_size[0], grid=vit.patch_embed.grid_size)
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         state = convert(state, vit)
@@ -205,7 +236,7 @@ def _misfits(state: Mapping[str, object], own: Mapping[str, Tensor]) -> list[str
     return [f"{label}: {_some(keys)}" for label, keys in problems.items() if keys]
 
 
-def _unfit(path: Path, name: str, problems: Sequence[str]) -> BackboneError:
+def _unfit(path: Path | str, name: str, problems: Sequence[str]) -> BackboneError:
     return BackboneError(
         f"{path} does not fit the backbone {name} ({'; '.join(problems)}); check model.backbone and model.patch_size"
     )

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import rasterio
 from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.env import get_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import MemoryFile
 from rasterio.warp import transform
@@ -36,6 +37,8 @@ MASK_SUFFIXES = (".png", ".tif", ".tiff")
 _UNMAPPED = 254
 _SHOWN = 6
 _SAMPLE_PX, _SAMPLE_CACHE = 2**20, 2**26  # pixels read at once, and bytes that GDAL may keep, while sampling a file
+_SCAN_CACHE = 1 << 25  # bytes
+_BLOCK_ROWS = 1024  # of the files behind a VRT, whose blocks it does not tell
 _ALPHA_SIDE = 1024  # of the middle of a file that tells what its alpha band is
 
 
@@ -222,6 +225,16 @@ class OpenImage:
                 "gdal_translate -ot Float32, or set bands to those of one"
             )
         return next(iter(found.values()))
+
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Let GDAL keep as much of the file as reading it from top to bottom needs: a few rows of blocks. By default it
+        keeps what it has read, up to a twentieth of the machine's memory."""
+        src = self._src
+        rows = max(_BLOCK_ROWS, *(rows for rows, _ in src.block_shapes))
+        needed = _SCAN_CACHE + 2 * rows * src.width * sum(np.dtype(dtype).itemsize for dtype in src.dtypes)
+        with rasterio.Env(GDAL_CACHEMAX=min(needed, get_gdal_config("GDAL_CACHEMAX"))):
+            yield
 
     def without_data(self, *, window: Window | None = None) -> np.ndarray | None:
         """Where the file says that it has no data: every band holds its nodata value, or the pixel is transparent or

@@ -19,7 +19,7 @@ from cegate.compute import Precision
 from cegate.config import IGNORE, Config
 from cegate.engine.gating import Gate, Round
 from cegate.engine.runtime import seed_everything
-from cegate.engine.schedule import learning_rate, parameter_groups
+from cegate.engine.schedule import learning_rate, make_optimizer
 from cegate.engine.sets import Sets
 from cegate.engine.team import Team
 from cegate.errors import CheckpointError, TrainingError
@@ -94,7 +94,7 @@ class Stage:
         self.tasks: list[Task] = build_tasks(config, network, sets, adapting=adapting, share=team.share)
         self.task_parts = _parts_of_tasks(self.tasks, numerics.device)
         modules = [*network.learning_modules().values(), *self.task_parts.values()]
-        self.optimizer = torch.optim.AdamW(parameter_groups(modules, config.train.weight_decay), lr=config.train.lr)
+        self.optimizer = make_optimizer(config.train, modules)
         self.scaler = torch.amp.GradScaler(numerics.device.type, enabled=numerics.name == "fp16")
         self.gate = Gate(config.gate, config.run.seed, network.toolbox.counts(), plan)
         crops = crops_of(config, network, sets.source, config.data.batch_size, "train", team.share)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from cegate.errors import ConfigError, nearest
 from cegate.heads.head import Head, LinearHead
+from cegate.heads.unetformer import UNetFormerHead
 
-HEADS = ("linear", "mask2former")
+HEADS = ("linear", "mask2former", "unetformer")
 
 
 def build_head(name: str, *, channels: int, classes: int, **options: int) -> Head:
     """Build a head by its name in the configuration.
 
     Args:
-        name: ``linear`` or ``mask2former``.
+        name: ``linear``, ``mask2former`` or ``unetformer``.
         channels: channels C of each of the four maps.
         classes: classes K.
         options: further settings of the head; ``mask2former`` has ``queries``, ``width``, ``encoder_layers``,
@@ -27,4 +28,6 @@ def build_head(name: str, *, channels: int, classes: int, **options: int) -> Hea
         from cegate.heads.mask2former import Mask2FormerHead  # transformers takes seconds to import
 
         return Mask2FormerHead(channels, classes, **options)
+    if name == "unetformer":
+        return UNetFormerHead(channels, classes, **options)
     raise ConfigError(f"model.head={name!r} is not a head; use one of {', '.join(HEADS)}{nearest(name, HEADS)}")

@@ -31,6 +31,7 @@ class Head(Part, ABC):
     No head mixes samples: a sample's logits and loss are the same in every batch, which per-sample Fisher scores need.
     """
 
+    adapts = False
     query_width: int | None = None
     """Width of the head's queries, where it has some that another part can give."""
     log_shares: bool = False

@@ -27,10 +27,13 @@ class Neck(Part):
     Args:
         channels: C of the backbone's maps.
         project: frozen map [B, C, h, w] -> [B, width, h, w] of the backbone's own (SAM's neck). Default: one like it
-            that learns and serves all modalities, or none where C is the width already.
+            that learns and serves all modalities, or none where C is the width already. A function, no module: it is
+            frozen, and no weight of this part.
         width: of what it gives.
         streams: modalities, which lie behind each other in the batch.
     """
+
+    adapts = False
 
     def __init__(
         self,
@@ -43,11 +46,11 @@ class Neck(Part):
         super().__init__()
         self.streams, self.width = streams, width
         self.learned_projection = sam_neck(channels, width) if project is None and channels != width else None
-        self._project = (project,)  # in a tuple: a frozen module is no weight of this part
+        self._frozen_projection = project
 
     def project(self, deepest: Tensor) -> tuple[Tensor, ...]:
         """[S B, C, h, w] -> [B, width, h, w] of each modality."""
-        project = self.learned_projection or self._project[0]
+        project = self.learned_projection or self._frozen_projection
         return (deepest if project is None else project(deepest)).chunk(self.streams)
 
 

@@ -26,8 +26,14 @@ class Part(nn.Module):
 
     deployed: bool = True
     """Whether it belongs to the model that one shares; a part that is not serves training alone."""
+    adapts: bool = True
+    """Whether it changes the backbone's features; in the frozen stage such parts stand aside."""
     active: bool = True
-    """Whether it takes part now; in the frozen stage only the head does."""
+    """Whether it takes part now."""
+
+    def enter(self, images: Tensor) -> Tensor:
+        """What it makes of images [B, bands, H, W] before the backbone sees them."""
+        return images
 
     def plugs(self) -> Iterable[Plug]:
         """Where it takes part in the backbone's program."""

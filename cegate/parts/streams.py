@@ -39,6 +39,11 @@ class Streams(Part):
                 )
         self.absent = nn.Parameter(torch.zeros(sum(bands)))
 
+    adapts = False
+
+    def enter(self, images: Tensor) -> Tensor:
+        return self(images)
+
     def forward(self, images: Tensor) -> Tensor:
         known = torch.where(images.isnan(), self.absent[:, None, None].to(images.dtype), images)
         return torch.cat([self._filled(part) for part in known.split(self.bands, dim=1)])

@@ -107,7 +107,7 @@ def open_reader(image: RawImage, learned: Learned, *, all_pixels: bool = False) 
         without_data = lambda part: None if masked is None else masked[part.slices]  # noqa: E731
         yield Reader("image", pixels.shape[1:], str(pixels.dtype), read, without_data, learned)
         return
-    with open_image(image) as file:
+    with open_image(image) as file, file.read_once():
         header, bands = file.header, learned.bands
         if max(bands) > header.bands:
             raise DataError(

@@ -61,3 +61,9 @@ def test_what_fits_is_left_alone(vectors):
     state = {"patch_embed.proj.weight": vectors["patch_after"], "pos_embed": vectors["pos_after"]}
     found = resample_plain(state, patch=16, grid=(32, 32))
     assert all(found[name] is value for name, value in state.items())
+
+
+def test_positions_without_a_class_token_are_a_grid_alone():
+    state = {"pos_embed": torch.randn(1, 16, 3)}
+    found = resample_plain(state, patch=8, grid=(6, 5))["pos_embed"]
+    torch.testing.assert_close(found, resample_positions(state["pos_embed"], (6, 5), 0))

@@ -16,12 +16,12 @@ from cegate.config import IGNORE
 from cegate.data import datasets
 from cegate.data.datasets import open_set
 from cegate.data.rasters import read_header
-from cegate.data.stream import Batch, DomainPair
-from cegate.engine.adaptation import Teacher, mix_domains, share_of_sure
-from cegate.engine.objective import make_objective
-from cegate.engine.trainer import Trainer, describe, train
+from cegate.data.stream import Batch
+from cegate.engine.stage import Stage
+from cegate.engine.trainer import describe, train
 from cegate.fisher import SquaredGradients, measure_fisher
 from cegate.gate import GatePlan
+from cegate.tasks.dacs import Dacs, Pasted, Teacher, mix_domains, share_of_sure
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -130,7 +130,7 @@ def test_chosen_pixels_come_from_the_source_and_the_rest_from_the_target():
     source = Batch(torch.randn(2, 3, 4, 4), torch.randint(0, 3, (2, 4, 4)), names)
     target = Batch(torch.randn(2, 3, 4, 4), torch.full((2, 4, 4), IGNORE), names, torch.ones(2, 4, 4).bool())
     pasted, pseudo = torch.rand(2, 4, 4) < 0.5, torch.randint(3, 5, (2, 4, 4))
-    image, label = mix_domains(DomainPair(source, target, pasted), pseudo)
+    image, label = mix_domains(source, Pasted(target, pasted), pseudo)
     for where, pixels, classes in ((pasted, source.image, source.label), (~pasted, target.image, pseudo)):
         assert torch.equal(label[where], classes[where])
         assert torch.equal(image.movedim(1, -1)[where], pixels.movedim(1, -1)[where])
@@ -141,15 +141,15 @@ def test_chosen_pixels_come_from_the_source_and_the_rest_from_the_target():
 
 def run_until(monkeypatch, config, iteration):
     """Train until the power fails in the middle of an iteration of the second stage."""
-    step = Trainer._step
+    step = Stage.step
 
     def step_until(self, batch):
-        if (self.stage, self.iteration) == ("after", iteration):
+        if (self.name, self.iteration) == ("after", iteration):
             raise RuntimeError("power cut")
         return step(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_until)
+        patch.setattr(Stage, "step", step_until)
         with pytest.raises(RuntimeError, match="power cut"):
             train(config)
 
@@ -158,7 +158,7 @@ def assert_equal_runs(whole: Path, cut: Path) -> None:
     for name in ("metrics.jsonl", "gates.jsonl", "adapter/adapter_model.safetensors"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
     a, b = (load_state(folder / "checkpoints/last.pt") for folder in (whole, cut))
-    for one, other in ((a.trained, b.trained), (a.objective["teacher"], b.objective["teacher"])):
+    for one, other in ((a.trained, b.trained), (a.tasks["dacs"]["teacher"], b.tasks["dacs"]["teacher"])):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -225,7 +225,7 @@ def test_after_the_warmup_as_many_target_samples_are_scored(small, monkeypatch):
         probes.append(list(batches))
         return measure_fisher(model, toolbox, probes[-1], **keys)
 
-    monkeypatch.setattr("cegate.engine.trainer.measure_fisher", measure)
+    monkeypatch.setattr("cegate.engine.stage.measure_fisher", measure)
     both = train(small("a", **DACS)).path  # scores at 0, 3 and 6
     names = [[name.partition("/")[0] for batch in probe for name in batch.names] for probe in probes]
     assert names == [["temperate"] * 3, *2 * [["temperate"] * 3 + ["monsoon"] * 3]]
@@ -240,16 +240,13 @@ def test_after_the_warmup_as_many_target_samples_are_scored(small, monkeypatch):
 
 def test_the_probe_is_labelled_with_the_students_gates(student, small):
     config = small(**DACS)
-    source, target = (
-        open_set(config, name="set", classes=student.classes, labelled=labelled)
-        for config, labelled in ((config.data.source, True), (config.data.unlabelled, False))
-    )
-    objective = make_objective(config, student, source, target)
+    target = open_set(config.data.unlabelled, name="set", classes=student.classes, labelled=False)
+    task = Dacs(config, student, target)
     student.toolbox.apply(GatePlan(["semantic.2"]))
-    expected = torch.cat([batch.label for batch in objective.probe(4)])
-    lazy = objective.probe(4)
+    expected = torch.cat([batch.label for batch in task.probe(4)])
+    lazy = task.probe(4)
     student.toolbox.apply(GatePlan(student.toolbox.sites))
-    everything_on = torch.cat([batch.label for batch in objective.probe(4)])
+    everything_on = torch.cat([batch.label for batch in task.probe(4)])
     assert not torch.equal(everything_on, expected)
     with student.toolbox.tapped(SquaredGradients(diagonal=False, scale=1.0)):
         assert torch.equal(torch.cat([batch.label for batch in lazy]), expected)
