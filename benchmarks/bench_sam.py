@@ -72,7 +72,7 @@ def bench_two_modalities(benchmark, size, part):
 def bench_neck_and_head_in_a_training_step(benchmark):
     """ViT-B; the rest of the step is the encoder's forward and backward pass with MMLoRA."""
     backbone = Backbone(make_encoder("ViT-B"))
-    lora, neck, head = MMLoRA.build(backbone), DFM(768, project=backbone.vit.neck), UNetFormerHead(256, 6)
+    lora, neck, head = MMLoRA.build(backbone), DFM(768, project=backbone.finish), UNetFormerHead(256, 6)
     images, labels = torch.randn(2, 3, PIXELS, PIXELS), torch.randint(0, 6, (1, PIXELS, PIXELS))
     circuit, maps = Circuit(lora.plugs()), torch.randn(2, 768, 16, 16, requires_grad=True)
 
