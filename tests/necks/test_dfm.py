@@ -55,7 +55,7 @@ def test_modalities_keep_weights_of_their_own():
 
 def test_a_backbones_own_neck_stays_frozen_and_another_width_gets_one_that_learns():
     own = sam_neck(24, 16).requires_grad_(False)
-    neck = DFM(24, width=16, project=own)
+    neck = DFM(24, width=16, project=lambda z: own(z))
     assert not any(name.startswith("learned") for name, _ in neck.named_parameters())
     assert len(neck.state_dict()) == len(DFM(16, width=16).state_dict())
     features = torch.randn(4, 24, 4, 4, requires_grad=True)
@@ -73,7 +73,7 @@ def test_sum_of_modalities_serves_heads_of_four_maps_and_decoders_without_skips(
     every = StreamSum(16, last=False).change(features, None).maps
     assert all(torch.equal(ours, m[:2] + m[2:]) for ours, m in zip(every, maps, strict=True))
     project = nn.Conv2d(16, 8, 1).requires_grad_(False)
-    (last,) = StreamSum(16, width=8, project=project).change(features, None).maps
+    (last,) = StreamSum(16, width=8, project=lambda z: project(z)).change(features, None).maps
     torch.testing.assert_close(last, project(maps[-1][:2]) + project(maps[-1][2:]))
 
 

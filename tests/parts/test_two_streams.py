@@ -48,7 +48,7 @@ class TwoModalities(nn.Module):
             spatial=SpatialConfig(rank=2), semantic=SemanticConfig(width=3), frequency=FrequencyConfig(width=2)
         )
         self.toolbox = Toolbox(self.backbone, sizes, toolbox_streams)
-        self.streams, self.neck = Streams(("image", "dsm"), (3, 1)), DFM(16, width=16, project=self.vit.neck)
+        self.streams, self.neck = Streams(("image", "dsm"), (3, 1)), DFM(16, width=16, project=self.backbone.finish)
         self.head = UNetFormerHead(16, CLASSES, width=16, heads=4, window=4)
         self.modal = None if modal is None else modal.build(self.backbone)
         for weight in (*self.toolbox.parameters(), *(self.modal.parameters() if self.modal else ())):
