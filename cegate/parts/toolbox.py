@@ -152,6 +152,7 @@ class Toolbox(Part):
         def run(*arguments):
             *tensors, tokens = arguments
             mine = [_samples(tensor, tokens.streams)[place] for tensor in tensors]
+            mine[-1] = _copy(mine[-1])  # it may be changed in place, which autograd does not follow through a view
             changed = plug.function(*mine, tokens._replace(streams=1))
             return _put(tensors[-1], tokens.streams, place, changed)
 
@@ -225,6 +226,10 @@ def _samples(tensor: Tensor | tuple, streams: int) -> list:
     if isinstance(tensor, Tensor):
         return list(tensor.chunk(streams))
     return list(zip(*(part.chunk(streams) for part in tensor), strict=True))
+
+
+def _copy(tensor: Tensor | tuple) -> Tensor | tuple:
+    return tensor.clone() if isinstance(tensor, Tensor) else tuple(map(_copy, tensor))
 
 
 def _put(whole: Tensor | tuple, streams: int, place: int, changed: Tensor | tuple) -> Tensor | tuple:
