@@ -33,7 +33,7 @@ _LAZY = {
     "load": ("cegate.api", "load"),
     "load_many": ("cegate.api", "load_many"),
     "read_adapter": ("cegate.api", "read_adapter"),
-    "wrap": ("cegate.toolbox.toolbox", "wrap"),
+    "wrap": ("cegate.parts.toolbox", "wrap"),
     "fisher": ("cegate.fisher", None),
     "gate": ("cegate.gate", None),
     "ops": ("cegate.ops", None),

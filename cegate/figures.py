@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,9 +19,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from cegate.config import IGNORE, KINDS
+from cegate.config import IGNORE
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.runfolder import written_aside
+from cegate.sites import SiteId, kinds
 
 Record = Mapping[str, Any]
 Points = Sequence[tuple[float, float]]
@@ -87,43 +88,17 @@ def svg_uri(figure: Figure) -> str:
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-class SitePlace(NamedTuple):
-    """Where a site is."""
-
-    kind: str
-    layer: int
-    stream: str = ""
-
-    @property
-    def name(self) -> str:
-        """As it is written."""
-        return ".".join([self.kind, str(self.layer), *filter(None, [self.stream])])
-
-    @property
-    def group(self) -> str:
-        """Kind, and stream where there are several."""
-        return f"{self.kind} · {self.stream}" if self.stream else self.kind
-
-
-def place_of(site: str) -> SitePlace:
-    """Read ``<kind>.<layer>`` or ``<kind>.<layer>.<stream>``."""
-    kind, layer, *stream = site.split(".")
-    return SitePlace(kind, int(layer), *stream)
-
-
-def in_order(sites: Iterable[str]) -> list[str]:
-    """Sites by kind, stream and layer; kinds as they are registered."""
-    return sorted(
-        sites, key=lambda site: (KINDS.index(place_of(site).kind), place_of(site).stream, place_of(site).layer)
-    )
+def in_order(sites: Iterable[str]) -> list[SiteId]:
+    """Sites by kind, stream and layer, as they are drawn: a panel for each kind and stream."""
+    return sorted(map(SiteId, sites), key=lambda site: (kinds().index(site.kind), site.stream or "", site.layer))
 
 
 def site_groups(sites: Iterable[str]) -> dict[str, dict[int, str]]:
     """Kind, or kind and stream -> layer -> site, in the order of the sites: what is drawn or tabled as one panel."""
     groups: dict[str, dict[int, str]] = {}
-    for site in sites:
-        place = place_of(site)
-        groups.setdefault(place.group, {})[place.layer] = site
+    for site in map(SiteId, sites):
+        title = f"{site.kind} · {site.stream}" if site.stream else site.kind
+        groups.setdefault(title, {})[site.layer] = site
     return groups
 
 
@@ -163,7 +138,7 @@ def gate_figure(
         columns: panels side by side; default: one per kind.
     """
     groups = site_groups(sites)
-    columns = min(columns or len({place_of(site).kind for site in sites}), len(groups))
+    columns = min(columns or len({SiteId(site).kind for site in sites}), len(groups))
     starts = [record["iteration"] for record in rounds]
     edges = [*starts, max(end or 2 * starts[-1] - starts[-2 if len(starts) > 1 else -1], starts[-1] + 1)]
     top = max((score for record in rounds for score in record["scores"].values()), default=0.0)

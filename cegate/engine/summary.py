@@ -16,8 +16,9 @@ from cegate.checkpoint import WEIGHTS_FILE, adapter_folder, load_state, read_ada
 from cegate.engine.evaluator import percent
 from cegate.engine.results import best_iteration, records_of
 from cegate.errors import CheckpointError
-from cegate.figures import STAGES, SitePlace, domain_title, headline, in_order, place_of
+from cegate.figures import STAGES, domain_title, headline, in_order
 from cegate.runfolder import RunFolder
+from cegate.sites import SiteId
 
 
 def backends_table() -> Table:
@@ -109,7 +110,7 @@ def site_table(
     chosen."""
     scored = [record for record in rounds if record["scores"]]
     cells = {site: _cell(site, on, scored) for site in sites}
-    places = {place_of(site): site for site in sites}
+    places = [SiteId(site) for site in sites]
     streams = list(dict.fromkeys(place.stream for place in places))
     kinds = list(dict.fromkeys(place.kind for place in places))
     table = Table(title=f"{len(on)} sites on, {sum(counts[site] for site in on):,} weights", title_justify="left")
@@ -119,8 +120,8 @@ def site_table(
     for stream in streams:
         layers = sorted({place.layer for place in places if place.stream == stream})
         for layer in layers:
-            row = [cells.get(places.get(SitePlace(kind, layer, stream), ""), "") for kind in kinds]
-            table.add_row(f"{layer} {stream}".strip(), *row, end_section=layer == layers[-1])
+            row = [cells.get(SiteId.of(kind, layer, stream), "") for kind in kinds]
+            table.add_row(f"{layer} {stream or ''}".strip(), *row, end_section=layer == layers[-1])
     return table
 
 

@@ -213,7 +213,7 @@ def _has_backbone(cell: Cell, config: Config) -> bool:
 
 @cache
 def _backbone_hash(name: str, weights: str, image_size: int, patch_size: int | None, bands: int) -> str:
-    from cegate.models.vit import build_vit, weight_hash
+    from cegate.backbone.vit import build_vit, weight_hash
 
     vit = build_vit(name, weights=weights, image_size=image_size, patch_size=patch_size, in_chans=bands)
     return weight_hash(vit)

@@ -14,13 +14,13 @@ from cegate.figures import (
     Curve,
     chart_figure,
     gate_figure,
-    place_of,
     site_groups,
     svg_uri,
 )
 from cegate.page.grids import NOTHING, Grid, GridCell, level_of, percent_text, share_cell
 from cegate.page.reading import RunFiles
 from cegate.page.stability import between_rounds, between_runs, chance_jaccard, mean, share_on
+from cegate.sites import SiteId
 
 SCORES = {
     "kind": "share of the kind's Fisher mass",
@@ -44,7 +44,7 @@ def gate_part(run: RunFiles) -> dict[str, Any] | None:
     measure = SCORES[run.config.gate.normalize]
     drawn = {"end": run.end, "marker": run.iteration, "measure": measure}
     groups = site_groups(run.sites)
-    layers = len({place_of(site).layer for site in run.sites})
+    layers = len({SiteId(site).layer for site in run.sites})
     last = ", ".join(f"{len({*of.values()} & {*rounds[-1]['active']})} {name}" for name, of in groups.items())
     counted = f"{len(rounds)} rounds" if len(rounds) > 1 else "one choice for the whole run"
     return {

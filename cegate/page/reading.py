@@ -15,8 +15,9 @@ from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.engine.results import Record, best_iteration, records_of
 from cegate.errors import CheckpointError, ConfigError
-from cegate.figures import SitePlace, in_order, place_of
+from cegate.figures import in_order
 from cegate.runfolder import RunFolder, read_json
+from cegate.sites import SiteId
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class RunFiles:
     @property
     def layers(self) -> list[int]:
         """Layers that have sites."""
-        return sorted({place_of(site).layer for site in self.sites})
+        return sorted({SiteId(site).layer for site in self.sites})
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -164,12 +165,12 @@ def _sites(folder: RunFolder, config: Config) -> tuple[str, ...]:
     """All scored sites. Without scores: the configured kinds on as many layers as choices or adapter speak of."""
     rounds = folder.gates.records
     sites = {site for choice in rounds for site in choice["scores"]}
-    if not sites and (chosen := [place_of(site) for choice in rounds for site in choice["active"]]):
+    if not sites and (chosen := [SiteId(site) for choice in rounds for site in choice["active"]]):
         adapter = folder.adapter / CONFIG_FILE
         features = read_json(adapter).get("features", []) if adapter.is_file() else []
         depth, streams = 1 + max(*features, *(place.layer for place in chosen), 0), {place.stream for place in chosen}
         sites = {
-            SitePlace(kind, layer, stream).name
+            SiteId.of(kind, layer, stream)
             for kind in config.toolbox.kinds
             for layer in range(depth)
             for stream in streams

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from cegate.checkpoint import load_checkpoint
+from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import Item, SegmentationSet, open_set
@@ -23,10 +24,9 @@ from cegate.engine.evaluator import percent, predict_logits
 from cegate.errors import CegateError, DataError
 from cegate.figures import domain_title, headline
 from cegate.metrics import Confusion
-from cegate.models.compute import Precision, pick_device, precision_of
-from cegate.models.segmenter import Segmenter, ValueRange
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain
 from cegate.palette import default_palette
+from cegate.segmenter import Segmenter, ValueRange
 
 SIDE_PX = 512
 """Longest side of a picture."""
@@ -200,7 +200,7 @@ class _Painter:
     def __call__(self, item: Item, counts: np.ndarray) -> tuple[Sequence[Picture], str]:
         """Pictures, and a note where the recomputed counts are not those of the evaluation."""
         segmenter, data = self.segmenter, self.segmenter.config.data
-        image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
+        image = torch.from_numpy(normalise(item.image[None], segmenter.recipe.mean, segmenter.recipe.std))
         windows = {"crop": data.crop, "stride": data.stride, "fit": item.fit}
         logits = predict_logits(segmenter, image, precision=self.precision, **windows)
         sure, mask = (part[0].cpu().numpy() for part in logits.float().softmax(1).max(1))
@@ -213,7 +213,7 @@ class _Painter:
             if moved > OTHER_COUNTS
             else ""
         )
-        palette, k = segmenter.palette, len(segmenter.classes)
+        palette, k = segmenter.recipe.palette, len(segmenter.classes)
         pictures = (
             Picture("image", photo(item.image), f"Image of {item.name}"),
             Picture("truth", class_map(item.label, palette), f"True classes of {item.name}", True),

@@ -14,8 +14,8 @@ from cegate.engine.results import Result
 from cegate.engine.trainer import Trainer, describe, train
 from cegate.errors import CheckpointError, ConfigError, DataError, TrainingError
 from cegate.methods import METHODS
-from cegate.models.segmenter import Segmenter
 from cegate.runfolder import folder_of
+from cegate.segmenter import Segmenter
 
 PROMISED = (
     *("config.yaml", "env.json", "train.log", "metrics.jsonl", "gates.jsonl"),

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import cegate
 from cegate import bench, cli
+from cegate.backbone.vit import build_vit, weight_hash
 from cegate.configfile import to_yaml
 from cegate.matrix import runner
 from cegate.matrix.cells import WEIGHTS, configure, name_settings, plan_cells, read_configs
-from cegate.models.vit import build_vit, weight_hash
 from cegate.runfolder import write_json, write_text
 
 from .conftest import draw_tiles

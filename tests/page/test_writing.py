@@ -14,14 +14,14 @@ import pytest
 
 import cegate.page
 from cegate import cli, report
+from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import State, save_state, trained_weights
 from cegate.engine.evaluator import evaluate_run, percent
 from cegate.figures import DARK, GREY, RULE, gate_figure, run_charts, svg_uri
-from cegate.models.segmenter import build, starting_plan
-from cegate.models.vit import weight_hash
 from cegate.page.reading import read_runs
 from cegate.page.writing import render_page
 from cegate.runfolder import RunFolder
+from cegate.segmenter import build, starting_plan
 
 VOID = {"meta", "link", "img", "path", "source"}
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -482,7 +482,11 @@ def test_an_existing_page_is_only_replaced_if_asked(make_run, tmp_path, capsys):
         ([], cli.USAGE, "--run is missing; give the folder of a run, or of several"),
         (["--run", "{gone}"], cli.FAILED, "is no run folder"),
         (["--run", "{run}", "{run}"], cli.USAGE, "give every run once"),
-        (["--run", "{run}", "--tiles", "many"], cli.USAGE, "--tiles many is no number; use 0 or more"),
+        (
+            ["--run", "{run}", "--tiles", "many"],
+            cli.USAGE,
+            "--tiles many is not accepted; expected a whole number from 0",
+        ),
         (["--run", "{run}", "--output", "{gone}/page.txt"], cli.FAILED, "is no .html file; give a name such as"),
         (["--run", "{run}", "--train.lr", "1"], cli.USAGE, "cegate report does not take --train.lr"),
         (["--run", "{run}", "--outptu", "x"], cli.USAGE, "did you mean --output?"),
