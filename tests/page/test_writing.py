@@ -485,7 +485,7 @@ def test_an_existing_page_is_only_replaced_if_asked(make_run, tmp_path, capsys):
         (
             ["--run", "{run}", "--tiles", "many"],
             cli.USAGE,
-            "--tiles many is not accepted; expected a whole number from 0",
+            "--tiles many is not accepted; expected a whole",
         ),
         (["--run", "{run}", "--output", "{gone}/page.txt"], cli.FAILED, "is no .html file; give a name such as"),
         (["--run", "{run}", "--train.lr", "1"], cli.USAGE, "cegate report does not take --train.lr"),
