@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -94,14 +95,16 @@ def save_state(path: Path, state: State) -> None:
     Raises:
         CheckpointError: the disk is full, or the file cannot be written for another reason; the old one stays.
     """
+    around = sys.exception()
     with _whole(path) as aside, aside.open("wb") as file:
         sink = _Signed(file)
         try:
             torch.save(dict(vars(state)), sink)
-        except Exception:
-            if sink.failure is not None:  # torch's writer hides what went wrong below it
-                raise sink.failure from None
-            raise
+        except Exception as error:  # torch's writer hides what went wrong below it
+            cause = sink.failure or error
+            while cause.__context__ not in (None, around):
+                cause = cause.__context__
+            raise cause from None
         sink.sign()
 
 
