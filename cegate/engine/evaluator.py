@@ -163,7 +163,8 @@ def predictor_of(segmenter: Segmenter, *, precision: Precision = nullcontext, **
         precision: makes the autocast context of a forward pass.
         windows: fields of `cegate.scenes.mosaic.Mosaic`; ``crop`` is needed.
     """
-    mosaic = Mosaic(**windows, log_shares=segmenter.head.log_shares)
+    further = segmenter.recipe.further
+    mosaic = Mosaic(**windows, log_shares=segmenter.head.log_shares, further=further)
     return Predictor(segmenter, mosaic, segmenter.device, precision, segmenter)
 
 

@@ -58,7 +58,7 @@ def draw_run(
 def mask_of(segmenter: Segmenter, item: Item, precision: Precision) -> np.ndarray:
     """Predicted class of every pixel of an item, [H, W] uint8."""
     data = segmenter.config.data
-    image = torch.from_numpy(normalise(item.image, segmenter.recipe.mean, segmenter.recipe.std))
+    image = torch.from_numpy(normalise(item.image, *segmenter.recipe.statistics))
     predictor = predictor_of(segmenter, crop=data.crop, stride=data.stride, fit=item.fit, precision=precision)
     sink = ClassArray(tuple(image.shape[1:]))
     predictor.run(Pixels(image), sink)

@@ -41,11 +41,15 @@ def open_sets(config: Config) -> tuple[Config, Sets]:
     _refuse_other_bands(data)
     source = open_set(data.source, name=SOURCE_DOMAIN, classes=data.classes)
     classes = list(source.classes)
+    if data.source.second is not None:  # the model is built for so many channels
+        second = replace(data.source.second, bands=list(source.second_bands))
+        data = replace(data, source=replace(data.source, second=second))
     validation, targets = open_evaluated(data, classes, source.value_range)
     unlabelled = None
     if config.adapt.method != "none":
         like = source.value_range
         unlabelled = open_set(data.unlabelled, name=UNLABELLED_DOMAIN, classes=classes, labelled=False, like=like)
+        _refuse_other_rasters(data, [unlabelled])
     sets = Sets(source, validation, targets, unlabelled)
     for opened in (source, *sets.evaluated, unlabelled):
         if opened is not None:
@@ -64,7 +68,18 @@ def open_evaluated(
     """
     validation = data.validation and open_set(data.validation, name=SOURCE_DOMAIN, classes=classes, like=value_range)
     targets = [open_set(cfg, name=name, classes=classes, like=value_range) for name, cfg in data.targets.items()]
+    _refuse_other_rasters(data, [*([validation] if validation is not None else []), *targets])
     return validation, targets
+
+
+def _refuse_other_rasters(data: DataConfig, opened: Sequence[SegmentationSet]) -> None:
+    """Every set has a second raster of as many bands as the source's, whose bands are settled, or none has one."""
+    wanted = len(data.source.second.bands or ()) if data.source.second is not None else 0
+    for dataset in opened:
+        if (found := len(dataset.second_bands)) != wanted:
+            has = f"a second raster of {found} bands" if found else "no second raster"
+            what = f"one of {wanted} bands; give the set second with as many bands" if wanted else "none; leave it out"
+            raise ConfigError(f"set {dataset.name!r} has {has}, the model was given {what}")
 
 
 def _refuse_other_bands(data: DataConfig) -> None:

@@ -200,7 +200,7 @@ class _Painter:
     def __call__(self, item: Item, counts: np.ndarray) -> tuple[Sequence[Picture], str]:
         """Pictures, and a note where the recomputed counts are not those of the evaluation."""
         segmenter, data = self.segmenter, self.segmenter.config.data
-        image = torch.from_numpy(normalise(item.image[None], segmenter.recipe.mean, segmenter.recipe.std))
+        image = torch.from_numpy(normalise(item.image[None], *segmenter.recipe.statistics))
         windows = {"crop": data.crop, "stride": data.stride, "fit": item.fit}
         logits = predict_logits(segmenter, image, precision=self.precision, **windows)
         sure, mask = (part[0].cpu().numpy() for part in logits.float().softmax(1).max(1))
