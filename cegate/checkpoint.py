@@ -10,7 +10,7 @@ import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,18 +18,19 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cegate import __version__
+from cegate.adapters import Adapter, misfits
+from cegate.backbone.vit import weight_hash
+from cegate.compute import pick_device
 from cegate.config import Config
 from cegate.configfile import read_config
 from cegate.errors import CheckpointError, ConfigError, nearest
 from cegate.gate import GatePlan
-from cegate.models.adapters import Adapter, misfits
-from cegate.models.compute import pick_device
-from cegate.models.segmenter import Segmenter, build
-from cegate.models.vit import weight_hash
+from cegate.recipe import Recipe
 from cegate.runfolder import RunFolder, write_json, write_text, written_aside
+from cegate.segmenter import Segmenter, build
 
 FORMAT_VERSION = 1  # of adapter folders
 STATE_VERSION = 2  # of checkpoints
@@ -95,11 +96,13 @@ def save_state(path: Path, state: State) -> None:
     Raises:
         CheckpointError: the disk is full, or the file cannot be written for another reason; the old one stays.
     """
+    # plain text: a safe reader takes no class of ours
+    sites = {name: [str(site) for site in getattr(state, name)] for name in ("active", "frozen", "ever_active")}
     around = sys.exception()
     with _whole(path) as aside, aside.open("wb") as file:
         sink = _Signed(file)
         try:
-            torch.save(dict(vars(state)), sink)
+            torch.save({**vars(state), **sites}, sink)
         except Exception as error:  # torch's writer hides what went wrong below it
             cause = sink.failure or error
             while cause.__context__ not in (None, around):
@@ -240,19 +243,11 @@ def copy_checkpoint(source: Path, target: Path) -> None:
         shutil.copyfile(source, aside)
 
 
-def parts_of(segmenter: Segmenter) -> dict[str, nn.Module]:
-    """Part -> what learns of a network, in the order in which an optimiser is given them and states number them."""
-    parts = {"toolbox": segmenter.toolbox, "head": segmenter.head, "refiner": segmenter.refiner}
-    if segmenter.config.model.tune == "full":
-        parts["vit"] = segmenter.vit
-    return {name: part for name, part in parts.items() if part is not None}
-
-
 def trained_weights(segmenter: Segmenter, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
     """``<part>.<weight>`` -> weights of every part; of the toolbox those of some sites (default: all), as
     ``toolbox.<site>.<weight>``."""
     weights: dict[str, Tensor] = {}
-    for name, part in parts_of(segmenter).items():
+    for name, part in segmenter.learning_modules().items():
         if part is segmenter.toolbox:
             chosen = part.sites if sites is None else sites
             own = {f"{site}.{key}": value for site in chosen for key, value in part.parameters_of(site).items()}
@@ -289,8 +284,8 @@ def restore(segmenter: Segmenter, state: State, where: str | Path, *, backbone_s
     _check_fit(segmenter, where, state.classes, state.backbone_sha256, backbone_sha256)
     load_trained(segmenter, state.trained, None, where)
     segmenter.toolbox.apply(GatePlan(state.active, state.frozen))
-    segmenter.refine(state.stage == "after")
-    segmenter.value_range = state.value_range
+    segmenter.adapts(state.stage == "after")
+    segmenter.recipe = replace(segmenter.recipe, value_range=state.value_range)
 
 
 def _check_fit(
@@ -323,7 +318,12 @@ def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, resul
         results: domain -> mIoU, 0..1, for the card; None where no pixel has a label.
     """
     on = segmenter.toolbox.plan.on
-    weights = {key: value.cpu().contiguous() for key, value in trained_weights(segmenter, on).items()}
+    shared = [name for name, part in segmenter.learning_modules().items() if getattr(part, "deployed", True)]
+    weights = {
+        key: value.cpu().contiguous()
+        for key, value in trained_weights(segmenter, on).items()
+        if key.partition(".")[0] in shared
+    }
     description = _describe(segmenter, backbone_sha256)
     with written_aside(folder / WEIGHTS_FILE) as aside:
         safetensors.torch.save_file(weights, aside, metadata={"format": "pt"})
@@ -343,7 +343,7 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "backbone_weights": config.model.weights,
         "backbone_sha256": backbone_sha256,
         "image_size": config.model.image_size or config.data.crop,
-        "patch_size": segmenter.patch,
+        "patch_size": segmenter.backbone.patch,
         "features": segmenter.layers,
         "toolbox": asdict(config.toolbox),
         "refiner": asdict(config.refiner),
@@ -351,17 +351,8 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "frozen_sites": list(plan.frozen),
         "head": config.model.head,
         "tune": config.model.tune,
-        "classes": list(segmenter.classes),
-        "palette": list(segmenter.palette),
-        "bands": list(segmenter.bands),
-        "mean": list(segmenter.mean),
-        "std": list(segmenter.std),
-        "value_range": segmenter.value_range,
-        "ignore": segmenter.ignore,
-        "crop": config.data.crop,
-        "stride": config.data.stride,
+        **segmenter.recipe.to_mapping(),
         "seed": config.run.seed,
-        "precision": config.run.precision,
     }
 
 
@@ -444,9 +435,7 @@ def load_adapter(path: Path, device: str | torch.device | None = None, *, weight
         raise CheckpointError(f"{folder / CONFIG_FILE} names the site {unknown[0]!r}, which the backbone does not have")
     load_trained(segmenter, trained, plan.on, file)
     segmenter.toolbox.apply(plan)
-    segmenter.mean, segmenter.std = tuple(description["mean"]), tuple(description["std"])
-    segmenter.value_range = description["value_range"]
-    segmenter.ignore = description["ignore"]
+    segmenter.recipe = Recipe.from_mapping(description)
     return segmenter.to(pick_device(device or "auto") if isinstance(device, str | None) else device).eval()
 
 
@@ -462,9 +451,7 @@ def read_adapter(path: Path) -> Adapter:
         config=_rebuild_config(description, folder, None),
         plan=GatePlan(description["active_sites"], description["frozen_sites"]),
         backbone_sha256=description["backbone_sha256"],
-        mean=tuple(description["mean"]),
-        std=tuple(description["std"]),
-        value_range=description["value_range"],
+        recipe=Recipe.from_mapping(description),
         source=str(folder / WEIGHTS_FILE),
         weights=_read_weights(folder / WEIGHTS_FILE),
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ import torch
 
 import cegate
 from cegate import checkpoint
+from cegate.backbone.vit import tiny_vit, weight_hash
 from cegate.checkpoint import (
     State,
     keep_newest,
@@ -24,7 +26,6 @@ from cegate.checkpoint import (
 )
 from cegate.errors import BackboneError, CheckpointError
 from cegate.gate import GatePlan
-from cegate.models.vit import tiny_vit, weight_hash
 from cegate.runfolder import Journal, RunFolder, written_aside
 
 MAPPING = {
@@ -52,7 +53,7 @@ def segmenter():
 
 @pytest.fixture
 def folder(segmenter, tmp_path) -> Path:
-    segmenter.value_range = [[0.0, 1000.0]] * 3
+    segmenter.recipe = dataclasses.replace(segmenter.recipe, value_range=[[0.0, 1000.0]] * 3)
     save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {"arid": 0.5})
     return tmp_path / "adapter"
 
@@ -113,7 +114,10 @@ def rewrite(folder: Path, **changes) -> None:
         ({"active_sites": [], "frozen_sites": []}, "unexpected toolbox.frequency.7.down"),
         ({"active_sites": ["spatial.99"]}, "names the site 'spatial.99', which the backbone does not have"),
         ({"format_version": 99}, "has format_version 99; this cegate"),
-        ({"head": "liner"}, "model.head=liner is not accepted; expected linear or mask2former; did you mean 'linear'?"),
+        (
+            {"head": "liner"},
+            "model.head=liner is not accepted; expected linear, mask2former or unetformer; did you mean 'linear'?",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -18,19 +18,31 @@ from typing import ClassVar
 
 import numpy as np
 
-from cegate.config import IGNORE, SetConfig
-from cegate.data import climates, prepared, scenes
+from cegate.config import IGNORE, SecondConfig, SetConfig
+from cegate.data import climates, generator, prepared
 from cegate.data.pairs import Pair, find_pairs
+from cegate.data.preflight import check_labels
 from cegate.data.rasters import (
     Header,
     LabelMap,
     Window,
     misplacement,
+    open_image,
     read_header,
     read_image,
     read_mask,
 )
-from cegate.data.scale import EIGHT_BIT, SCALE_SIDE, ValueRange, check_depth, check_scale, has_doubtful_scale, to_unit
+from cegate.data.scale import (
+    EIGHT_BIT,
+    SCALE_SIDE,
+    ValueRange,
+    check_depth,
+    check_scale,
+    has_doubtful_scale,
+    is_measured,
+    to_unit,
+)
+from cegate.data.second import SecondRasters, scaled
 from cegate.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -43,9 +55,12 @@ LOVEDA_LAYOUT = "{Train,Val}/{Urban,Rural}/{images_png,masks_png}/<n>.png, image
 LOVEDA_SPLITS: tuple[str, ...] = ("Train/Urban", "Train/Rural", "Val/Urban", "Val/Rural")
 CACHE_BYTES = 256 * 2**20
 LARGE_PX = 2**24
+FINGERPRINT = 2
+"""Version of the fingerprints that runs record."""
 UNLABELLED = 254
 """Label of a pixel of a set that was opened without labels."""
 DEFAULT_BANDS = (1, 2, 3)
+_FACT_BYTES = 2**13  # of a file's middle and end
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
 
 
@@ -54,12 +69,14 @@ class Item:
     """One image with its label."""
 
     image: np.ndarray
-    """[C, H, W] float32, 0..1."""
+    """[C, H, W] float32, 0..1; channels of a second raster come last and are NaN where nothing is known."""
     label: np.ndarray
     """[H, W] uint8, class index or 255; 254 in place of the index in unlabelled sets."""
     name: str
     fit: int | None = None
     """See the set's."""
+    second: int = 0
+    """Channels of the second raster."""
 
 
 class SegmentationSet(ABC):
@@ -73,6 +90,7 @@ class SegmentationSet(ABC):
         labelled: whether there are labels.
         palette: one "#RRGGBB" per class where the set is published with colours, else nothing.
         fit: side of the square that a test image is shrunk to fit; None: it stays as it is.
+        second_bands: 1-based bands that are read of a second raster; nothing without one.
     """
 
     labelled: ClassVar[bool] = True
@@ -82,8 +100,14 @@ class SegmentationSet(ABC):
         self.value_range: tuple[tuple[float, float], ...] = (EIGHT_BIT,) * len(self.bands)
         self.palette: tuple[str, ...] = ()
         self.fit: int | None = None
+        self.second_bands: tuple[int, ...] = ()
         self._labels, self._nan = labels, nan
         self._cache = _Cache(CACHE_BYTES)
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of an item's image by raster: the image's bands, and those of a second raster."""
+        return (len(self.bands), *([len(self.second_bands)] if self.second_bands else []))
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -97,12 +121,28 @@ class SegmentationSet(ABC):
         """(H, W) of an item in pixels."""
 
     @abstractmethod
-    def fingerprint(self) -> str:
-        """Hash of what the set consists of: names and file sizes, or the scenes' recipe. No file is read."""
+    def fingerprint(self, version: int = FINGERPRINT) -> str:
+        """Hash of what the set consists of, equal wherever it lies: names, file sizes and (version 2, ``2:<hash>``)
+        parts of every file's content, or the scenes' recipe.
+
+        Args:
+            version: 1 is what runs recorded before; it does not see other content in files of equal name and size.
+        """
+
+    def has_fingerprint(self, recorded: str) -> bool:
+        """Whether the set is the one whose fingerprint a run recorded, in whichever version that was."""
+        return recorded == self.fingerprint(2 if recorded.startswith("2:") else 1)
 
     @abstractmethod
-    def check(self) -> None:
-        """Look at the header of every file; raises the first DataError, which names the file."""
+    def check(self, *, training: bool = False) -> None:
+        """Look at the header of every file and at a sample of the labels, and say once what is odd.
+
+        Args:
+            training: the set is learned from, so every class should occur in it.
+
+        Raises:
+            DataError: the first file that is unfit; or labels that nothing can be learned from, see `check_labels`.
+        """
 
     def choose_range(self, given: Sequence[float] | None, like: ValueRange | None) -> None:
         """Settle `value_range`.
@@ -146,6 +186,10 @@ class SegmentationSet(ABC):
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         """[C, H, W] in the file's dtype."""
 
+    def _second(self, index: int, window: Window | None) -> np.ndarray:
+        """[C, H, W] float32 of the second raster, 0..1, NaN where nothing is known."""
+        raise NotImplementedError
+
     @abstractmethod
     def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
         """[H, W] uint8 label of an item or of a part of it; NaN pixels of the image are not looked at."""
@@ -165,7 +209,9 @@ class SegmentationSet(ABC):
                     f"{list(self.bands)}; mend the file, or give the set {self.name!r} nan: ignore to leave them out"
                 )
             label = np.where(empty, np.uint8(IGNORE), label)
-        return Item(image, label, self.item_name(index), self.fit)
+        if self.second_bands:
+            image = np.concatenate((image, self._second(index, window)))
+        return Item(image, label, self.item_name(index), self.fit, len(self.second_bands))
 
     def _describe(self, index: int) -> str:
         return self.item_name(index)
@@ -204,11 +250,22 @@ class FileSet(SegmentationSet):
 
     def __init__(self, cfg: SetConfig, name: str, classes: Sequence[str], labels: LabelMap, pairs: list[Pair]) -> None:
         super().__init__(name, classes, labels, cfg.bands or DEFAULT_BANDS, cfg.nan)
-        self._pairs = pairs
+        self._pairs, self._ignore, self._bands_given = pairs, cfg.ignore, cfg.bands is not None
         self._headers: dict[int, Header] = {}
         self._misplaced: dict[str, float] = {}  # mask -> pixels
         self._dtype: str | None = None  # of every file, where the range was not given
+        self._rasters: SecondRasters | None = None
         self._header(0)
+
+    def add_second(self, cfg: SecondConfig, root: Path, pattern: str) -> None:
+        """Read a second raster of every image.
+
+        Raises:
+            ConfigError, DataError: its range is none, or files are missing.
+        """
+        names = {pair.name: pair.image for pair in self._pairs}
+        self._rasters = SecondRasters(cfg, root, pattern, names, self.name)
+        self.second_bands = self._rasters.bands
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -249,7 +306,7 @@ class FileSet(SegmentationSet):
             self._headers[index] = image
         return self._headers[index]
 
-    def check(self) -> None:
+    def check(self, *, training: bool = False) -> None:
         for index in range(len(self)):
             self._header(index)
         if self._misplaced:
@@ -258,13 +315,35 @@ class FileSet(SegmentationSet):
                 "(%.1f px off); pixels are paired as they are stored",
                 *(self.name, len(self._misplaced), len(self), *next(iter(self._misplaced.items()))),
             )
+        self._say_what_is_read()
+        if self._rasters and (warped := self._rasters.check([self._header(index) for index in range(len(self))])):
+            log.warning("%s", warped)
+        if masks := [pair.mask for pair in self._pairs if pair.mask is not None]:
+            sizes = [self.size(index) for index in range(len(self))]
+            labels, ignore = self._labels, self._ignore
+            check_labels(self.name, masks, sizes, labels, self.classes, ignore=ignore, training=training)
 
-    def fingerprint(self) -> str:
+    def _say_what_is_read(self) -> None:
+        """Nobody chose bands of files that hold more than three, or a file holds more than one image."""
+        header = self._header(0)
+        bands = [name for name in header.names if name != "alpha"]
+        if not self._bands_given and len(bands) > len(self.bands):
+            read = ", ".join(f"{k} {header.names[k - 1]}".rstrip() for k in self.bands)
+            low, high = zip(*self.value_range, strict=True)
+            log.warning(
+                "set %r: images have %d bands (%s), of which %s are read, values %g to %g; set bands to choose",
+                *(self.name, len(bands), ", ".join(filter(None, bands)) or "without names", read, min(low), max(high)),
+            )
+        if header.pages > 1:
+            log.warning("set %r: %s holds %d images; the first is read", self.name, self._describe(0), header.pages)
+
+    def fingerprint(self, version: int = FINGERPRINT) -> str:
         facts = [
-            [p.name, *(fact for file in (p.image, p.mask) if file for fact in (file.name, file.stat().st_size))]
+            [p.name, *(fact for file in (p.image, p.mask) if file for fact in _facts(file, version))]
             for p in self._pairs
         ]
-        return _digest(facts, self._labels.codes, self.classes, self.bands, self.value_range)
+        second = [self._rasters.facts(lambda file: _facts(file, version))] if self._rasters else []
+        return _digest(version, facts, self._labels.codes, self.classes, self.bands, self.value_range, *second)
 
     def _whole(self, index: int) -> bool:
         height, width = self.size(index)
@@ -275,6 +354,12 @@ class FileSet(SegmentationSet):
         if not self._whole(index):
             return read_image(path, self.bands, window=window)
         return _part(self._cache.get(("image", index), lambda: read_image(path, self.bands)), window)
+
+    def _second(self, index: int, window: Window | None) -> np.ndarray:
+        header = self._header(index)
+        if not self._whole(index):
+            return self._rasters.read(index, header, window)
+        return _part(self._cache.get(("second", index), lambda: self._rasters.read(index, header)), window)
 
     def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
         path = self._pairs[index].mask
@@ -303,11 +388,13 @@ class FileSet(SegmentationSet):
         samples, kept = [], []
         for index in chosen:
             tags = self._header(index).nodata
-            pixels = read_image(self._pairs[index].image, self.bands).reshape(len(self.bands), -1)
-            pixels = pixels[:, :: -(-pixels.shape[1] // _RANGE_PX)]
+            height, width = self.size(index)
+            with open_image(self._pairs[index].image) as image:
+                pixels = image.every_nth(-(-height * width // _RANGE_PX), self.bands)
             pixels = pixels[:, np.isfinite(pixels).all(0)]
             samples.append(pixels.astype(np.float64))
-            kept.append(np.stack([_differs(row, tags[band - 1]) for row, band in zip(pixels, self.bands, strict=True)]))
+            differ = (_differs(row, tags[band - 1]) for row, band in zip(pixels, self.bands, strict=True))
+            kept.append(np.stack(list(differ)) & is_measured(pixels))
         values, counts = np.concatenate(samples, axis=1), np.concatenate(kept, axis=1)
         if not values.size:
             raise DataError(f"{self._describe(0)}: no finite pixel in bands {list(self.bands)}; set value_range")
@@ -331,6 +418,8 @@ class GeneratedSet(SegmentationSet):
         self.climate = climates.CLIMATES[cfg.split]
         self._count = 64 if cfg.limit is None else cfg.limit
         self._first, self._side = cfg.first, cfg.tile or 256
+        self._heights = cfg.second
+        self.second_bands = () if cfg.second is None else (1,)
 
     def __len__(self) -> int:
         return self._count
@@ -341,21 +430,33 @@ class GeneratedSet(SegmentationSet):
     def size(self, index: int) -> tuple[int, int]:
         return self._side, self._side
 
-    def check(self) -> None:
+    def check(self, *, training: bool = False) -> None:
         """Nothing can be wrong with a drawn scene."""
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, version: int = FINGERPRINT) -> str:
         recipe = (repr(self.climate), self._first, self._count, self._side)
-        return _digest(recipe, self._labels.codes, self.classes, self.bands, self.value_range)
+        second = [] if self._heights is None else [self._heights.scale, self._heights.value_range]
+        return _digest(version, recipe, self._labels.codes, self.classes, self.bands, self.value_range, *second)
 
     def _scene(self, index: int) -> np.ndarray:
         """[4, H, W] uint8: the image's bands and the label."""
 
         def draw() -> np.ndarray:
-            image, label = scenes.render_scene(self.climate, self._first + index, self._side)
-            return np.concatenate((image, label[None]))
+            drawn = self._draw(index)
+            if self._heights is not None:
+                self._cache.get((index, "heights"), lambda: drawn.elevation[None])
+            return np.concatenate((drawn.image, drawn.label[None]))
 
         return self._cache.get((index,), draw)
+
+    def _draw(self, index: int) -> generator.Drawn:
+        return generator.draw_scene(self.climate, self._first + index, self._side)
+
+    def _second(self, index: int, window: Window | None) -> np.ndarray:
+        metres = self._cache.get((index, "heights"), lambda: self._draw(index).elevation[None])
+        if self._heights.scale == "fixed":
+            return scaled(_part(metres, window).copy(), [self._heights.value_range], epsilon=0.0)
+        return scaled(_part(metres, window).copy(), [(metres.min(), metres.max())])
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         return _part(self._scene(index)[[band - 1 for band in self.bands]], window)
@@ -372,6 +473,7 @@ class Unlabelled(SegmentationSet):
     def __init__(self, images: SegmentationSet) -> None:
         super().__init__(images.name, images.classes, images._labels, images.bands, images._nan)
         self.value_range, self.palette = images.value_range, images.palette
+        self.second_bands = images.second_bands
         self._images = images
 
     def __len__(self) -> int:
@@ -383,14 +485,17 @@ class Unlabelled(SegmentationSet):
     def size(self, index: int) -> tuple[int, int]:
         return self._images.size(index)
 
-    def fingerprint(self) -> str:
-        return self._images.fingerprint()
+    def fingerprint(self, version: int = FINGERPRINT) -> str:
+        return self._images.fingerprint(version)
 
-    def check(self) -> None:
+    def check(self, *, training: bool = False) -> None:
         self._images.check()
 
     def _pixels(self, index: int, window: Window | None) -> np.ndarray:
         return self._images._pixels(index, window)
+
+    def _second(self, index: int, window: Window | None) -> np.ndarray:
+        return self._images._second(index, window)
 
     def _describe(self, index: int) -> str:
         return self._images._describe(index)
@@ -445,6 +550,8 @@ def open_set(
         raise ConfigError(f"data.classes has {len(classes)} names; use at most 253, each once")
     opened = openers[cfg.kind](cfg, name, classes, labelled)
     opened.fit = cfg.fit
+    if cfg.second is not None and isinstance(opened, FileSet):
+        opened.add_second(cfg.second, _root(cfg, name), _second_pattern(cfg))
     opened.choose_range(cfg.value_range, like)
     return opened if labelled else Unlabelled(opened)
 
@@ -545,6 +652,12 @@ def _open_generated(cfg: SetConfig, name: str, classes: Sequence[str], labelled:
     return GeneratedSet(cfg, name, classes, labels)
 
 
+def _second_pattern(cfg: SetConfig) -> str:
+    """Its glob; a prepared set has a folder of its own for it."""
+    is_default = cfg.second.images == SecondConfig().images
+    return f"{prepared.SECOND}/{cfg.split}/*" if is_default and cfg.kind == "prepared" else cfg.second.images
+
+
 def _root(cfg: SetConfig, name: str) -> Path:
     if cfg.root is None:
         raise ConfigError(f"set {name!r}: root is missing; give the folder that holds the set")
@@ -554,5 +667,19 @@ def _root(cfg: SetConfig, name: str) -> Path:
     return root
 
 
-def _digest(*facts: object) -> str:
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+def _facts(file: Path, version: int) -> list:
+    """Name, size and, of the content, a part of the middle and the end, where compressed files keep their checksums."""
+    size = file.stat().st_size
+    if version == 1:
+        return [file.name, size]
+    with file.open("rb") as content:
+        parts = []
+        for start in (max(0, size // 2 - _FACT_BYTES // 2), max(0, size - _FACT_BYTES)):
+            content.seek(start)
+            parts.append(content.read(_FACT_BYTES))
+    return [file.name, size, hashlib.sha256(b"".join(parts)).hexdigest()]
+
+
+def _digest(version: int, *facts: object) -> str:
+    prefix = "" if version == 1 else f"{version}:"
+    return prefix + hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cegate.data.rasters import SUFFIXES
 from cegate.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,10 +39,13 @@ def find_pairs(root: Path, images: str, masks: str | None, name: str) -> list[Pa
         ConfigError: the globs have different wildcards, or one is absolute.
         DataError: nothing found, two files with the same open part, or files without a partner.
     """
+    dead: set[Path] = set()
     if masks is None:
-        found = _find(root, images, "images", name)
+        found = _find(root, images, "images", name, dead)
+        _tell_dead(dead)
         return [Pair(_pair_name(key, found[key]), found[key], None) for key in sorted(found, key=_natural)]
-    found = [_find(root, pattern, key, name) for pattern, key in ((images, "images"), (masks, "masks"))]
+    found = [_find(root, pattern, key, name, dead) for pattern, key in ((images, "images"), (masks, "masks"))]
+    _tell_dead(dead)
     if _wildcards(images) != _wildcards(masks):
         raise ConfigError(
             f"set {name!r}: images={images!r} and masks={masks!r} have different wildcards, so files cannot be paired; "
@@ -61,21 +68,120 @@ def find_pairs(root: Path, images: str, masks: str | None, name: str) -> list[Pa
     return [Pair(_pair_name(key, by_image[key]), by_image[key], by_mask[key]) for key in keys]
 
 
+def find_second(
+    root: Path, pattern: str, images: Mapping[str, Path], name: str, *, missing: bool = False
+) -> list[Path | None]:
+    """The second raster of every image of a set: the file whose wildcards stand for the image's name, or, where the
+    glob has none, one file for all.
+
+    Args:
+        root: folder of the set.
+        pattern: glob below it, or from ``/`` on.
+        images: name of each pair -> image.
+        name: the set's, for messages.
+        missing: an image may have none.
+
+    Raises:
+        DataError: an image has none and must have one; nothing is found.
+    """
+    if Path(pattern).is_absolute():
+        root, pattern = Path("/"), pattern.lstrip("/")
+    if not _wildcards(pattern):
+        file = root / pattern
+        if not file.is_file() and not missing:
+            raise DataError(f"set {name!r}: no second raster {file}; check second.images={pattern!r}")
+        return [file if file.is_file() else None] * len(images)
+    dead: set[Path] = set()
+    try:
+        files = _find(root, pattern, "images", name, dead)
+    except DataError as error:
+        if not missing or any(True for _ in find_files(root, pattern, dead)):
+            raise DataError(f"{error} (second.images)") from error
+        files = {}
+    by_name = {_pair_name(key, file): file for key, file in files.items()}
+    lonely = [image for of, image in images.items() if of not in by_name]
+    if lonely and not missing:
+        raise DataError(
+            f"set {name!r}: {len(lonely)} of {len(images)} images have no second raster in {root / pattern}, first "
+            f"{lonely[0]}; add the missing files, mend second.images={pattern!r}, or set second.missing: allow"
+        )
+    return [by_name.get(of) for of in images]
+
+
 def _pair_name(key: tuple[str, ...], image: Path) -> str:
     return "/".join(filter(None, key)) or image.stem
 
 
-def _find(root: Path, pattern: str, key: str, name: str) -> dict[tuple[str, ...], Path]:
+def find_files(root: Path, pattern: str, dead: set[Path] | None = None) -> Iterator[Path]:
+    """Files below a folder that match a glob, in a fixed order. Links are followed, those to folders below ``**`` too.
+
+    What hides (a leading dot, as in ``._x.png`` and ``.ipynb_checkpoints``) is left out, unless the glob spells the
+    dot; so is ``__MACOSX``.
+
+    Args:
+        root: the folder.
+        pattern: ``*``, ``?``, ``[...]`` stand for a part of a name, ``**`` for folders at any depth.
+        dead: takes links to nothing where a folder that matters might be; default: they are told in the log.
+
+    Raises:
+        DataError: what matches is a link to nothing.
+    """
+    parts = _parts(pattern)
+    fixed = next((k for k, part in enumerate(parts[:-1]) if _wildcards(part)), len(parts) - 1)
+    expression = re.compile(_expression("/".join(parts)))
+    spelled = [re.compile(_expression(part)) for part in parts if part.startswith(".")]
+    depth = None if "**" in parts else len(parts)
+
+    def walk(folder: Path, names: tuple[str, ...], above: tuple[str, ...]) -> Iterator[Path]:
+        if (real := os.path.realpath(folder)) in above:  # a link to a folder that it lies in
+            return
+        try:
+            paths = sorted(folder.iterdir())
+        except OSError as error:
+            raise DataError(f"{folder} cannot be read ({error.strerror or error})") from error
+        for path in paths:
+            name = path.name
+            if name == "__MACOSX" or (name.startswith(".") and not any(dot.fullmatch(name) for dot in spelled)):
+                continue
+            here = (*names, name)
+            matches = expression.fullmatch("/".join(here)) is not None
+            if path.is_dir():
+                if depth is None or len(here) < depth:
+                    yield from walk(path, here, (*above, real))
+            elif path.is_file():
+                if matches:
+                    yield path
+            elif path.is_symlink() and matches:
+                raise DataError(f"{path} is a link to {path.readlink()}, which is not there; mend or remove the link")
+            elif path.is_symlink() and (depth is None or len(here) < depth):
+                if dead is None:
+                    _tell_dead({path})
+                else:
+                    dead.add(path)
+
+    start = root.joinpath(*parts[:fixed])
+    if start.is_dir():
+        yield from walk(start, tuple(parts[:fixed]), ())
+
+
+def _tell_dead(links: Iterable[Path]) -> None:
+    for link in sorted(links):
+        log.warning("%s is a link to %s, which is not there: nothing is read below it", link, link.readlink())
+
+
+def _parts(pattern: str) -> list[str]:
+    """The names of a glob; ``./`` and a doubled ``/`` say nothing."""
+    return [part for part in pattern.split("/") if part not in ("", ".")]
+
+
+def _find(root: Path, pattern: str, key: str, name: str, dead: set[Path]) -> dict[tuple[str, ...], Path]:
     """Files that match a glob, by the text of its wildcards."""
-    if Path(pattern).is_absolute() or not pattern:
+    if Path(pattern).is_absolute() or not _parts(pattern):
         raise ConfigError(f"set {name!r}: {key}={pattern!r} is not a glob below root {root}")
-    expression = re.compile(_expression(pattern))
+    expression = re.compile(_expression("/".join(_parts(pattern))))
     files: dict[tuple[str, ...], Path] = {}
-    for path in sorted(p for p in root.glob(pattern) if p.is_file()):
-        match = expression.fullmatch(path.relative_to(root).as_posix())
-        if match is None:
-            continue
-        part = tuple(text or "" for text in match.groups())
+    for path in find_files(root, pattern, dead):
+        part = tuple(text or "" for text in expression.fullmatch(path.relative_to(root).as_posix()).groups())
         if pattern.endswith("*"):
             if path.suffix.lower() not in SUFFIXES:
                 continue

@@ -12,7 +12,7 @@ from cegate.errors import DataError
 
 FILE = "cegate_dataset.json"
 FORMAT = 1
-IMAGES, LABELS = "img_dir", "ann_dir"
+IMAGES, LABELS, SECOND = "img_dir", "ann_dir", "dsm_dir"
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ Pixels of an image are read as they are stored; `OpenImage.without_data` tells w
 
 from __future__ import annotations
 
+import itertools
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,21 +19,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import rasterio
 from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.env import get_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
-from rasterio.io import DatasetWriter, MemoryFile
+from rasterio.io import MemoryFile
+from rasterio.warp import transform
 from rasterio.windows import Window as RasterWindow
 
 from cegate.config import IGNORE
+from cegate.data.door import open_raster
+from cegate.data.encoders import PngWriter, Tag, TiffWriter, Writer, read_tags
 from cegate.errors import ConfigError, DataError, nearest
 
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".bmp", ".webp")
 """Files that a bare ``*`` takes for rasters."""
-# by default GDAL fills what is missing of a truncated JPEG with grey and of a truncated PNG with zeros, in silence
-_STRICT = {"GDAL_ERROR_ON_LIBJPEG_WARNING": True, "GDAL_PNG_WHOLE_IMAGE_OPTIM": False}
+MASK_SUFFIXES = (".png", ".tif", ".tiff")
+"""Files that a mask can be written as."""
 _UNMAPPED = 254
-_IN_ARCHIVE = "/vsizip/"  # GDAL's spelling of a file in a zip
 _SHOWN = 6
-_TILE = 512  # side of the blocks of a written TIFF
+_SAMPLE_PX, _SAMPLE_CACHE = 2**20, 2**26  # pixels read at once, and bytes that GDAL may keep, while sampling a file
+_SCAN_CACHE = 1 << 25  # bytes
+_BLOCK_ROWS = 1024  # of the files behind a VRT, whose blocks it does not tell
 _ALPHA_SIDE = 1024  # of the middle of a file that tells what its alpha band is
 
 
@@ -68,29 +75,15 @@ class Header:
     """The tag of each band; a palette image has none."""
     place: tuple[np.ndarray, object] | None = None
     """[3, 3] from (column, row, 1) to map coordinates, and their system, where the file says so."""
+    names: tuple[str, ...] = ()
+    """Of each band: the file's description, else what its colour is; "" where it says neither."""
+    pages: int = 1
+    """Images in the file, of which the first is read."""
 
     @property
     def size(self) -> tuple[int, int]:
         """(H, W)."""
         return self.height, self.width
-
-
-@contextmanager
-def _open(path: str | Path) -> Iterator[rasterio.DatasetReader]:
-    """The open file; a missing or damaged one is a DataError, a missing georeference is no news."""
-    path = Path(path)
-    if not path.is_file() and not path.as_posix().startswith(_IN_ARCHIVE):
-        raise DataError(f"{path}: no such file")
-    try:
-        with rasterio.Env(**_STRICT), warnings.catch_warnings():
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(path) as src:
-                yield src
-    except RasterioError as error:
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise DataError(
-            f"{path}: cannot be read as a raster ({reason}); use an intact PNG, JPEG, TIFF or GeoTIFF"
-        ) from error
 
 
 def _colour_table(src: rasterio.DatasetReader) -> np.ndarray | None:
@@ -110,14 +103,23 @@ def read_header(path: str | Path) -> Header:
     Raises:
         DataError: the file is missing or unreadable.
     """
-    with _open(path) as src:
-        return _header(src)
+    with open_raster(path) as src:
+        return header_of(src)
 
 
-def _header(src: rasterio.DatasetReader) -> Header:
+def header_of(src: rasterio.DatasetReader) -> Header:
+    """`read_header` of an open file."""
+    pages = max(1, len(src.subdatasets))
     if _colour_table(src) is not None:
-        return Header(src.height, src.width, 3, src.dtypes[0], (None,) * 3, _place(src))
-    return Header(src.height, src.width, src.count, src.dtypes[0], src.nodatavals, _place(src))
+        size, colours = (src.height, src.width), ("red", "green", "blue")
+        return Header(*size, 3, src.dtypes[0], (None,) * 3, _place(src), colours, pages)
+    return Header(src.height, src.width, src.count, src.dtypes[0], src.nodatavals, _place(src), _names(src), pages)
+
+
+def _names(src: rasterio.DatasetReader) -> tuple[str, ...]:
+    mute = (ColorInterp.undefined, ColorInterp.gray)
+    colours = ("" if colour in mute else colour.name for colour in src.colorinterp)
+    return tuple(told or colour for told, colour in zip(src.descriptions, colours, strict=True))
 
 
 def _place(src: rasterio.DatasetReader) -> tuple[np.ndarray, object] | None:
@@ -131,7 +133,7 @@ def is_georeferenced(path: str | Path) -> bool:
     Raises:
         DataError: the file is missing or unreadable.
     """
-    with _open(path) as src:
+    with open_raster(path) as src:
         return bool(_georeference(src))
 
 
@@ -145,13 +147,22 @@ def _georeference(src: rasterio.DatasetReader) -> dict[str, Any]:
 
 def misplacement(image: Header, mask: Header) -> float:
     """How far a mask lies from its image by what both files say of their places: the farthest corner, in pixels of the
-    image; 0 where one of them says nothing, or speaks of another coordinate system."""
-    if image.place is None or mask.place is None or image.place[1] != mask.place[1]:
+    image; 0 where one of them says nothing, infinite where no way leads from one coordinate system to the other."""
+    if image.place is None or mask.place is None:
         return 0.0
+    (to_map, system), (mask_to_map, mask_system) = image.place, mask.place
     height, width = image.size
     corners = np.array([(0, 0, 1), (width, 0, 1), (0, height, 1), (width, height, 1)], float).T
-    moved = np.linalg.solve(image.place[0], mask.place[0] @ corners)
-    return float(np.linalg.norm((moved - corners)[:2], axis=0).max())
+    placed = mask_to_map @ corners
+    if system != mask_system:
+        if system is None or mask_system is None:
+            return 0.0
+        try:
+            placed[:2] = transform(mask_system, system, placed[0], placed[1])
+        except RasterioError:
+            return math.inf
+    moved = np.linalg.solve(to_map, placed)
+    return float(np.nan_to_num(np.linalg.norm((moved - corners)[:2], axis=0).max(), nan=math.inf, posinf=math.inf))
 
 
 class OpenImage:
@@ -162,7 +173,7 @@ class OpenImage:
     """
 
     def __init__(self, path: str | Path, src: rasterio.DatasetReader) -> None:
-        self.header = _header(src)
+        self.header = header_of(src)
         self._path, self._src, self._table = path, src, _colour_table(src)
 
     def read(self, bands: Sequence[int] | None = None, *, window: Window | None = None) -> np.ndarray:
@@ -176,10 +187,54 @@ class OpenImage:
                 f"{', '.join(map(str, absent))} {'is' if len(absent) == 1 else 'are'} not there; "
                 f"set bands to numbers from 1 to {count}, e.g. [{', '.join(str(min(b, count)) for b in bands)}]"
             )
-        area = _raster_window(window)
+        self.dtype_of(bands)
         if self._table is None:
-            return self._src.read(list(bands), window=area)
-        return self._table[self._src.read(1, window=area)].transpose(2, 0, 1)[[b - 1 for b in bands]]
+            return _read_bands(self._path, self._src, bands, window)
+        return self._table[self._src.read(1, window=_raster_window(window))].transpose(2, 0, 1)[[b - 1 for b in bands]]
+
+    def every_nth(self, step: int, bands: Sequence[int]) -> np.ndarray:
+        """Every step-th pixel of the image's rows, laid end to end, in any order: [C, n] in the file's dtype. Memory
+        does not grow with the image."""
+        size = self.header.size
+        rows, columns = self._src.block_shapes[0]
+        if columns < size[1]:
+            columns *= max(1, _SAMPLE_PX // (rows * columns))
+        else:
+            rows *= max(1, _SAMPLE_PX // (rows * columns))
+        parts = []
+        with rasterio.Env(GDAL_CACHEMAX=_SAMPLE_CACHE):
+            for top, left in itertools.product(range(0, size[0], rows), range(0, size[1], columns)):
+                window = Window(top, left, min(rows, size[0] - top), min(columns, size[1] - left))
+                place = np.arange(top, top + window.height)[:, None] * size[1] + np.arange(left, left + window.width)
+                parts.append(self.read(bands, window=window)[:, place % step == 0])
+        return np.concatenate(parts, axis=1)
+
+    def dtype_of(self, bands: Sequence[int]) -> str:
+        """What pixels of these bands are stored as.
+
+        Raises:
+            DataError: they are not stored alike, as bands of a VRT need not be.
+        """
+        if self._table is not None:
+            return str(self._table.dtype)
+        found = {band: self._src.dtypes[band - 1] for band in bands}
+        if len(set(found.values())) > 1:
+            told = ", ".join(f"{band} is {dtype}" for band, dtype in found.items())
+            raise DataError(
+                f"{self._path}: bands are stored in different types: {told}; give them one type, e.g. with "
+                "gdal_translate -ot Float32, or set bands to those of one"
+            )
+        return next(iter(found.values()))
+
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Let GDAL keep as much of the file as reading it from top to bottom needs: a few rows of blocks. By default it
+        keeps what it has read, up to a twentieth of the machine's memory."""
+        src = self._src
+        rows = max(_BLOCK_ROWS, *(rows for rows, _ in src.block_shapes))
+        needed = _SCAN_CACHE + 2 * rows * src.width * sum(np.dtype(dtype).itemsize for dtype in src.dtypes)
+        with rasterio.Env(GDAL_CACHEMAX=min(needed, get_gdal_config("GDAL_CACHEMAX"))):
+            yield
 
     def without_data(self, *, window: Window | None = None) -> np.ndarray | None:
         """Where the file says that it has no data: every band holds its nodata value, or the pixel is transparent or
@@ -214,7 +269,7 @@ def open_image(path: str | Path) -> Iterator[OpenImage]:
     Raises:
         DataError: the file is missing or unreadable; also inside the block, where a part is.
     """
-    with _open(path) as src:
+    with open_raster(path) as src:
         yield OpenImage(path, src)
 
 
@@ -236,6 +291,17 @@ def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: 
         return image.read(bands, window=window)
 
 
+def _read_bands(
+    path: str | Path, src: rasterio.DatasetReader, bands: Sequence[int], window: Window | None
+) -> np.ndarray:
+    if len(kinds := {src.dtypes[band - 1] for band in bands}) > 1:
+        raise DataError(
+            f"{path}: bands {list(bands)} are of different types ({', '.join(sorted(kinds))}); write them as one type "
+            "(gdal_translate -ot), or read those of one type"
+        )
+    return src.read(list(bands), window=_raster_window(window))
+
+
 def _raster_window(window: Window | None) -> RasterWindow | None:
     return None if window is None else RasterWindow(window.left, window.top, window.width, window.height)
 
@@ -248,6 +314,8 @@ class LabelMap:
     """Pairs of mask value (or 0xRRGGBB) and class index (255: ignored)."""
     colours: bool
     """The codes are colours."""
+    given: bool = True
+    """False: values are class indices, for nobody said otherwise."""
 
     @classmethod
     def parse(
@@ -266,7 +334,7 @@ class LabelMap:
         """
         if mapping is None:
             table = {index: index for index in range(len(classes))}
-            return cls(tuple(({ignore: IGNORE} | table | {ignore: IGNORE}).items()), colours=False)
+            return cls(tuple(({ignore: IGNORE} | table | {ignore: IGNORE}).items()), colours=False, given=False)
         problems: list[str] = []
         table = {}
         keys = [str(key).strip() for key in mapping]
@@ -381,10 +449,24 @@ def read_codes(path: str | Path, *, colours: bool, window: Window | None = None)
     Raises:
         DataError: missing or unreadable file, colours of a file that is not 8-bit, values of a file in colours.
     """
-    with _open(path) as src:
-        pixels = src.read(window=_raster_window(window))
-        table = _colour_table(src)
+    with open_raster(path) as src:
+        pixels = _read_bands(path, src, src.indexes, window)
+        table, last = _colour_table(src), src.colorinterp[-1]
+    alone = len(pixels) == 1 or (len(pixels) == 2 and last == ColorInterp.alpha and not _is_one_hot(pixels))
+    if not alone and (len(pixels) not in (3, 4) or (not colours and _is_one_hot(pixels))):
+        one_hot = ", one for each class (one-hot)" if _is_one_hot(pixels) else ""
+        raise DataError(
+            f"{path}: a mask of {len(pixels)} bands{one_hot}; accepted are one band of values or three of colour: "
+            "write one band that holds the number of each pixel's class"
+        )
     return _colour_codes(path, pixels, table) if colours else _value_codes(path, pixels)
+
+
+def _is_one_hot(bands: np.ndarray) -> bool:
+    """Whether in every pixel one band is on, the others are 0, and the last is not always the one."""
+    total = bands.sum(axis=0, dtype=np.float64)
+    on = total.flat[0]
+    return on > 0 and bool((total == on).all() and ((bands == 0) | (bands == on)).all() and np.ptp(bands[-1]) > 0)
 
 
 def _colour_codes(path: str | Path, pixels: np.ndarray, table: np.ndarray | None) -> np.ndarray:
@@ -418,55 +500,79 @@ def _unmapped_message(path: str | Path, codes: np.ndarray, labels: LabelMap) -> 
 def write_mask(
     path: str | Path, mask: np.ndarray, *, like: str | Path | None = None, palette: Sequence[str] | None = None
 ) -> None:
-    """Write class indices as a single-band PNG or (compressed) TIFF.
+    """Write class indices as a single-band PNG or (compressed) TIFF; see `open_mask`.
 
     Args:
         path: target; its suffix decides the format: .png, .tif or .tiff.
         mask: [H, W] uint8.
-        like: a raster of the same size whose coordinate system and transform, or ground control points, a TIFF takes
-            over; a PNG has no place for them.
-        palette: "#RRGGBB" per class, stored as colour table; 255, which a TIFF calls nodata, is black.
+        like, palette: see `open_mask`.
 
     Raises:
         DataError: another suffix, dtype or shape, or a size that differs from that of `like`.
         OSError: the file cannot be written, as on a full disk.
     """
+    if mask.dtype != np.uint8 or mask.ndim != 2:
+        raise DataError(f"{path}: a mask is [H, W] uint8, not {list(mask.shape)} {mask.dtype}")
+    with open_mask(path, mask.shape, like=like, palette=palette) as writer:
+        writer.write(mask)
+
+
+@contextmanager
+def open_mask(
+    path: str | Path,
+    size: tuple[int, int],
+    *,
+    like: str | Path | None = None,
+    palette: Sequence[str] | None = None,
+) -> Iterator[Writer]:
+    """Write a mask from top to bottom; a tile's height of it is held.
+
+    Args:
+        path: target; its suffix decides the format: .png, .tif or .tiff.
+        size: (H, W).
+        like: a raster of that size whose coordinate system and transform, or ground control points, a TIFF takes over;
+            a PNG has no place for them.
+        palette: "#RRGGBB" per class, stored as colour table; 255, which a TIFF calls nodata, is black.
+
+    Yields:
+        What takes the rows, all of them before the block ends.
+
+    Raises:
+        DataError: another suffix, or a size that differs from that of `like`.
+        OSError: the file cannot be written, as on a full disk.
+    """
     path = Path(path)
-    drivers = {".png": "PNG", ".tif": "GTiff", ".tiff": "GTiff"}
-    if path.suffix.lower() not in drivers:
+    if path.suffix.lower() not in MASK_SUFFIXES:
         raise DataError(
             f"{path}: a mask cannot be written as {path.suffix or 'a file without suffix'}; use .png or .tif"
         )
-    if mask.dtype != np.uint8 or mask.ndim != 2:
-        raise DataError(f"{path}: a mask is [H, W] uint8, not {list(mask.shape)} {mask.dtype}")
-    height, width = mask.shape
-    profile = {"driver": drivers[path.suffix.lower()], "height": height, "width": width, "count": 1, "dtype": "uint8"}
-    if profile["driver"] == "GTiff":
-        profile |= {"compress": "deflate", "nodata": IGNORE, "bigtiff": "if_safer"}
-        if min(mask.shape) > _TILE:  # else a viewer decodes whole rows of a scene for a corner of it
-            profile |= {"tiled": True, "blockxsize": _TILE, "blockysize": _TILE}
+    place = {}
     if like is not None:
-        with _open(like) as src:
-            if src.shape != mask.shape:
-                raise DataError(f"{path}: the mask is {width}x{height}, but {like} is {src.width}x{src.height} pixels")
-            if profile["driver"] == "GTiff":
-                profile |= _georeference(src)
+        with open_raster(like) as src:
+            if src.shape != tuple(size):
+                given = f"{size[1]}x{size[0]}"
+                raise DataError(f"{path}: the mask is {given}, but {like} is {src.width}x{src.height} pixels")
+            place = _georeference(src)
+    colours = None if palette is None else {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)}
+    with path.open("wb") as file:
+        if path.suffix.lower() == ".png":
+            table = colours and b"".join(bytes(colours.get(value, (0, 0, 0))) for value in range(256))
+            writer = PngWriter(file, size, table)
+        else:
+            writer = TiffWriter(file, size, _tiff_tags(place, colours))
+        yield writer
+        writer.close()
 
-    def fill(dst: DatasetWriter) -> None:
-        if palette is not None:
-            dst.write_colormap(1, {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)})
-        dst.write(mask, 1)
 
-    _write(path, profile, fill)
-
-
-def _write(path: Path, profile: Mapping[str, object], fill: Callable[[DatasetWriter], None]) -> None:
-    """Encode in memory, then write the bytes: GDAL says nothing when a disk is full, Python raises OSError."""
+def _tiff_tags(place: Mapping[str, Any], colours: Mapping[int, tuple[int, ...]] | None) -> dict[int, Tag]:
+    """The fields of a mask's TIFF that say what it is and where it lies, as GDAL writes them."""
+    profile = {"driver": "GTiff", "height": 1, "width": 1, "count": 1, "dtype": "uint8", "nodata": IGNORE}
     with warnings.catch_warnings(), MemoryFile() as memory:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with memory.open(**profile) as dst:
-            fill(dst)
-        path.write_bytes(memory.getbuffer())
+        with memory.open(**profile, compress="deflate", endianness="little", bigtiff="no", **place) as dst:
+            if colours is not None:
+                dst.write_colormap(1, colours)
+        return read_tags(bytes(memory.getbuffer()))
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
@@ -484,8 +590,12 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     if path.suffix.lower() != ".png" or image.dtype != np.uint8 or image.ndim != 3 or not 1 <= len(image) <= 4:
         raise DataError(f"{path}: a PNG takes [1..4, H, W] uint8, not {list(image.shape)} {image.dtype}")
     count, height, width = image.shape
-    profile = {"driver": "PNG", "height": height, "width": width, "count": count, "dtype": "uint8"}
-    _write(path, profile, lambda dst: dst.write(image))
+    # encoded in memory: GDAL says nothing when a disk is full, Python raises OSError
+    with warnings.catch_warnings(), MemoryFile() as memory:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with memory.open(driver="PNG", height=height, width=width, count=count, dtype="uint8") as dst:
+            dst.write(image)
+        path.write_bytes(memory.getbuffer())
 
 
 def _triple(colour: str) -> tuple[int, int, int]:

@@ -14,6 +14,8 @@ SCALE_SIDE = 1024
 """Side in pixels of the middle of a file that its scale is told from."""
 # reflectances end below 2; what reaches 100 are digital numbers, and nothing that is measured is above a million
 _REFLECTANCE, _NUMBER, _NO_DATA = 2.0, 100.0, 1e6
+# a float32 holds it, with room for a difference; and what no sensor measures, even a thousandth of it
+_HUGE, _NEVER_MEASURED = 1e38, 1e30
 # looked at in each band, evenly spread
 _SCALE_PX = 1 << 18
 
@@ -86,6 +88,13 @@ def check_scale(pixels: np.ndarray, value_range: ValueRange, what: str, advice: 
     )
 
 
+def is_measured(values: np.ndarray) -> np.ndarray:
+    """Where values are neither NaN nor infinite nor as huge as what stands for no data in float files."""
+    if not np.issubdtype(values.dtype, np.floating):
+        return np.ones(values.shape, bool)
+    return np.isfinite(values) & (np.abs(values) < _NEVER_MEASURED)
+
+
 def to_unit(image: np.ndarray, value_range: ValueRange) -> tuple[np.ndarray, np.ndarray]:
     """Scale pixels so that each band's range becomes 0..1; what lies outside is clipped.
 
@@ -96,9 +105,12 @@ def to_unit(image: np.ndarray, value_range: ValueRange) -> tuple[np.ndarray, np.
     Returns:
         [C, H, W] float32, and [H, W] bool: where a band is NaN or infinite. Such a pixel is 0 in every band.
     """
-    low, high = np.array(value_range, np.float32).T.reshape(2, -1, 1, 1)
+    low, high = np.clip(np.array(value_range, np.float64), -_HUGE, _HUGE).astype(np.float32).T.reshape(2, -1, 1, 1)
     scale = np.divide(1, high - low, out=np.zeros_like(high), where=high > low)
-    unit = image.astype(np.float32)
+    if str(image.dtype) in ("float32", "float64"):  # before the cast: nodata of -1.8e308 would become infinite
+        unit = np.clip(image, -_HUGE, _HUGE).astype(np.float32)
+    else:
+        unit = image.astype(np.float32)
     with np.errstate(over="ignore"):  # of huge values that stand for no data; they are clipped
         unit -= low
         unit *= scale

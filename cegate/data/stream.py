@@ -34,12 +34,20 @@ class Batch:
     """Samples that go through the model together."""
 
     image: torch.Tensor
-    """[B, C, H, W] float32, normalised."""
+    """[B, C, H, W] float32, normalised. Channels of a second raster come last; there NaN is what nobody knows: a hole,
+    or a raster that the sample lacks."""
     label: torch.Tensor
     """[B, H, W] int64, class index or 255; all 255 for a set without labels."""
     names: list[str]
     valid: torch.Tensor | None = None
     """[B, H, W] bool: not padding, not NaN. Only of a set without labels, where `label` cannot tell."""
+    channels: tuple[int, ...] = ()
+    """How many of the channels belong to each raster, in order; () stands for one raster."""
+
+    @property
+    def streams(self) -> int:
+        """Rasters that the samples are made of."""
+        return max(1, len(self.channels))
 
     def __len__(self) -> int:
         return len(self.names)
@@ -61,7 +69,7 @@ class Batch:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         valid = None if self.valid is None else change(self.valid)
-        return Batch(change(self.image), change(self.label), self.names, valid)
+        return Batch(change(self.image), change(self.label), self.names, valid, self.channels)
 
 
 class TrainStream:
@@ -73,7 +81,7 @@ class TrainStream:
         batch_size: crops per batch.
         augment: random changes.
         seed: the run's seed, >= 0.
-        mean, std: of each band, on 0..1.
+        mean, std: of each band, on 0..1; those of a second raster may be left out and are then 0 and 1.
         purpose: streams of different purposes ("train", "fisher") draw independently.
         slots: samples of a batch that this process takes; default: all.
 
@@ -99,11 +107,10 @@ class TrainStream:
         low, high = augment.resize if len(augment.resize) == 2 else (0, 0)
         if not 0 < low <= high:
             raise ConfigError(f"data.augment.resize={augment.resize} is not [low, high] with 0 < low <= high")
-        _check_statistics(dataset, mean, std)
+        self.mean, self.std = _statistics(dataset, mean, std)
         if not dataset.labelled:
             augment = replace(augment, max_class_share=1.0)
         self.dataset, self.crop, self.batch_size, self.augment = dataset, crop, batch_size, augment
-        self.mean, self.std = tuple(mean), tuple(std)
         self.slots = range(batch_size) if slots is None else slots
         self._key = (seed, zlib.crc32(purpose.encode()))
 
@@ -115,7 +122,7 @@ class TrainStream:
         label, valid = torch.from_numpy(np.stack(labels).astype(np.int64)), None
         if not self.dataset.labelled:
             label, valid = torch.full_like(label, IGNORE), label == UNLABELLED
-        return Batch(image, label, list(names), valid)
+        return Batch(image, label, list(names), valid, self.dataset.channels)
 
     def _sample(self, iteration: int, slot: int) -> tuple[np.ndarray, np.ndarray, str]:
         index = self._index(iteration * self.batch_size + slot)
@@ -152,12 +159,12 @@ class EvalStream:
 
     Args:
         dataset: the set.
-        mean, std: of each band, on 0..1.
+        mean, std: of each band, on 0..1; as in `TrainStream`.
     """
 
     def __init__(self, dataset: SegmentationSet, *, mean: Sequence[float], std: Sequence[float]) -> None:
-        _check_statistics(dataset, mean, std)
-        self.dataset, self.mean, self.std = dataset, tuple(mean), tuple(std)
+        self.dataset = dataset
+        self.mean, self.std = _statistics(dataset, mean, std)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -166,7 +173,8 @@ class EvalStream:
         """Item `index` as a batch of one: image [1, C, H, W], label [1, H, W]."""
         item = self.dataset.read(index)
         image = torch.from_numpy(normalise(item.image[None], self.mean, self.std))
-        return Batch(image, torch.from_numpy(item.label[None].astype(np.int64)), [item.name])
+        label = torch.from_numpy(item.label[None].astype(np.int64))
+        return Batch(image, label, [item.name], channels=self.dataset.channels)
 
     def loader(
         self, start: int = 0, stop: int | None = None, workers: int = 0, *, pin_memory: bool = False
@@ -178,12 +186,19 @@ class EvalStream:
         return self.loader()
 
 
-def _check_statistics(dataset: SegmentationSet, mean: Sequence[float], std: Sequence[float]) -> None:
-    if not len(mean) == len(std) == len(dataset.bands):
+def _statistics(
+    dataset: SegmentationSet, mean: Sequence[float], std: Sequence[float]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Of every channel."""
+    bands, second = len(dataset.bands), len(dataset.second_bands)
+    if len(mean) != len(std) or len(mean) not in (bands, bands + second):
+        more = f" (or {bands + second} with those of the second raster)" if second else ""
         raise ConfigError(
-            f"set {dataset.name!r} has {len(dataset.bands)} bands {list(dataset.bands)}, but mean has {len(mean)} "
+            f"set {dataset.name!r} has {bands} bands {list(dataset.bands)}{more}, but mean has {len(mean)} "
             f"and std {len(std)} values; set bands to as many as the backbone takes"
         )
+    lacking = bands + second - len(mean)
+    return (*mean, *(0.0,) * lacking), (*std, *(1.0,) * lacking)
 
 
 class _Batches(Dataset):

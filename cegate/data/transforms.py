@@ -52,6 +52,16 @@ class Crop:
         pixels = _blend(pixels, rows - rows[0, 0], row_weight, axis=1)
         return _blend(pixels, columns - columns[0, 0], column_weight, axis=2)
 
+    def resample_known(self, pixels: np.ndarray) -> np.ndarray:
+        """As `resample_image`, of pixels that are NaN where nothing is known: the known neighbours count, and where
+        they are less than half, nothing is known."""
+        unknown = np.isnan(pixels)
+        if self.size == self.scaled or not unknown.any():
+            return self.resample_image(pixels)
+        weight = self.resample_image((~unknown).astype(np.float32))
+        total = self.resample_image(np.where(unknown, np.float32(0), pixels))
+        return np.divide(total, weight, out=np.full_like(total, np.nan), where=weight >= 0.5)
+
     def resample_label(self, label: np.ndarray) -> np.ndarray:
         """The crop [h, w] of the window's label [H, W], nearest neighbour."""
         if self.size == self.scaled:
@@ -135,9 +145,10 @@ def augment(item: Item, rng: np.random.Generator, *, crop: int, cfg: AugmentConf
 
     Returns:
         image [C, h, w] float32 0..1 and label [h, w] uint8; h and w are the crop, or less where the resized picture is.
+        Channels of a second raster move along, but no colour is changed in them, and NaN there stays NaN.
     """
     box, label = draw_crop(item.label.shape, lambda window: item.label[window.slices], rng, crop=crop, cfg=cfg)
-    return _finish(box.resample_image(item.image[:, *box.window().slices]), label, rng, cfg)
+    return _finish(_resample(box, item.image[:, *box.window().slices], item.second), label, rng, cfg, item.second)
 
 
 def augment_from(
@@ -146,16 +157,25 @@ def augment_from(
     """As `augment`, but only the part that is needed is read from the set."""
     box, _ = draw_crop(dataset.size(index), lambda window: dataset.read_label(index, window), rng, crop=crop, cfg=cfg)
     part = dataset.read(index, box.window())
-    return _finish(box.resample_image(part.image), box.resample_label(part.label), rng, cfg)
+    image, label = _resample(box, part.image, part.second), box.resample_label(part.label)
+    return _finish(image, label, rng, cfg, part.second)
+
+
+def _resample(box: Crop, pixels: np.ndarray, second: int) -> np.ndarray:
+    if not second:
+        return box.resample_image(pixels)
+    return np.concatenate((box.resample_image(pixels[:-second]), box.resample_known(pixels[-second:])))
 
 
 def _finish(
-    image: np.ndarray, label: np.ndarray, rng: np.random.Generator, cfg: AugmentConfig
+    image: np.ndarray, label: np.ndarray, rng: np.random.Generator, cfg: AugmentConfig, second: int
 ) -> tuple[np.ndarray, np.ndarray]:
     if cfg.flip and rng.random() < 0.5:
         image, label = image[:, :, ::-1], label[:, ::-1]
-    if cfg.photometric:
-        image = distort_colours(image, rng)
+    if cfg.photometric:  # of the image alone: a height has no colour
+        bands = len(image) - second
+        changed = distort_colours(image[:bands], rng)
+        image = np.concatenate((changed, image[bands:])) if second else changed
     return image, label
 
 

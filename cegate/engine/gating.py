@@ -77,7 +77,7 @@ class Gate:
         if self.config.inactive == "frozen":
             plan = GatePlan(plan.active, self.ever_active)
         new = len(set(plan.active) - set(self.plan.active))
-        kinds = [site.partition(".")[0] for site in plan.active]
+        kinds = [site.kind for site in plan.active]
         counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
         log.debug("iteration %d: gate chose %s (%d new)", iteration, counts, new)
         self.plan = plan

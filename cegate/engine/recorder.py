@@ -23,13 +23,13 @@ from cegate.checkpoint import (
     copy_checkpoint,
     keep_newest,
     load_state,
-    parts_of,
     restore,
     save_adapter,
     save_state,
 )
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN, changed_values, read_config, to_yaml
+from cegate.data.datasets import SegmentationSet
 from cegate.engine import evaluator, results
 from cegate.engine.evaluator import Evaluation, percent
 from cegate.engine.gating import Round
@@ -39,8 +39,8 @@ from cegate.engine.sets import Sets
 from cegate.engine.stage import NotFiniteError, Numerics, Stage
 from cegate.errors import CheckpointError, TrainingError
 from cegate.gate import GatePlan
-from cegate.models.segmenter import Segmenter
 from cegate.runfolder import FREE_ON_RESUME, RunFolder, read_json, write_json
+from cegate.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
 
@@ -109,9 +109,6 @@ class Recorder:
         return self.run.checkpoints / f"iter_{iteration}.pt"
 
     def _environment(self) -> dict[str, Any]:
-        sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
-        if self.sets.unlabelled is not None:
-            sets[self.sets.unlabelled.name] = self.sets.unlabelled
         device = self.numerics.device
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
         return {
@@ -131,12 +128,25 @@ class Recorder:
             "seed": self.config.run.seed,
             "backends": ops.backends(),
             "backbone_sha256": self.backbone_sha256,
-            "data": {name: {"images": len(data), "fingerprint": data.fingerprint()} for name, data in sets.items()},
+            "data": {
+                name: {"images": len(data), "fingerprint": data.fingerprint()} for name, data in self._data().items()
+            },
         }
+
+    def _data(self) -> dict[str, SegmentationSet]:
+        sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
+        if self.sets.unlabelled is not None:
+            sets[self.sets.unlabelled.name] = self.sets.unlabelled
+        return sets
 
     def _refuse_changes(self, state: State, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         path, recorded = self.run.path, before.get("data", {})
-        if changed := [name for name, data in now["data"].items() if recorded.get(name, data) != data]:
+        changed = [
+            name
+            for name, data in self._data().items()
+            if name in recorded and not data.has_fingerprint(recorded[name]["fingerprint"])
+        ]
+        if changed:
             raise CheckpointError(
                 f"the data of {', '.join(map(domain_title, changed))} is not what {path} was started with; put the "
                 "files back or start a run of another name"
@@ -186,7 +196,7 @@ class Recorder:
             **stage.state(),
             elapsed_seconds=self.elapsed,
             peak_memory_bytes=self.peak_memory,
-            value_range=stage.network.value_range,
+            value_range=stage.network.recipe.value_range,
             backbone_sha256=self.backbone_sha256,
             classes=list(stage.network.classes),
             config=to_yaml(self.config),
@@ -299,7 +309,7 @@ class Recorder:
 
 def _learned(network: Segmenter) -> dict[str, int]:
     """Part -> its weights; of a part whose sites are switched, those of the sites that are on."""
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts_of(network).items()}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.learning_modules().items()}
     sites = network.toolbox.counts()
     return counts | {"toolbox": sum(sites[site] for site in network.toolbox.plan.on)}
 

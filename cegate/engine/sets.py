@@ -49,7 +49,7 @@ def open_sets(config: Config) -> tuple[Config, Sets]:
     sets = Sets(source, validation, targets, unlabelled)
     for opened in (source, *sets.evaluated, unlabelled):
         if opened is not None:
-            opened.check()
+            opened.check(training=opened is source)
     palette = data.palette or list(source.palette)
     return replace(config, data=replace(data, classes=classes, palette=palette)), sets
 

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cegate.checkpoint import State, load_trained, parts_of, restore, trained_weights
+from cegate.adapters import misfits
+from cegate.checkpoint import State, load_trained, restore, trained_weights
+from cegate.compute import Precision
 from cegate.config import IGNORE, Config
 from cegate.engine.gating import Gate, Round
 from cegate.engine.runtime import seed_everything
-from cegate.engine.schedule import learning_rate, parameter_groups
+from cegate.engine.schedule import learning_rate, make_optimizer
 from cegate.engine.sets import Sets
 from cegate.engine.team import Team
 from cegate.errors import CheckpointError, TrainingError
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan
-from cegate.models.adapters import misfits
-from cegate.models.compute import Precision
-from cegate.models.segmenter import Segmenter, starting_plan
+from cegate.segmenter import Segmenter, starting_plan
 from cegate.tasks import build_tasks
 from cegate.tasks.stream import StepData, StepStream, crops_of
 from cegate.tasks.task import Step, Task, Term
@@ -88,13 +88,13 @@ class Stage:
         load_trained(network, initial, None, "the initial weights")
         plan = starting_plan(config, network.toolbox) if adapting else GatePlan()
         network.toolbox.apply(plan)
-        network.refine(adapting)
+        network.adapts(adapting)
         network.tune(config.model.tune == "full" and adapting)
         network.train()
         self.tasks: list[Task] = build_tasks(config, network, sets, adapting=adapting, share=team.share)
         self.task_parts = _parts_of_tasks(self.tasks, numerics.device)
-        modules = [*parts_of(network).values(), *self.task_parts.values()]
-        self.optimizer = torch.optim.AdamW(parameter_groups(modules, config.train.weight_decay), lr=config.train.lr)
+        modules = [*network.learning_modules().values(), *self.task_parts.values()]
+        self.optimizer = make_optimizer(config.train, modules)
         self.scaler = torch.amp.GradScaler(numerics.device.type, enabled=numerics.name == "fp16")
         self.gate = Gate(config.gate, config.run.seed, network.toolbox.counts(), plan)
         crops = crops_of(config, network, sets.source, config.data.batch_size, "train", team.share)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 
+from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import STAGES, trained_weights
+from cegate.compute import pick_device, precision_of
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
@@ -21,10 +23,8 @@ from cegate.engine.sets import Sets, open_sets, value_range_of
 from cegate.engine.stage import NotFiniteError, Numerics, Stage
 from cegate.engine.team import Team, open_team
 from cegate.errors import ConfigError
-from cegate.models.compute import pick_device, precision_of
-from cegate.models.segmenter import Segmenter, build, starting_plan
-from cegate.models.vit import weight_hash
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run
+from cegate.segmenter import Segmenter, build, starting_plan
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,8 @@ def describe(config: Config) -> str:
             f"source: {len(sets.source)} images, classes {', '.join(segmenter.classes)}",
             "evaluated on:",
             *(domains or ["  nothing"]),
-            f"backbone: {config.model.backbone}, patch {segmenter.patch}, features of layers {segmenter.layers}",
+            f"backbone: {config.model.backbone}, patch {segmenter.backbone.patch}, "
+            f"features of layers {segmenter.layers}",
             f"toolbox: {len(counts)} sites with {sum(counts.values()):,} weights; "
             f"training {trained.get(gate.method, f'{len(starting_plan(config, segmenter.toolbox).active)} sites')}",
             *_describe_refiner(config, segmenter),
@@ -113,7 +114,7 @@ def _describe_adaptation(config: Config, sets: Sets) -> list[str]:
 
 def _train(config: Config, run: RunFolder, sets: Sets, network: Segmenter, team: Team, console: Console) -> Result:
     """Run every stage that is not done, then write adapter, figures and result."""
-    network.value_range = value_range_of(sets.source)
+    network.recipe = replace(network.recipe, value_range=value_range_of(sets.source))
     numerics = Numerics(network.device, *precision_of(config.run.precision, network.device))
     initial = {name: value.clone() for name, value in trained_weights(network).items()}
     backbone_sha256 = weight_hash(network.vit)

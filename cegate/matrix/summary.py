@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from cegate.config import Method
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.matrix.cells import training_key
-from cegate.matrix.published import GROUPS
+from cegate.matrix.published import GROUPS, Group
 from cegate.matrix.reading import CellResult
 from cegate.matrix.statistics import Difference, Mean, Paired, difference, mean_over_seeds, resample_tiles
 from cegate.methods import METHODS
 
 REFERENCE: Method = "gate"
 """The method that others are compared to."""
-
-
-@dataclass(frozen=True)
-class Average:
-    """Settings that are averaged over."""
-
-    name: str
-    settings: tuple[str, ...]
-    published: Mapping[Method, float]
-    """Method -> mIoU in percent, where the paper has it."""
 
 
 class Matrix:
@@ -81,13 +70,8 @@ class Matrix:
     # means ----------------------------------------------------------------------------------------------------------
 
     def mean(self, settings: Sequence[str], method: Method, domain: str | None = None) -> Mean | None:
-        """Mean score of a method over the seeds that have finished all settings; ``None`` without such a seed.
-
-        Args:
-            settings: averaged over, after the average over the domains of each.
-            method: whose score.
-            domain: one domain of a single setting instead of the average.
-        """
+        """Mean score of a method over the seeds that have finished all settings, averaged over their domains or of
+        one ``domain``, then over settings; ``None`` without such a seed."""
         seeds = self.seeds_of(settings, method)
         domains = self._chosen(settings, domain)
         return mean_over_seeds([self._score(domains, method, seed) for seed in seeds]) if seeds else None
@@ -156,36 +140,24 @@ class Matrix:
 
     # cost -----------------------------------------------------------------------------------------------------------
 
-    def trained_parameters(self, settings: Sequence[str], method: Method) -> float:
-        """Mean number of weights that adapt the backbone."""
-        return float(np.mean([r.trained_parameters for r in self._cells(settings, method)]))
-
-    def step_seconds(self, settings: Sequence[str], method: Method) -> float | None:
-        """Median over cells of their median time of a training iteration."""
-        times = [r.step_seconds for r in self._cells(settings, method) if r.step_seconds is not None]
-        return float(np.median(times)) if times else None
-
-    def peak_memory_bytes(self, settings: Sequence[str], method: Method) -> int | None:
-        """The most that a cell needed."""
-        peaks = [r.peak_memory_bytes for r in self._cells(settings, method) if r.peak_memory_bytes is not None]
-        return max(peaks, default=None)
+    def costs(self, settings: Sequence[str], method: Method) -> tuple[float, float | None, int | None]:
+        """Mean number of weights that adapt the backbone; median over cells of their median seconds of a training
+        iteration; the most bytes that a cell needed."""
+        cells = [result for name in settings for result in self.of_setting(name, method)]
+        times = [r.step_seconds for r in cells if r.step_seconds is not None]
+        peak = max((r.peak_memory_bytes for r in cells if r.peak_memory_bytes is not None), default=None)
+        weights = float(np.mean([r.trained_parameters for r in cells]))
+        return weights, float(np.median(times)) if times else None, peak
 
     def devices(self) -> list[str]:
         """Names of the devices that cells ran on."""
         return sorted({result.device for result in self.results.values()})
 
-    def _cells(self, settings: Sequence[str], method: Method) -> list[CellResult]:
-        return [result for name in settings for result in self.of_setting(name, method)]
-
     # averages -------------------------------------------------------------------------------------------------------
 
-    def averages(self) -> list[Average]:
+    def averages(self) -> list[Group]:
         """What is averaged over: all settings, and the paper's groups whose settings are all here."""
-        groups = [
-            Average(group.name, group.settings, group.miou)
-            for group in GROUPS
-            if set(group.settings) <= set(self.settings)
-        ]
+        groups = [group for group in GROUPS if set(group.settings) <= set(self.settings)]
         if len(self.settings) < 2 or any(set(group.settings) == set(self.settings) for group in groups):
             return groups
-        return [Average("All settings", tuple(self.settings), {}), *groups]
+        return [Group("All settings", tuple(self.settings), {}), *groups]

@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 
 from cegate.config import Method
 from cegate.matrix import published
+from cegate.matrix.published import Group
 from cegate.matrix.reading import CellResult
 from cegate.matrix.statistics import Difference, Mean
-from cegate.matrix.summary import REFERENCE, Average, Matrix
+from cegate.matrix.summary import REFERENCE, Matrix
 
 NONE = "–"
+DIFFERENCE = ": difference to gate"
+"""End of the titles of tables that are in the files and not on the screen."""
 HOW_TO_READ = (
     "Scores are IoU in percent: the mean over classes (mIoU) or, for a foreground class against the background, the "
     "IoU of the foreground, with the mean of the two in brackets. They are means over n seeds ± the half width of "
@@ -50,7 +53,7 @@ def make_tables(matrix: Matrix) -> list[Table]:
     return [_without_empty_columns(table) for table in tables if table.rows]
 
 
-def _average_table(matrix: Matrix, average: Average) -> Table:
+def _average_table(matrix: Matrix, average: Group) -> Table:
     settings = average.settings
     rows = []
     for method in matrix.methods:
@@ -58,7 +61,7 @@ def _average_table(matrix: Matrix, average: Average) -> Table:
         if mean is None:
             continue
         gap = matrix.difference(settings, method) if method != REFERENCE else None
-        cost, paper = _cost(matrix, settings, method), _paper(average.published, method)
+        cost, paper = _cost(matrix, settings, method), _paper(average.miou, method)
         rows.append((method, str(mean.seeds), _mean(mean), *_gap(gap), *cost, paper))
     left_out = [method for method in matrix.methods if method not in [row[0] for row in rows]]
     note = f"Mean over {len(settings)} settings, each the mean over its domains: {', '.join(settings)}."
@@ -79,7 +82,7 @@ def _score_table(matrix: Matrix, setting: str) -> Table:
         seeds = str(len(matrix.of_setting(setting, method)))
         cost = _cost(matrix, [setting], method)
         rows.append((method, seeds, *scores, average, validation, *cost, _paper(paper, method)))
-    header = ("method", "n", *domains, "average", "source, held out", *_COST, published.LABEL)
+    header = ("method", "n", *domains, "average", "validation", *_COST, published.LABEL)
     tiles = ", ".join(f"{domain} {matrix.tiles_of(setting, domain)}" for domain in domains)
     headline = "foreground IoU (two-class mean)" if matrix.is_binary(setting) else "mIoU"
     return Table(setting, header, tuple(rows), f"{headline}; test tiles: {tiles}.")
@@ -94,17 +97,16 @@ def _difference_table(matrix: Matrix, setting: str) -> Table:
         if method != REFERENCE and gaps[0] is not None:
             rows.append((method, str(gaps[0].seeds), *(text for gap in gaps for text in _gap(gap))))
     header = ("method", "n", *(text for domain in columns for text in (domain or "average", "p")))
-    return Table(f"{setting}: difference to gate", header, tuple(rows))
+    return Table(f"{setting}{DIFFERENCE}", header, tuple(rows))
 
 
 _COST = ("weights (M)", "iteration (s)", "memory (GiB)")
 
 
 def _cost(matrix: Matrix, settings: Sequence[str], method: Method) -> tuple[str, str, str]:
-    seconds = matrix.step_seconds(settings, method)
-    peak = matrix.peak_memory_bytes(settings, method)
+    weights, seconds, peak = matrix.costs(settings, method)
     return (
-        f"{matrix.trained_parameters(settings, method) / 1e6:.2f}",
+        f"{weights / 1e6:.2f}",
         NONE if seconds is None else f"{seconds:.3g}",
         NONE if peak is None else f"{peak / 2**30:.2f}",
     )
@@ -184,26 +186,16 @@ def markdown_table(table: Table) -> str:
 
 def to_latex(tables: Iterable[Table]) -> str:
     """The tables in the manner of booktabs, for \\input; ``\\usepackage{booktabs}`` is all they need."""
-    parts = ["% made by cegate bench; needs \\usepackage{booktabs}", f"% {HOW_TO_READ}"]
     tables = list(tables)
-    if any(published.LABEL in table.header for table in tables):
-        parts.append(f"% {published.NOTE}")
+    notes = [HOW_TO_READ, *([published.NOTE] if any(published.LABEL in table.header for table in tables) else [])]
+    parts = ["% made by cegate bench; needs \\usepackage{booktabs}", *(f"% {note}" for note in notes)]
     for table in tables:
-        body = [" & ".join(map(_tex, row)) + r" \\" for row in table.rows]
-        parts += [
-            "",
-            r"\begin{table}",
-            r"  \centering",
-            f"  \\caption{{{_tex(f'{table.title}. {table.note}'.strip())}}}",
-            f"  \\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
-            r"    \toprule",
-            f"    {' & '.join(map(_tex, table.header))} \\\\",
-            r"    \midrule",
-            *(f"    {row}" for row in body),
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-        ]
+        head, *body = (f"{' & '.join(map(_tex, row))} \\\\" for row in (table.header, *table.rows))
+        columns, caption = "l" + "r" * (len(table.header) - 1), _tex(f"{table.title}. {table.note}".strip())
+        inner = [r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+        tabular = [f"\\begin{{tabular}}{{{columns}}}", *(f"  {line}" for line in inner), r"\end{tabular}"]
+        lines = [r"\centering", f"\\caption{{{caption}}}", *tabular]
+        parts += ["", r"\begin{table}", *(f"  {line}" for line in lines), r"\end{table}"]
     return "\n".join(parts) + "\n"
 
 

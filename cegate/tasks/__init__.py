@@ -6,8 +6,10 @@ from typing import Protocol
 
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
+from cegate.tasks.crossearth import crossearth_tasks
 from cegate.tasks.dacs import Dacs
+from cegate.tasks.modalities import LoseModality
 from cegate.tasks.segmentation import Segmentation
 from cegate.tasks.stream import Share
 from cegate.tasks.task import Task
@@ -33,6 +35,11 @@ def build_tasks(
         share: slots of a batch that this process takes.
     """
     tasks: list[Task] = [Segmentation(config, network, sets.source, share)]
-    if adapting and sets.unlabelled is not None:
+    if config.modal.dropout and "streams" in network.parts():
+        tasks.append(LoseModality(network.parts()["streams"].bands, config.modal.dropout))
+    if not adapting:
+        return tasks
+    tasks += crossearth_tasks(config, network, sets.source)
+    if sets.unlabelled is not None:
         tasks.append(Dacs(config, network, sets.unlabelled, share))
     return tasks

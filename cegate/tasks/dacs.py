@@ -18,7 +18,7 @@ from cegate.config import IGNORE, Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import Batch, TrainStream
 from cegate.data.transforms import draw_class_mask
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 from cegate.tasks.stream import Share, crops_of
 from cegate.tasks.task import Step, Task, Term, View
 

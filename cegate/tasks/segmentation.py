@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import Batch
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 from cegate.tasks.stream import Share, crops_of
 from cegate.tasks.task import Step, Task, Term, View
 

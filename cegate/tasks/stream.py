@@ -12,7 +12,7 @@ from torch import Tensor
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import Batch, TrainStream, fetch
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 from cegate.tasks.task import Draw
 
 Share = Callable[[int], range]
@@ -29,8 +29,8 @@ def crops_of(
         batch_size=batch_size,
         augment=config.data.augment,
         seed=config.run.seed,
-        mean=network.mean,
-        std=network.std,
+        mean=network.recipe.mean,
+        std=network.recipe.std,
         purpose=purpose,
         slots=share(batch_size),
     )

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cegate.backbone.backbone import Features
 from cegate.config import IGNORE
 from cegate.data.stream import Batch
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 
 Draw = Callable[[int, Batch], Any]
 """(iteration, source crops) -> what a task needs besides; runs in the data workers, so it holds no model. What it gives
@@ -50,6 +51,8 @@ class View:
     """Of the samples."""
     beside: str | None = None
     """View of equal height and width that shares one pass of the network; None: a pass of its own."""
+    plain: bool = False
+    """Encoded without what parts plug in for one call (injectors at blocks)."""
 
 
 @dataclass
@@ -66,8 +69,8 @@ class Step:
     slots: range | None = None
     """Numbers of the samples within the batch of all processes; default: 0..B-1."""
     views: dict[str, View] = field(default_factory=dict)
-    features: dict[str, Any] = field(default_factory=dict)
-    """View -> feature maps, once `encode` has run."""
+    features: dict[str, Features] = field(default_factory=dict)
+    """View -> what the backbone makes of it, once `encode` has run; the network's neck has not seen it yet."""
 
     def __post_init__(self) -> None:
         self.slots = range(len(self.batch)) if self.slots is None else self.slots
@@ -84,14 +87,17 @@ class Step:
         for leader, names in calls.items():
             assert leader in names and self.views[leader].beside is None, f"views {names} are beside none that leads"
             images = [self.views[name].images for name in names]
-            features = encode(self.network, images[0] if len(images) == 1 else torch.cat(images))
-            for name, part in zip(names, split(features, [len(batch) for batch in images]), strict=True):
+            whole = self.network.whole_patches(images[0] if len(images) == 1 else torch.cat(images), 0.0)
+            features = self.network.encode(whole, plain=self.views[leader].plain)
+            for name, part in zip(names, features.split([len(batch) for batch in images]), strict=True):
                 self.features[name] = part
 
     def loss(self, view: str) -> Tensor:
         """Semantic loss of each sample of a view, [B]."""
-        shown = self.views[view]
-        return semantic_loss(self.network, self.features[view], shown.labels, shown.weights)
+        shown, network = self.views[view], self.network
+        weights = None if shown.weights is None else network.whole_patches(shown.weights, 0.0)
+        features = network.neck(self.features[view], network.whole_patches(shown.images, 0.0))
+        return network.loss_of(features, network.whole_patches(shown.labels, IGNORE), weights)
 
 
 class Task(Protocol):
@@ -141,24 +147,3 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(int(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]).generate_state(1)[0]))
         yield
-
-
-# --- the three places that know the network's own calls ---------------------------------------------------------------
-
-
-def encode(network: Segmenter, images: Tensor) -> list[Tensor]:
-    """Feature maps of a batch of any size, filled up to whole patches."""
-    return network.features(network._whole_patches(images, 0.0))
-
-
-def split(features: list[Tensor], sizes: list[int]) -> list[list[Tensor]]:
-    """Feature maps of the batches that were encoded together."""
-    if len(sizes) == 1:
-        return [features]
-    return [list(maps) for maps in zip(*(level.split(sizes) for level in features), strict=True)]
-
-
-def semantic_loss(network: Segmenter, features: list[Tensor], labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Task loss of each sample alone, [B]; as ``network.loss`` after its encoding."""
-    weights = None if weights is None else network._whole_patches(weights, 0.0)
-    return network.head.loss(features, network._whole_patches(labels, IGNORE), weights)

@@ -267,11 +267,13 @@ def test_a_large_mask_is_written_in_tiles(tmp_path):
             np.testing.assert_array_equal(written.read(1), part)
 
 
-def test_places_that_cannot_be_compared_are_not(tmp_path):
+def test_places_are_compared_across_coordinate_systems_and_not_at_all_where_one_is_unknown(tmp_path):
     shape = {"height": 8, "width": 9, "count": 1, "dtype": "uint8"}
     places = {
         "utm": {"crs": "EPSG:32633", "transform": from_origin(500000, 5000000, 0.5, 0.5)},
+        "nowhere": {"transform": from_origin(500000, 5000000, 0.5, 0.5)},
         "degrees": {"crs": "EPSG:4326", "transform": from_origin(15, 45, 1e-5, 1e-5)},
+        "beyond": {"crs": "EPSG:4326", "transform": from_origin(15, 89.9999, 10, 10)},
         "moved": {"crs": "EPSG:32633", "transform": from_origin(500001, 5000000, 0.5, 0.5)},
         "none": {},
         "broken": {"crs": "EPSG:32633", "transform": rasterio.Affine(0.5, 0, 1, 0.5, 0, 1)},
@@ -282,7 +284,9 @@ def test_places_that_cannot_be_compared_are_not(tmp_path):
             out.write(np.zeros((1, 8, 9), np.uint8))
         headers[name] = read_header(tmp_path / f"{name}.tif")
     found = {name: misplacement(headers["utm"], header) for name, header in headers.items()}
-    assert found == pytest.approx({"utm": 0, "degrees": 0, "moved": 2, "none": 0, "broken": 0}, abs=1e-6)
+    assert found.pop("degrees") == pytest.approx(34_000, rel=0.05)  # latitude 45 lies 17 km to the south
+    assert found.pop("beyond") > 1e6
+    assert found == pytest.approx({"utm": 0, "nowhere": 0, "moved": 2, "none": 0, "broken": 0}, abs=1e-6)
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".png"])

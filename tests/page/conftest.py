@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ TILE = 32
 def config_of(path: Path, **changes: object) -> Any:
     """Configuration of a run on generated scenes; keywords are dotted keys with two underscores for the dot."""
     mapping = {
-        "run": {"name": path.name, "work_dir": str(path), "device": "cpu"},
+        "run": {"name": re.sub(r"[^\w.-]", "_", path.name), "work_dir": str(path), "device": "cpu"},
         "data": {
             "classes": CLASSES,
             "source": {"kind": "generated", "split": "temperate", "limit": 4, "tile": TILE},
@@ -123,3 +124,16 @@ def write_run(
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """`write_run` below the test's own folder."""
     return lambda name="run", **more: write_run(tmp_path / name, **more)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Ask for it where a test looks at the pictures that matplotlib makes."""
+
+
+@pytest.fixture(autouse=True)
+def _pictures_cost_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests read the page; its figures are built, not rendered."""
+    if "drawn" not in request.fixturenames:
+        for part in ("choice", "outcome"):
+            monkeypatch.setattr(f"cegate.page.{part}.svg_uri", lambda figure: "data:image/svg+xml,<svg/>")

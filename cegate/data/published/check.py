@@ -11,7 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cegate.data.pairs import Pair, find_pairs
+from cegate.data.pairs import Pair, find_files, find_pairs
 from cegate.data.prepared import IMAGES, LABELS, Manifest, read_manifest
 from cegate.data.published.base import unknown_codes
 from cegate.data.published.prepare import run_all
@@ -86,7 +86,7 @@ def check_files(
     """
     console = console or Console()
     if images is None:
-        files = sorted(path for path in root.glob(labels) if path.is_file() and path.suffix.lower() in SUFFIXES)
+        files = [path for path in find_files(root, labels) if path.suffix.lower() in SUFFIXES]
         pairs = [Pair(path.name, path, path) for path in files]
         if not pairs:
             raise DataError(f"no labels match {root / labels}; give a glob below the folder, as in 'ann_dir/**/*.png'")

@@ -11,8 +11,8 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning
 
 from cegate.data.climates import BACKGROUND, BUILDING, CLIMATES, FOREST, ROAD, WATER
+from cegate.data.generator import render_scene
 from cegate.data.published import casid, isprs, mmhunan, rescuenet
-from cegate.data.scenes import render_scene
 from cegate.errors import ConfigError, DataError, nearest
 
 CROPS = {"isprs-potsdam": 48, "potsdam-rescue": 48, "isprs-vaihingen": 32, "loveda": 32, "casid": 16}
