@@ -201,6 +201,7 @@ def write_mfnet(
     modal |= {"method": "mmlora" if lora else "mmadapter", "official_norm": found.official_norm}
     model = {"backbone": backbone or BACKBONES[found.width], "weights": str(weights), "head": "unetformer"}
     model |= {"normalize": "unit", "resample": "plain", "official_relpos": found.official_relpos or not encoder}
+    model["features"] = [*range(found.depth - 4, found.depth)]  # of four, the pyramid is made of the last
     source = {"bands": [1, 2, 3], "second": {"bands": [1], "scale": "tile"}}
     data = {"classes": names, "crop": crop or 256, "stride": stride or 128, "source": source}
     segmenter = build(read_config({"data": data, "model": model, "modal": modal, "gate": {"method": "none"}}))
