@@ -52,6 +52,11 @@ class Adapter:
     weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """``toolbox.<site>.<weight>`` and ``head.<weight>``; empty once a model holds them."""
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their indices."""
+        return self.recipe.classes
+
 
 def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with weights by name: missing, left over, or of another shape; one entry for each, keys named."""
