@@ -519,17 +519,22 @@ def _write(path: Path, profile: Mapping[str, object], fill: Callable[[DatasetWri
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write an image as PNG, byte for byte the same for the same pixels.
+    """Write an image as PNG or (compressed) TIFF, byte for byte the same for the same pixels.
 
     Args:
-        path: target, whose suffix is .png.
-        image: [C, H, W] uint8 with 1 to 4 bands.
+        path: target; its suffix decides the format: .png or .tif.
+        image: [C, H, W]; a PNG takes uint8 with 1 to 4 bands.
 
     Raises:
         DataError: another suffix, dtype, shape or number of bands.
         OSError: the file cannot be written, as on a full disk.
     """
     path = Path(path)
+    if path.suffix.lower() == ".tif" and image.ndim == 3:
+        count, height, width = image.shape
+        profile = {"driver": "GTiff", "height": height, "width": width, "count": count, "dtype": str(image.dtype)}
+        _write(path, profile | {"compress": "deflate", "bigtiff": "if_safer"}, lambda dst: dst.write(image))
+        return
     if path.suffix.lower() != ".png" or image.dtype != np.uint8 or image.ndim != 3 or not 1 <= len(image) <= 4:
         raise DataError(f"{path}: a PNG takes [1..4, H, W] uint8, not {list(image.shape)} {image.dtype}")
     count, height, width = image.shape

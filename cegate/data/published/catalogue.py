@@ -1,23 +1,110 @@
-"""The catalogue of published data sets."""
+"""The catalogue of published data sets, a table: sets.yaml."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
 from rich.table import Table
 
 from cegate.data.prepared import Counts
-from cegate.data.published.base import Published
-from cegate.data.published.binary import DEEPGLOBE, MASSACHUSETTS, WHU
-from cegate.data.published.casid import CASID
-from cegate.data.published.isprs import POTSDAM, RESCUE, VAIHINGEN
-from cegate.data.published.loveda import LOVEDA
-from cegate.data.published.mmhunan import MMHUNAN
-from cegate.data.published.rescuenet import RESCUENET
+from cegate.data.published.casid import plan_casid
+from cegate.data.published.downloads import Member
+from cegate.data.published.plan import Options, Plan, Planner, plan_pairs, plan_tiles
 from cegate.errors import ConfigError, nearest
 
-CATALOGUE: dict[str, Published] = {
-    published.name: published
-    for published in (*(POTSDAM, VAIHINGEN, RESCUE, LOVEDA, RESCUENET, WHU, DEEPGLOBE, MASSACHUSETTS, CASID, MMHUNAN),)
-}
+PLANNERS: dict[str, Planner] = {"pairs": plan_pairs, "tiles": plan_tiles, "casid": plan_casid}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option of `cegate data prepare` that some sets take."""
+
+    default: str | int
+    help: str
+    accepted: tuple[str, ...] = ()
+    """Values it takes; empty: any."""
+
+    def parse(self, name: str, text: str) -> str | int:
+        """The value of a text.
+
+        Raises:
+            ConfigError: it is none of the accepted ones, or no number where one is needed.
+        """
+        if self.accepted and text not in self.accepted:
+            accepted = ", ".join(self.accepted)
+            raise ConfigError(f"--{name}={text} is none of {accepted}{nearest(text, self.accepted)}")
+        if isinstance(self.default, str):
+            return text
+        if not text.isdecimal():
+            raise ConfigError(f"--{name}={text} is not accepted; expected a whole number of 0 or more")
+        return int(text)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set of the field."""
+
+    name: str
+    title: str
+    origin: str
+    """Where it comes from."""
+    licence: str
+    layout: str
+    """What a download looks like."""
+    classes: tuple[str, ...]
+    palette: tuple[str, ...]
+    """One "#RRGGBB" per class."""
+    stored: Mapping[int, str]
+    """Value in the prepared labels -> class name or "ignore"."""
+    splits: Mapping[str, Counts]
+    """Published numbers with default options."""
+    settings: Mapping[str, Setting]
+    row: Mapping[str, Any] = field(repr=False)
+    """Of the table: how its files are found and read."""
+
+    def plan(self, members: Sequence[Member], options: Options) -> Plan:
+        """What the files of a download become."""
+        return PLANNERS[self.row["plan"]](self, members, options)
+
+    def parse_options(self, given: Mapping[str, str]) -> dict[str, str | int]:
+        """Every option of this set, the given ones parsed.
+
+        Raises:
+            ConfigError: an option that the set does not take, or a value that the option does not.
+        """
+        for name in given:
+            if name not in self.settings:
+                taken = ", ".join(f"--{option}" for option in self.settings) or "none"
+                raise ConfigError(f"{self.name} does not take --{name}; options of this set: {taken}")
+        return {
+            name: setting.parse(name, given[name]) if name in given else setting.default
+            for name, setting in self.settings.items()
+        }
+
+
+def _published(name: str, row: Mapping[str, Any]) -> Published:
+    classes, colours = zip(*(pair.split() for pair in row["classes"].split(", ")), strict=True)
+    stored = {row["first"] + k: of for k, of in enumerate(classes)}
+    if "ignored" in row:
+        ignored = {row["ignored"]: "ignore"}
+        stored = stored | ignored if row["ignored"] > max(stored) else ignored | stored
+    settings = {
+        option: Setting(*(tuple(v) if isinstance(v, list) else v for v in values))
+        for option, values in row.get("options", {}).items()
+    }
+    if side := row.get("crop"):
+        settings = {"crop": Setting(side, f"Side of the crops in pixels (default {side}).")} | settings
+    splits = {split: Counts(*counts) for split, counts in row["splits"].items()}
+    told = (row[key] for key in ("title", "origin", "licence", "layout"))
+    return Published(name, *told, classes, tuple(f"#{c}" for c in colours), stored, splits, settings, row)
+
+
+_TABLE = yaml.safe_load(Path(__file__).with_name("sets.yaml").read_text())
+CATALOGUE: dict[str, Published] = {name: _published(name, row) for name, row in _TABLE.items()}
 
 
 def find_published(name: str) -> Published:
