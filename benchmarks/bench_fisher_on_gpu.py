@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 
 DEVICE, SIZE, SAMPLES, ROUNDS = "cuda", VIT_L_512, 16, 10
 TARGETS = {"plain forward + backward": "<= 1.15", "loop over samples": "<= 0.67"}

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from twin import Twin
 
 from cegate.fisher import measure_fisher
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 
 SAMPLES = 4
 DEVICE, GPU_SIZE, GPU_SAMPLES, ROUNDS = "cuda", VIT_L_512, 16, 5

@@ -11,10 +11,10 @@ from models import SIZES, make_batch, make_segmenter
 from side_by_side import note, side_by_side
 from torch import Tensor
 
+from cegate.adapters import Adapter
+from cegate.backbone.vit import weight_hash
 from cegate.gate import GatePlan
-from cegate.models.adapters import Adapter
-from cegate.models.segmenter import Segmenter
-from cegate.models.vit import weight_hash
+from cegate.segmenter import Segmenter
 
 K = 18
 DOMAINS = ("arid", "boreal", "monsoon", "temperate")
@@ -36,7 +36,16 @@ def random_adapter(segmenter: Segmenter, backbone_sha256: str, draw: random.Rand
         for key, weight in segmenter.toolbox.parameters_of(site).items()
     } | {f"head.{key}": weight for key, weight in segmenter.head.state_dict().items()}
     weights = {key: weight.detach() + 0.02 * torch.randn(weight.shape) for key, weight in shapes.items()}
-    given = (segmenter.config, plan, backbone_sha256, segmenter.mean, segmenter.std, None, "random weights", weights)
+    given = (
+        segmenter.config,
+        plan,
+        backbone_sha256,
+        segmenter.recipe.mean,
+        segmenter.recipe.std,
+        None,
+        "random weights",
+        weights,
+    )
     return Adapter(*given)
 
 

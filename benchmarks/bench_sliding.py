@@ -7,9 +7,15 @@ import torch
 from models import SIZES, make_segmenter
 from side_by_side import side_by_side
 
-from cegate.models.sliding import slide, windows_at_once
+from cegate.scenes.mosaic import Mosaic, Pixels, windows_at_once
 
 SIDE = 400
+
+
+def slide(segmenter: torch.nn.Module, image: torch.Tensor, crop: int, batch: int | None = None) -> torch.Tensor:
+    """Logits [K, H, W] of a whole image [1, C, H, W]."""
+    rows = Mosaic(crop, batch=batch).rows(segmenter, Pixels(image[0]))
+    return torch.cat([part.logits for part in rows], dim=1)
 
 
 @pytest.mark.parametrize("crop", [128, 224])

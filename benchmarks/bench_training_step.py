@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cegate.gate import GatePlan
 from cegate.kernels.frequency_adapter import frequency_adapter_fft
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 
 DEVICE, SIZE, ROUNDS = "cuda", VIT_L_512, 15
 SITES, RANK = 18, 64

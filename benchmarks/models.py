@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from cegate.config import Config, DataConfig, GateConfig, ModelConfig
-from cegate.models.segmenter import Segmenter, build
+from cegate.segmenter import Segmenter, build
 
 CLASSES = [f"class{index}" for index in range(6)]
 

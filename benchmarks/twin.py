@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.kernels.low_pass import low_pass_fft
-from cegate.models.segmenter import Segmenter
-from cegate.toolbox.toolbox import Toolbox
+from cegate.parts.toolbox import Toolbox
+from cegate.segmenter import Segmenter
 
 
 def linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -81,7 +81,7 @@ class Twin(nn.Module):
 
     def __init__(self, segmenter: Segmenter, pixels: int) -> None:
         super().__init__()
-        toolbox, side = segmenter.toolbox, pixels // segmenter.patch
+        toolbox, side = segmenter.toolbox, pixels // segmenter.backbone.patch
         prefix = segmenter.vit.num_prefix_tokens
         self.layers = nn.ModuleList(
             TwinLayer(toolbox, layer, block, prefix, (side, side)) for layer, block in enumerate(segmenter.vit.blocks)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["build", "fisher", "gate", "load", "load_many", "ops", "read_adapter", "wrap"]
 
-# In a checkout (`python -m cegate.train` there imports this folder, whatever is installed) kernels/ lies beside this
-# folder, not in it: setup.py maps it to cegate.kernels. Searching the parent as well finds it.
-if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).resolve().parent.parent))
+
+def _kernels_of_checkout() -> None:
+    """In a checkout kernels/ lies beside this folder, not in it (setup.py maps it): make it `cegate.kernels`, and
+    nothing else that lies there."""
+    folder = Path(__file__).resolve().parents[1] / "kernels"
+    if (Path(__file__).parent / "kernels").is_dir() or not (folder / "__init__.py").is_file():
+        return
+    name = f"{__name__}.kernels"
+    spec = spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+    globals()["kernels"] = sys.modules[name]
+
+
+_kernels_of_checkout()
 
 # resolved on first use: `cegate --help` needs none of torch
 _LAZY = {
@@ -20,7 +33,7 @@ _LAZY = {
     "load": ("cegate.api", "load"),
     "load_many": ("cegate.api", "load_many"),
     "read_adapter": ("cegate.api", "read_adapter"),
-    "wrap": ("cegate.toolbox.toolbox", "wrap"),
+    "wrap": ("cegate.parts.toolbox", "wrap"),
     "fisher": ("cegate.fisher", None),
     "gate": ("cegate.gate", None),
     "ops": ("cegate.ops", None),

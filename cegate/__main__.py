@@ -37,9 +37,10 @@ def main(argv: Sequence[str]) -> int:
     verb, *rest = argv
     if verb not in VERBS:
         raise ConfigError(f"unknown verb {verb!r}; verbs are {', '.join(VERBS)}{nearest(verb, VERBS)}")
-    module = importlib.import_module(f"cegate.{verb}")
+    name = f"cegate.{verb.replace('-', '_')}"
+    module = importlib.import_module(name)
     if hasattr(module, "__path__"):  # a package holds its command in __main__
-        module = importlib.import_module(f"cegate.{verb}.__main__")
+        module = importlib.import_module(f"{name}.__main__")
     return module.main(rest)
 
 

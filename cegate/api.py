@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from cegate import segmenter
+from cegate.adapters import Adapter
 from cegate.config import Config
 from cegate.configfile import read_config
 from cegate.errors import ConfigError
-from cegate.models import segmenter
-from cegate.models.adapters import Adapter
-from cegate.models.segmenter import Segmenter
+from cegate.segmenter import Segmenter
 
 
 def build(config: Config | Mapping[str, Any] | str | Path) -> Segmenter:

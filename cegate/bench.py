@@ -16,8 +16,6 @@ from cegate.methods import METHODS
 if TYPE_CHECKING:
     from cegate.matrix.runner import Outcome
 
-SHOWN = 2  # tables that are printed; table.md has all
-
 USAGE = cli.Usage(
     prog="cegate bench",
     description="Train every method on every setting with every seed, one process per device, then compare: means and "
@@ -69,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
     settings = matrix_cells.name_settings(_needed(options, "settings"))
     methods = _methods(_needed(options, "methods"))
-    seeds = [_count(text, "seeds", 0) for text in options["seeds"] or ("0", "1", "2")]
+    seeds = [cli.count(text, "seeds", 0) for text in options["seeds"] or ("0", "1", "2")]
     configs = matrix_cells.read_configs(settings, methods, overrides)
     cells = matrix_cells.plan_cells(settings, methods, seeds, output)
     matrix_cells.refuse_other_runs(cells, configs)
@@ -102,12 +100,13 @@ def _finish(outcome: Outcome, output: Path) -> int:
 
 
 def _report(output: Path) -> int:
-    """Write the tables, show the first of them; exit code 1 if a finished cell could not be read."""
+    """Write the tables, show the scores of every setting; exit code 1 if a finished cell could not be read."""
     from cegate.matrix.report import write_report
-    from cegate.matrix.tables import markdown_table
+    from cegate.matrix.tables import DIFFERENCE, markdown_table
 
     report = write_report(output)
-    print("\n".join([*map(markdown_table, report.tables[:SHOWN]), *report.notes]))
+    shown = [table for table in report.tables if not table.title.endswith(DIFFERENCE)]
+    print("\n".join([*map(markdown_table, shown), *report.notes]))
     print(f"Written: {', '.join(map(str, report.files))}")
     return cli.FAILED if report.problems else cli.GOOD
 
@@ -125,16 +124,10 @@ def _methods(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _count(text: str, name: str, least: int) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < least:
-        raise ConfigError(f"--{name} {text} is not accepted; expected a whole number from {least} on")
-    return int(text)
-
-
 def _slots(options: dict[str, Any]) -> tuple[list[str], int]:
     """The device of every process at a time, and the threads of each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = _count(options["threads"], "threads", 1) if options["threads"] else None
+    threads = cli.count(options["threads"], "threads", 1, 4096) if options["threads"] else None
     devices = options["devices"] or _all_devices()
     for device in devices:
         if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
@@ -144,7 +137,7 @@ def _slots(options: dict[str, Any]) -> tuple[list[str], int]:
             raise ConfigError("--jobs is for the CPU alone; name a device twice for two processes on it")
         on_cpu = "cpu" in devices
         return devices, threads or (1 if on_cpu else max(1, cores // len(devices)))
-    jobs = _count(options["jobs"], "jobs", 1) if options["jobs"] else max(1, cores // (threads or 1))
+    jobs = cli.count(options["jobs"], "jobs", 1, 4096) if options["jobs"] else max(1, cores // (threads or 1))
     return ["cpu"] * jobs, threads or 1
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import safetensors.torch
@@ -17,17 +20,19 @@ import torch
 from torch import Tensor
 
 from cegate import __version__
+from cegate.adapters import Adapter, misfits
+from cegate.backbone.vit import weight_hash
+from cegate.compute import pick_device
 from cegate.config import Config
 from cegate.configfile import read_config
 from cegate.errors import CheckpointError, ConfigError, nearest
 from cegate.gate import GatePlan
-from cegate.models.adapters import Adapter, misfits
-from cegate.models.compute import pick_device
-from cegate.models.segmenter import Segmenter, build
-from cegate.models.vit import weight_hash
+from cegate.recipe import Recipe
 from cegate.runfolder import RunFolder, write_json, write_text, written_aside
+from cegate.segmenter import Segmenter, build
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of adapter folders
+STATE_VERSION = 2  # of checkpoints
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 STAGES = ("before", "after")
 NEEDED_KEYS = (
@@ -39,9 +44,9 @@ NEEDED_KEYS = (
 
 @dataclass
 class State:
-    """Everything that the rest of a run depends on besides its configuration.
+    """Everything that the rest of a run depends on.
 
-    No random state is among it: every draw is a function of (seed, iteration).
+    No random state is among it: every draw is a function of (seed, iteration, slot).
     """
 
     stage: str
@@ -49,7 +54,7 @@ class State:
     iteration: int
     """Iterations done in this stage."""
     trained: dict[str, Tensor]
-    """Weights of every site, of the head, and of the refiner and a tuned backbone if there are."""
+    """Weights of every part of the network that learns, ``<part>.<weight>``; see `trained_weights`."""
     active: list[str]
     frozen: list[str]
     """Plan: sites that learn, and sites that contribute what they learned."""
@@ -59,16 +64,24 @@ class State:
     loss_sum: float = 0.0
     loss_count: int = 0
     """Losses since the last line of metrics.jsonl."""
-    objective: dict[str, Any] = field(default_factory=dict)
-    """What the objective carries from iteration to iteration."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Task -> what it carries from iteration to iteration."""
+    task_weights: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of what tasks train beside the network, ``<task>.<part>.<weight>``; never deployed."""
+    class_pixels: list[int] = field(default_factory=list)
+    """Label value -> its pixels in the source crops of this stage; empty where nobody counted."""
     step_seconds: list[float] = field(default_factory=list)
     score_seconds: list[float] = field(default_factory=list)
     """How long each iteration and each scoring of this stage took."""
+    elapsed_seconds: float = 0.0
+    """How long the run has worked in all, over every resume."""
     peak_memory_bytes: int | None = None
     value_range: list[list[float]] | None = None
     backbone_sha256: str = ""
     classes: list[str] = field(default_factory=list)
-    format_version: int = FORMAT_VERSION
+    config: str = ""
+    """The run's configuration as YAML, seed included; empty in files of older versions."""
+    format_version: int = STATE_VERSION
 
     @property
     def position(self) -> tuple[int, int]:
@@ -77,29 +90,141 @@ class State:
 
 
 def save_state(path: Path, state: State) -> None:
-    """Write a checkpoint aside and rename it, so that the file is the old one or the new one."""
-    with written_aside(path) as aside:
-        torch.save(dict(vars(state)), aside)
+    """Write a checkpoint with its checksum aside and rename it, so that the file is the old one or the new one.
+
+    Raises:
+        CheckpointError: the disk is full, or the file cannot be written for another reason; the old one stays.
+    """
+    # plain text: a safe reader takes no class of ours
+    sites = {name: [str(site) for site in getattr(state, name)] for name in ("active", "frozen", "ever_active")}
+    with _whole(path) as aside, aside.open("wb") as file:
+        sink = _Signed(file)
+        try:
+            torch.save({**vars(state), **sites}, sink)
+        except Exception:
+            if sink.failure is not None:  # torch's writer hides what went wrong below it
+                raise sink.failure from None
+            raise
+        sink.sign()
 
 
 def load_state(path: Path) -> State:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        CheckpointError: no file, unreadable, or of another format.
+        CheckpointError: no file, unreadable, damaged, or of another format.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
     try:
+        signed = _verify(path)
         values = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its zip or pickle reader raises
+        why = str(error) if isinstance(error, _DamagedError) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({why}); use another one") from error
+    version = values.get("format_version") if isinstance(values, dict) else None
+    if version not in (1, STATE_VERSION):
         raise CheckpointError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}); use another one"
-        ) from error
-    if not isinstance(values, dict) or values.get("format_version") != FORMAT_VERSION:
-        found = values.get("format_version") if isinstance(values, dict) else None
-        raise CheckpointError(f"{path} has format {found}; this cegate {__version__} reads format {FORMAT_VERSION}")
+            f"{path} has format {version}; this cegate {__version__} reads formats 1 to {STATE_VERSION}"
+        )
+    if version == 1:
+        values = _from_format_1(values)
+    elif not signed:
+        raise CheckpointError(f"{path} is damaged or no checkpoint (its checksum is missing); use another one")
+    if unknown := values.keys() - {item.name for item in fields(State)}:
+        raise CheckpointError(
+            f"{path} holds {', '.join(sorted(unknown))}, which this cegate {__version__} does not know; use the "
+            "version that wrote it"
+        )
     return State(**values)
+
+
+def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:
+    """A state of format 2: what the objective kept is the state of the one task that had any."""
+    objective = values.get("objective") or {}
+    rest = {name: value for name, value in values.items() if name != "objective"}
+    return rest | {"tasks": {"dacs": objective} if objective else {}, "format_version": STATE_VERSION}
+
+
+class _DamagedError(Exception):
+    pass
+
+
+# a zip archive may end in a comment, which torch's reader passes over
+_MARK = b"cegate sha256 "
+_COMMENT = len(_MARK) + 64
+_END_OF_ZIP = 22  # bytes of an archive's last record, which closes with the length of the comment
+
+
+class _Signed:
+    """File for `torch.save` that hashes what passes, keeps the first failure, and closes the archive with the hash."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.tail = file, hashlib.sha256(), b""
+        self.failure: Exception | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        size, last = len(data), _END_OF_ZIP
+        if size < last:
+            data = self.tail + bytes(data)
+        else:
+            self._put(self.tail)
+        self._put(data[:-last])
+        self.tail = bytes(data[-last:])
+        return size
+
+    def _put(self, data: bytes | memoryview) -> None:
+        try:
+            self.file.write(data)
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+        self.hash.update(data)
+
+    def flush(self) -> None:
+        """For torch; `sign` does it."""
+
+    def sign(self) -> None:
+        assert self.tail.startswith(b"PK\x05\x06") and self.tail.endswith(bytes(2)), "no end of a zip archive"
+        self._put(self.tail[:-2] + _COMMENT.to_bytes(2, "little"))
+        self.file.write(_MARK + self.hash.hexdigest().encode())
+
+
+def _verify(path: Path) -> bool:
+    """Whether a checkpoint carries its checksum; one of an older version is checked by those of its records.
+
+    Raises:
+        _DamagedError: what is in the file is not what was written.
+    """
+    left = max(path.stat().st_size - _COMMENT, 0)
+    with path.open("rb") as file:
+        found = hashlib.sha256()
+        while left and (piece := file.read(min(left, 1 << 20))):
+            found.update(piece)
+            left -= len(piece)
+        comment = file.read()
+    if comment.startswith(_MARK):
+        if comment.removeprefix(_MARK) != found.hexdigest().encode():
+            raise _DamagedError("its checksum is another")
+        return True
+    with zipfile.ZipFile(path) as archive:
+        if name := archive.testzip():
+            raise _DamagedError(f"the checksum of its record {name} is another")
+    return False
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """`written_aside`, whose failures say that the file before is still there."""
+    try:
+        with written_aside(path) as aside:
+            yield aside
+    except OSError as error:
+        kept = "the one before it is whole" if path.is_file() else "there was none before it"
+        raise CheckpointError(
+            f"{path} could not be written ({error.strerror or error}), {kept}; make room or mend the disk, then go on "
+            "with --resume"
+        ) from error
 
 
 def keep_newest(folder: Path, keep: int) -> None:
@@ -111,25 +236,22 @@ def keep_newest(folder: Path, keep: int) -> None:
 
 def copy_checkpoint(source: Path, target: Path) -> None:
     """Copy a checkpoint aside and rename it."""
-    with written_aside(target) as aside:
+    with _whole(target) as aside:
         shutil.copyfile(source, aside)
 
 
 def trained_weights(segmenter: Segmenter, sites: Iterable[str] | None = None) -> dict[str, Tensor]:
-    """Weights of the head (``head.<weight>``), of some sites (default: all; ``toolbox.<site>.<weight>``), of a refiner
-    (``refiner.<weight>``), and of a backbone that is tuned (``vit.<weight>``)."""
-    chosen = segmenter.toolbox.sites if sites is None else list(sites)
-    weights = {
-        f"toolbox.{site}.{name}": parameter.detach()
-        for site in chosen
-        for name, parameter in segmenter.toolbox.parameters_of(site).items()
-    }
-    backbone = segmenter.vit.state_dict() if segmenter.config.model.tune == "full" else {}
-    refiner = segmenter.refiner.state_dict() if segmenter.refiner is not None else {}
-    parts = {"head": segmenter.head.state_dict(), "refiner": refiner, "vit": backbone}
-    return weights | {
-        f"{part}.{name}": value.detach() for part, state in parts.items() for name, value in state.items()
-    }
+    """``<part>.<weight>`` -> weights of every part; of the toolbox those of some sites (default: all), as
+    ``toolbox.<site>.<weight>``."""
+    weights: dict[str, Tensor] = {}
+    for name, part in segmenter.learning_modules().items():
+        if part is segmenter.toolbox:
+            chosen = part.sites if sites is None else sites
+            own = {f"{site}.{key}": value for site in chosen for key, value in part.parameters_of(site).items()}
+        else:
+            own = part.state_dict()
+        weights |= {f"{name}.{key}": value.detach() for key, value in own.items()}
+    return weights
 
 
 @torch.no_grad()
@@ -159,8 +281,8 @@ def restore(segmenter: Segmenter, state: State, where: str | Path, *, backbone_s
     _check_fit(segmenter, where, state.classes, state.backbone_sha256, backbone_sha256)
     load_trained(segmenter, state.trained, None, where)
     segmenter.toolbox.apply(GatePlan(state.active, state.frozen))
-    segmenter.refine(state.stage == "after")
-    segmenter.value_range = state.value_range
+    segmenter.adapts(state.stage == "after")
+    segmenter.recipe = replace(segmenter.recipe, value_range=state.value_range)
 
 
 def _check_fit(
@@ -193,7 +315,12 @@ def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, resul
         results: domain -> mIoU, 0..1, for the card; None where no pixel has a label.
     """
     on = segmenter.toolbox.plan.on
-    weights = {key: value.cpu().contiguous() for key, value in trained_weights(segmenter, on).items()}
+    shared = [name for name, part in segmenter.learning_modules().items() if getattr(part, "deployed", True)]
+    weights = {
+        key: value.cpu().contiguous()
+        for key, value in trained_weights(segmenter, on).items()
+        if key.partition(".")[0] in shared
+    }
     description = _describe(segmenter, backbone_sha256)
     with written_aside(folder / WEIGHTS_FILE) as aside:
         safetensors.torch.save_file(weights, aside, metadata={"format": "pt"})
@@ -213,7 +340,7 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "backbone_weights": config.model.weights,
         "backbone_sha256": backbone_sha256,
         "image_size": config.model.image_size or config.data.crop,
-        "patch_size": segmenter.patch,
+        "patch_size": segmenter.backbone.patch,
         "features": segmenter.layers,
         "toolbox": asdict(config.toolbox),
         "refiner": asdict(config.refiner),
@@ -221,17 +348,8 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "frozen_sites": list(plan.frozen),
         "head": config.model.head,
         "tune": config.model.tune,
-        "classes": list(segmenter.classes),
-        "palette": list(segmenter.palette),
-        "bands": list(segmenter.bands),
-        "mean": list(segmenter.mean),
-        "std": list(segmenter.std),
-        "value_range": segmenter.value_range,
-        "ignore": segmenter.ignore,
-        "crop": config.data.crop,
-        "stride": config.data.stride,
+        **segmenter.recipe.to_mapping(),
         "seed": config.run.seed,
-        "precision": config.run.precision,
     }
 
 
@@ -314,9 +432,7 @@ def load_adapter(path: Path, device: str | torch.device | None = None, *, weight
         raise CheckpointError(f"{folder / CONFIG_FILE} names the site {unknown[0]!r}, which the backbone does not have")
     load_trained(segmenter, trained, plan.on, file)
     segmenter.toolbox.apply(plan)
-    segmenter.mean, segmenter.std = tuple(description["mean"]), tuple(description["std"])
-    segmenter.value_range = description["value_range"]
-    segmenter.ignore = description["ignore"]
+    segmenter.recipe = Recipe.from_mapping(description)
     return segmenter.to(pick_device(device or "auto") if isinstance(device, str | None) else device).eval()
 
 
@@ -332,9 +448,7 @@ def read_adapter(path: Path) -> Adapter:
         config=_rebuild_config(description, folder, None),
         plan=GatePlan(description["active_sites"], description["frozen_sites"]),
         backbone_sha256=description["backbone_sha256"],
-        mean=tuple(description["mean"]),
-        std=tuple(description["std"]),
-        value_range=description["value_range"],
+        recipe=Recipe.from_mapping(description),
         source=str(folder / WEIGHTS_FILE),
         weights=_read_weights(folder / WEIGHTS_FILE),
     )

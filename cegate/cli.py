@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import dataclasses
 import errno
 import functools
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import jsonargparse
+from typing import Any, Literal
 
 from cegate import configfile
 from cegate.config import Config
-from cegate.errors import CegateError, ConfigError
+from cegate.errors import CegateError, ConfigError, shown
+from cegate.fields import default_of, hints_of, section_of, texts_of
 
 GOOD, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # what a user can mend: no permission, a full disk, a file where a folder is wanted; all else is ours
 _OF_A_PLACE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
 }
 
 Main = Callable[[Sequence[str] | None], int]
@@ -188,15 +188,10 @@ def _refuse_unknown_options(argv: Sequence[str], usage: Usage) -> None:
             )
             raise ConfigError(f"{usage.prog} does not take --{name}; {taken}")
         keys = [key for key in configfile.all_keys() if key.partition(".")[0] in usage.sections]
-        raise ConfigError(f"unknown option --{name}{_nearest_option(name, [*own, *keys])}")
-
-
-def _nearest_option(name: str, valid: Sequence[str]) -> str:
-    by_leaf, by_name = configfile.last_parts(valid), {option: option for option in valid}
-    for wanted, candidates in ((name.rpartition(".")[2], by_leaf), (name, by_name)):
-        if match := difflib.get_close_matches(wanted, candidates, n=1):
-            return f"; did you mean --{candidates[match[0]]}?"
-    return "; --help lists what is accepted"
+        meant = configfile.nearest_key(name, {option: option for option in own}, keys)
+        if meant and (meant in own or meant.partition(".")[0] in usage.sections):
+            raise ConfigError(f"unknown option --{shown(name)}; did you mean --{meant}?")
+        raise ConfigError(f"unknown option --{shown(name)}; --help lists what is accepted")
 
 
 def _add_options(parser: argparse.ArgumentParser, options: Sequence[Option]) -> None:
@@ -208,36 +203,52 @@ def _add_options(parser: argparse.ArgumentParser, options: Sequence[Option]) -> 
             parser.add_argument(f"--{option.name}", metavar=option.metavar, help=option.help, **many)
 
 
-def _parser(usage: Usage) -> jsonargparse.ArgumentParser:
+def count(text: str, name: str, least: int, most: int = 10**9) -> int:
+    """The whole number that an option of that name was given.
+
+    Raises:
+        ConfigError: it is none, or out of range.
+    """
+    if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
+        raise ConfigError(f"--{name} {shown(text)} is not accepted; expected a whole number from {least} to {most}")
+    return int(text)
+
+
+def _parser(usage: Usage) -> argparse.ArgumentParser:
     own = " ".join(f"[--{o.name}{' ' + o.metavar if o.metavar else ''}]" for o in usage.options)
-    parser = jsonargparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=usage.prog,
         usage=f"{usage.prog} {own}{' [--<section>.<key> VALUE ...]' if usage.sections else ''}",
         description=usage.description,
-        formatter_class=_Formatter,
-        conflict_handler="resolve",  # the folder --run of a command against the section --run
+        formatter_class=functools.partial(argparse.HelpFormatter, max_help_position=34, width=118),
+        add_help=False,
     )
-    for name in usage.sections:
-        parser.add_class_arguments(configfile.SECTIONS[name], name)
+    parser.add_argument("-h", "--help", action="help", help="Show this help and stop.")
     _add_options(parser, usage.options)
+    for name in usage.sections:
+        _add_section(parser, configfile.SECTIONS[name], name, texts_of(Config)[name])
     return parser
 
 
-class _Formatter(jsonargparse.DefaultHelpFormatter):
-    """One line per key where it fits; hides options that only repeat others."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=34, width=118)
-
-    def add_argument(self, action: argparse.Action) -> None:
-        if action.metavar != "CONFIG" and not any(option.endswith(".help") for option in action.option_strings):
-            super().add_argument(action)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = ", ".join(name for name in action.option_strings if not name.endswith("+"))
-        metavar = self._get_default_metavar_for_optional(action)
-        return names if action.nargs == 0 else f"{names} {self._format_args(action, metavar)}"
-
-    def _expand_help(self, action: argparse.Action) -> str:
-        text = re.sub(r"\(type: (?:Union\[.*\]|[^()]*?), default: ", "(default: ", super()._expand_help(action))
-        return text.replace(" (default: null)", "").replace(" (default: False)", "")
+def _add_section(parser: argparse.ArgumentParser, cls: type, prefix: str, title: str) -> None:
+    """A group of help with a line for every key, and one for every section below."""
+    group, texts, below = parser.add_argument_group(title.rstrip(".")), texts_of(cls), []
+    for field in dataclasses.fields(cls):
+        key, hint, text = f"{prefix}.{field.name}", hints_of(cls)[field.name], texts[field.name]
+        inner, named, optional = section_of(hint)
+        if not configfile.is_served(key):
+            continue
+        if inner and not named and not optional:
+            below.append((inner, key, text))
+            continue
+        default = default_of(field)
+        if default is not None and default is not False:
+            text = f"{text} (default: {shown(default)})"
+        words = (
+            ["true", "false"] if hint is bool else typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+        )
+        metavar = f"{{{','.join(w for w in words if configfile.is_served(key, w))}}}" if words else field.name.upper()
+        metavar = "[ITEM,...]" if isinstance(default, list) else metavar
+        group.add_argument(f"--{key}", metavar=metavar, help=text.replace("%", "%%"))
+    for section in below:
+        _add_section(parser, *section)

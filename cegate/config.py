@@ -1,54 +1,82 @@
 """The configuration: frozen dataclasses, one per section. No torch here, so that ``--help`` is instant.
 
-The docstring under a field is its help text on the command line.
+The docstring under a field is its help text on the command line; its type, with bounds, is what `cegate.fields`
+accepts. What several fields must agree on is in `cegate.configfile`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-Kind = Literal["spatial", "semantic", "frequency"]
-KINDS: tuple[Kind, ...] = ("spatial", "semantic", "frequency")
+from cegate.fields import Meets, OneOf, Pattern, Range
+from cegate.methods import METHODS
+from cegate.sites import PAPER_KINDS, kinds
+
 IGNORE = 255
 
-Method = Literal[
-    *("gate", "random", "all_on", "no_spatial", "no_semantic", "no_frequency"),
-    *("frozen", "lora", "adaptformer", "earth_adapter", "rein", "full"),
+# TODO when toolbox, gate, dispatch, adapters, page and summary take kinds from `cegate.sites`: these three go
+Kind = str
+KINDS = PAPER_KINDS
+Method = str
+
+# bounds end where a number is surely a slip of the keyboard; memory ends earlier
+Count = Annotated[int, Range(1, 10**9)]
+Length = Annotated[int, Range(0, 10**9)]
+Side = Annotated[int, Range(1, 16384)]
+Width = Annotated[int, Range(1, 4096)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+SomeShare = Annotated[float, Range(0, 1, above=True)]
+LowHigh = Annotated[
+    list[float], Meets(lambda ends: len(ends) == 2 and ends[0] < ends[1], "[low, high] with low < high")
 ]
+Bands = Annotated[list[Annotated[int, Range(1, 65535)]], Meets(bool, "one or more band numbers counted from 1")]
+Colour = Annotated[str, Pattern(r"#[0-9a-fA-F]{6}", "'#RRGGBB'", "six hexadecimal digits behind '#'")]
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run goes and how it computes."""
 
-    name: str = "run"
+    name: Annotated[
+        str, Pattern(r"(?!\.{1,2}$)[\w.\-]{1,80}", "folder name", "letters, digits, '.', '_' and '-', 80 at most")
+    ] = "run"
     """Name of the run."""
     work_dir: str | None = None
     """Folder of the run; default runs/<name>."""
-    method: Method | None = None
+    method: Annotated[str, OneOf(METHODS.keys)] | None = None
     """What adapts the backbone, in a word that sets toolbox.kinds, gate.method, refiner.method and model.tune."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
     """Seed of weights, data stream and Fisher probes."""
     deterministic: bool = False
     """Use only deterministic torch algorithms."""
-    device: str = "auto"
+    device: Annotated[str, Pattern(r"auto|cpu|cuda(:[0-9]{1,3})?", "device", "auto, cpu, cuda or cuda:<index>")] = (
+        "auto"
+    )
     """auto, cpu, cuda or cuda:<index>."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto is bf16 on a GPU that has it and fp32 elsewhere."""
+    speed: Literal["auto", "eager"] = "auto"
+    """auto compiles where that pays; eager runs every operation as it is written."""
+    log: list[Literal["jsonl", "tensorboard"]] = field(default_factory=lambda: ["jsonl"])
+    """Where numbers go beside the terminal: metrics.jsonl, always, and TensorBoard's files."""
 
 
 @dataclass(frozen=True)
 class SecondConfig:
     """A second raster of every image: elevation, SAR, infrared."""
 
+    name: Annotated[str, Pattern(r"[a-z][a-z0-9_]*", "word", "small letters, digits and '_', a letter first")] = "dsm"
+    """Word for it in the names of sites (spatial.7.dsm), pictures and pages."""
     images: str = "second/*"
     """Glob below root, or below '/'; paired with the images as masks are. Without wildcards it is one file for all."""
-    bands: list[int] | None = None
+    bands: Bands | None = None
     """1-based bands to read; default: all but alpha, of a grey picture stored three times the first."""
     scale: Literal["tile", "scene", "fixed"] = "tile"
     """Mapped to 0..1 by the smallest and largest value of the tile, of the whole file, or by value_range."""
-    value_range: list[float] | None = None
+    value_range: LowHigh | None = None
     """[low, high] mapped to 0..1 (fixed), in the raster's unit."""
     align: bool = True
     """Warp it to the image's grid where coordinate system, pixel size or extent differ; else refuse such a pair."""
@@ -72,37 +100,44 @@ class SetConfig:
     split: str | None = None
     """loveda: Train/Urban, Train/Rural, Val/Urban or Val/Rural. prepared: a part of the set, such as train or IRRG/val.
     generated: the climate."""
-    label_map: dict[str | int, str | int] | None = None
+    label_map: dict[str, str | int] | None = None
     """Mask value or '#RRGGBB' -> class name, class index or 'ignore'; default: values are class indices."""
-    bands: list[int] | None = None
+    bands: Bands | None = None
     """1-based bands to read, in the order the backbone takes them; default: the first three."""
-    value_range: list[float] | None = None
+    value_range: LowHigh | None = None
     """[low, high] mapped to 0..1; default: the source's. The source's own: 0..255 for 8-bit files,
     else each band's 1st..99th percentile over the set."""
     nan: Literal["error", "ignore"] = "error"
     """NaN pixels: refuse the file, or set them to the range's low end and their label to ignore."""
-    ignore: int = IGNORE
+    ignore: Annotated[int, Range(-(2**31), 2**32 - 1)] = IGNORE
     """Mask value that is never trained on nor counted."""
-    limit: int | None = None
+    limit: Count | None = None
     """Use only the first so many pairs (generated: the number of scenes, default 64)."""
-    first: int = 0
+    first: Length = 0
     """generated: number of the first scene, so that splits do not overlap."""
-    fit: int | None = None
+    fit: Annotated[int, Range(1, 65536)] | None = None
     """Evaluate on images shrunk, aspect kept, to fit a square of this side; the prediction is enlarged again and
     counted at full size. Evaluation only: training and cegate predict take images as they are, as all do by default."""
-    tile: int | None = None
+    tile: Side | None = None
     """generated: side of a scene in pixels; default 256."""
     second: SecondConfig | None = None
     """A second raster of every image (elevation, SAR, infrared); default: none. generated: elevation in metres."""
+    val_fraction: Annotated[float, Range(0, 0.9, above=True)] | None = None
+    """Share of the pairs that is held out of training as data.validation."""
+    attribute: str | None = None
+    """Masks as vector files: the attribute that holds the class."""
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     """Random changes of a training crop."""
 
-    resize: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    resize: Annotated[
+        list[Annotated[float, Range(0.01, 100)]],
+        Meets(lambda ends: len(ends) == 2 and ends[0] <= ends[1], "[low, high] with low <= high"),
+    ] = field(default_factory=lambda: [0.5, 2.0])
     """Range of the random scale."""
-    max_class_share: float = 0.75
+    max_class_share: SomeShare = 0.75
     """Draw a crop again (up to 10 times) while one class covers more than this share."""
     flip: bool = True
     """Flip horizontally with probability 0.5."""
@@ -127,15 +162,15 @@ class DataConfig:
     """Name -> folder, for sets whose root is written as ${name}."""
     classes: list[str] = field(default_factory=list)
     """Class names in the order of their indices."""
-    palette: list[str] = field(default_factory=list)
+    palette: list[Colour] = field(default_factory=list)
     """One '#RRGGBB' per class; default: a colour-blind-safe palette."""
-    crop: int = 512
+    crop: Side = 512
     """Side of a training crop in pixels."""
-    stride: int | None = None
+    stride: Side | None = None
     """Step of the sliding test window in pixels; default two thirds of the crop."""
-    batch_size: int = 4
+    batch_size: Annotated[int, Range(1, 4096)] = 4
     """Crops per iteration."""
-    workers: int = 2
+    workers: Annotated[int, Range(0, 1024)] = 2
     """Processes that read and augment."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes of a training crop."""
@@ -149,25 +184,35 @@ class ModelConfig:
     """Name of a timm vision transformer, or tiny (ships with cegate)."""
     weights: str = "auto"
     """auto (timm's hub, or the shipped file for tiny), none (random), or the path of a .pth or .safetensors file."""
-    image_size: int | None = None
+    image_size: Side | None = None
     """Side in pixels that fixes the position grid; default data.crop."""
-    patch_size: int | None = None
+    patch_size: Annotated[int, Range(1, 256)] | None = None
     """Resample the patch embedding to this size; default: the backbone's own."""
-    features: list[int] | None = None
+    features: (
+        Annotated[
+            list[Annotated[int, Range(0, 999)]],
+            Meets(lambda layers: len(layers) == 4 and layers == sorted(set(layers)), "four increasing 0-based layers"),
+        ]
+        | None
+    ) = None
     """Four 0-based layers that the head sees; default 1/3, 1/2, 2/3 and all of the depth."""
-    head: Literal["linear", "mask2former"] = "linear"
+    head: Literal["linear", "mask2former", "unetformer"] = "linear"
     """linear (fast) or mask2former (the paper's)."""
     tune: Literal["frozen", "full"] = "frozen"
     """The backbone keeps its weights, or learns too (full fine-tuning)."""
+    resample: Literal["timm", "plain"] = "timm"
+    """Positions and patches of another size: as timm resamples them, or bicubic as CrossEarth's files are made."""
+    official_relpos: bool = False
+    """SAM: interpolate the tables of relative positions as the official code does."""
 
 
 @dataclass(frozen=True)
 class SpatialConfig:
     """LoRA on query and value."""
 
-    rank: int = 64
+    rank: Width = 64
     """Rank r."""
-    alpha: float | None = None
+    alpha: Positive | None = None
     """Scale is alpha / rank; default alpha = rank."""
 
 
@@ -175,9 +220,9 @@ class SpatialConfig:
 class SemanticConfig:
     """Adapter parallel to the MLP."""
 
-    width: int = 64
+    width: Width = 64
     """Bottleneck width."""
-    scale: float = 0.1
+    scale: Positive = 0.1
     """Factor of the adapter's output."""
 
 
@@ -185,9 +230,9 @@ class SemanticConfig:
 class FrequencyConfig:
     """Earth-Adapter on the block output."""
 
-    width: int = 32
+    width: Width = 32
     """Bottleneck width d of each of the three experts."""
-    cutoff: float | Literal["learnable"] = 0.3
+    cutoff: Share | Literal["learnable"] = 0.3
     """Share rho of the spectrum that is low frequency, 0..1; learnable starts at 0.3 and has a smooth edge."""
     band: Literal["official", "symmetric"] = "official"
     """official keeps -c..c-1, symmetric keeps -c..c."""
@@ -199,7 +244,10 @@ class FrequencyConfig:
 class ToolboxConfig:
     """The modules on every layer."""
 
-    kinds: list[Kind] = field(default_factory=lambda: list(KINDS))
+    kinds: Annotated[
+        list[Annotated[str, OneOf(kinds)]],
+        Meets(lambda given: 0 < len(given) == len(set(given)), "one or more kinds, each once"),
+    ] = field(default_factory=lambda: list(PAPER_KINDS))
     """Module kinds."""
     spatial: SpatialConfig = field(default_factory=SpatialConfig)
     """LoRA on query and value."""
@@ -216,11 +264,11 @@ class GateConfig:
     method: Literal["fisher", "random", "all", "none", "fixed"] = "fisher"
     """fisher (the paper), random (k sites drawn anew each round, the control), all sites on, none (frozen backbone +
     head), or fixed (gate.sites)."""
-    k: int = 18
+    k: Count = 18
     """Active sites out of layers x kinds."""
-    interval: int = 100
+    interval: Count = 100
     """Training iterations between two scorings (paper: 100 for DG, 50 for DA)."""
-    samples: int = 16
+    samples: Annotated[int, Range(1, 10**6)] = 16
     """Training samples M of one scoring."""
     normalize: Literal["kind", "layer", "mean", "none"] = "kind"
     """Divide a site's Fisher mass by the sum over all layers of its kind (paper), by the sum over the kinds of its
@@ -241,9 +289,9 @@ class RefinerConfig:
 
     method: Literal["none", "rein"] = "none"
     """none, or rein (CVPR 2024)."""
-    tokens: int = 100
+    tokens: Annotated[int, Range(2, 4096)] = 100
     """Learned tokens m of each layer; with mask2former also the number of queries they are linked to."""
-    rank: int = 16
+    rank: Width = 16
     """Rank r of a layer's tokens."""
 
 
@@ -253,46 +301,177 @@ class AdaptConfig:
 
     method: Literal["none", "dacs"] = "none"
     """none, or dacs (WACV 2021): pseudo-labels of an EMA teacher, mixed with the source by ClassMix."""
-    warmup: int = 4000
+    warmup: Length = 4000
     """Iterations on the source alone."""
-    ema: float = 0.99
+    ema: SomeShare = 0.99
     """Largest share of its old weights that the teacher keeps in one iteration."""
-    weight: float = 0.5
+    weight: NotNegative = 0.5
     """Factor of the mixed images' loss."""
-    confidence: float | None = None
+    confidence: SomeShare | None = None
     """Weigh pseudo-labels by the share of them that are at least this sure (DACS: 0.968); default: off."""
     fisher_domains: Literal["source", "both"] = "both"
     """Samples of a Fisher probe after the warm-up: source alone, or as many target images with pseudo-labels beside."""
 
 
 @dataclass(frozen=True)
+class StyleConfig:
+    """Crops in the style of other places (CrossEarth, arXiv:2410.22629)."""
+
+    method: Literal["none", "earth"] = "none"
+    """none, or earth: blocks of a crop take on a style drawn from statistics of many images."""
+    weights: str | None = None
+    """Folder with the style networks' public weight files; default: channel statistics in their place."""
+    statistics: str | None = None
+    """.npz with mean and covariance of style embeddings, as cegate data style-stats writes it."""
+    alpha: Share = 0.1
+    """Share of the drawn style; the rest is the crop's own."""
+    covariance: Literal["full", "diag"] = "full"
+    """Draw with the whole covariance, or with its singular values alone."""
+    region: Literal["masked", "kept"] = "masked"
+    """Blocks that are styled: those that the mask takes (authors' code), or those it leaves (the paper's formula)."""
+    ratio: Share = 0.1
+    """Share of blocks that the mask takes."""
+    block: Side = 64
+    """Side of a block in pixels."""
+    probability: Share = 0.1
+    """Share of iterations, or samples, that are styled."""
+    draw: Literal["iteration", "sample"] = "iteration"
+    """Whether to style is drawn once for all samples of an iteration, or for each."""
+    renormalize: bool = True
+    """Normalise a styled crop again (the authors' code does not)."""
+
+
+@dataclass(frozen=True)
+class MimConfig:
+    """Restoring masked crops beside the segmentation (CrossEarth)."""
+
+    method: Literal["none", "restore"] = "none"
+    """none, or restore: a decoder that training alone needs draws the crop from its masked version."""
+    decoder: Literal["per_level", "full_aspp", "linear"] = "per_level"
+    """A dilated convolution per level, one ASPP for all levels, or none."""
+    target: Literal["clean", "input"] = "clean"
+    """What is to be restored: the clean crop, or what the backbone saw."""
+    loss: Literal["l1", "mse"] = "mse"
+    """Mean absolute error (the paper's for CASID), or mean squared error (for all others)."""
+    ratio: Share = 0.7
+    """Share of blocks that are masked."""
+    block: Side = 64
+    """Side of a block in pixels."""
+    prompt: Literal["fill", "add", "literal"] = "fill"
+    """Learned pixels stand in masked blocks, are added everywhere, or multiply (the paper's formula)."""
+
+
+@dataclass(frozen=True)
+class InjectorConfig:
+    """Features of the image itself, brought in beside the backbone (CrossEarth)."""
+
+    method: Literal["none", "gse"] = "none"
+    """none, or gse: geospatial semantic extractor and injectors."""
+    width: Annotated[int, Range(1, 4096)] = 256
+    """Inner width of an injector's attention."""
+    heads: Annotated[int, Range(1, 256)] = 8
+    """Its heads; they divide the width."""
+    at: Literal["outputs", "blocks"] = "outputs"
+    """On the features that the head sees, or behind those blocks, so that later blocks see it."""
+    chain: bool = False
+    """The result of one level joins the query of the next."""
+    residual: bool = True
+    """Add to the features, or take their place."""
+    test: bool = True
+    """Also on when predicting."""
+
+
+@dataclass(frozen=True)
+class ModalConfig:
+    """Modules for two rasters in one frozen backbone (MFNet, arXiv:2410.11160)."""
+
+    method: Literal["none", "mmadapter", "mmlora"] = "none"
+    """none, mmadapter or mmlora."""
+    rank: Width = 4
+    """Rank of mmlora."""
+    ratio: SomeShare = 0.25
+    """Bottleneck width of mmadapter as a share of the backbone's."""
+    fusion: Literal["dfm", "sum"] = "dfm"
+    """How the two streams become one: pyramids with squeeze and excitation (dfm), or their sum."""
+    single: bool = False
+    """Leave the second raster of every set out: the same modules for the image alone."""
+    exchange: bool = True
+    """Whether the modalities learn of each other within the blocks."""
+    dropout: Annotated[float, Range(0, 0.9)] = 0.0
+    """Share of training samples that lose one of the two rasters."""
+
+
+_TERM = r"(ce|dice|focal)"
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised."""
+
+    name: Annotated[
+        str, Pattern(rf"{_TERM}(\+(?!\1){_TERM}){{0,2}}", "loss", "ce, dice, focal or a sum such as ce+dice")
+    ] = "ce"
+    """Cross entropy (ce), dice, focal, or a sum such as ce+dice. mask2former brings its own and takes class_weights."""
+    class_weights: Annotated[list[NotNegative], Meets(any, "factors of which one is above 0")] | None = None
+    """One factor per class; default: all 1."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The schedule, in iterations."""
 
-    iterations: int = 20000
+    iterations: Count = 20000
     """Training iterations."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Peak learning rate of AdamW."""
-    weight_decay: float = 0.05
+    weight_decay: NotNegative = 0.05
     """Decoupled weight decay; none on norms, biases and embeddings."""
-    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    schedule: Literal["poly", "cosine", "constant", "steps"] = "poly"
     """Course of the learning rate after the warm-up: poly and cosine fall to zero, constant stays at lr."""
-    power: float = 0.9
+    power: Positive = 0.9
     """Exponent of the poly schedule."""
-    warmup: int = 0
+    warmup: Length = 0
     """Iterations of linear warm-up."""
-    clip: float | None = None
+    clip: Positive | None = None
     """Largest gradient norm; default: no clipping."""
-    eval_every: int = 2000
+    eval_every: Count = 2000
     """Iterations between evaluations; the last iteration is always evaluated."""
-    log_every: int = 50
+    log_every: Count = 50
     """Iterations between two lines of metrics.jsonl."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Count = 1000
     """Iterations between checkpoints; every evaluation begins with one too."""
-    keep_checkpoints: int = 1
+    keep_checkpoints: Length = 1
     """Numbered checkpoints kept beside last and best."""
     baseline: bool = False
-    """First train frozen backbone + head on the same stream, for the 'before' rows of the table."""
+    """First train frozen backbone + head on the same stream, to compare with."""
+    horizon: Count | None = None
+    """Iterations over which the schedule runs; default: train.iterations."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum."""
+    momentum: Annotated[float, Range(0, 0.9999)] = 0.9
+    """Momentum of SGD."""
+    milestones: Annotated[list[Count], Meets(lambda given: given == sorted(set(given)), "increasing iterations")] = (
+        field(default_factory=list)
+    )
+    """Iterations at which the rate falls (schedule steps)."""
+    gamma: SomeShare = 0.1
+    """What is left of the rate at a milestone."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    """What is minimised."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How whole images are predicted and measured, in training and by cegate evaluate."""
+
+    stride: Side | None = None
+    """Step of the sliding window in pixels; default data.stride."""
+    blend: Literal["none", "linear", "cosine"] = "none"
+    """Weight of a window's pixels where windows overlap: equal (the published protocol), or falling to its border."""
+    tta: Literal["none", "flip"] = "none"
+    """Average over flipped images too."""
+    mean_classes: list[str] = field(default_factory=list)
+    """Classes that means are taken over; default: all."""
 
 
 @dataclass(frozen=True)
@@ -313,5 +492,15 @@ class Config:
     """Trained tokens that refine the patch tokens after every block, outside the gate."""
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     """Self-training on unlabelled images of the target domain."""
+    style: StyleConfig = field(default_factory=StyleConfig)
+    """Crops in the style of other places."""
+    mim: MimConfig = field(default_factory=MimConfig)
+    """Restoring masked crops beside the segmentation."""
+    injector: InjectorConfig = field(default_factory=InjectorConfig)
+    """Features of the image itself, brought in beside the backbone."""
+    modal: ModalConfig = field(default_factory=ModalConfig)
+    """Modules for two rasters in one frozen backbone."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """The schedule, in iterations."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    """How whole images are predicted and measured, in training and by cegate evaluate."""

@@ -1,38 +1,85 @@
 """Configurations as files, mappings and option strings: strict reading, checking and writing. No torch here.
 
-Every way in (YAML file, mapping, command line) goes through `read_config`, so that a `Config` read is a valid one.
+Every way in (YAML file, mapping, command line) goes through `read_config`, so that a `Config` read is a valid one. What
+one value may be is in `cegate.config` and judged by `cegate.fields`; here is where values come from and how they fit
+together.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import functools
 import logging
-import math
 import re
-import types
-import typing
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jsonargparse
 import yaml
 
-from cegate.config import KINDS, Config, SetConfig
-from cegate.errors import ConfigError, nearest
-from cegate.methods import METHODS
+from cegate.config import Config, SetConfig
+from cegate.errors import LONGEST, ConfigError, nearest, shown
+from cegate.fields import Reader, hints_of, loaded, section_of, takes_null
+from cegate.methods import METHODS, OF_TWO_RASTERS
+from cegate.sites import SiteId
+from cegate.yamltext import Text, parse_yaml
 
 log = logging.getLogger(__name__)
 
-SECTIONS: dict[str, type] = typing.get_type_hints(Config)
+SECTIONS: dict[str, type] = hints_of(Config)
 SOURCE_DOMAIN = "source"
+MOST_BYTES, MOST_DOTS = 2**20, 8
+"""Of a file, and of a key."""
 
-# the string under a field is its help
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+NOT_YET: dict[str, tuple[str, ...]] = {
+    "run.speed": (),
+    "run.log": (),
+    "data.<set>.val_fraction": (),
+    "data.<set>.attribute": (),
+    "train.loss": (),
+    "evaluate": (),
+}
+"""Section or key that nothing serves yet -> the words among its values that nothing serves; none: every value but the
+default. Who builds one takes it out; until then it is refused, and help does not show it."""
+
+_WORDS_OF_OTHERS: dict[str, str] = {
+    "run.name": "experiment exp_name run_name project",
+    "run.work_dir": "output_dir out_dir save_dir log_dir default_root_dir",
+    "run.seed": "random_seed manual_seed seed_everything",
+    "run.device": "accelerator gpu gpus gpu_ids devices",
+    "run.precision": "amp fp16 bf16 mixed_precision",
+    "data.source": "dataset train_dataset train_dataloader data.train",
+    "data.source.root": "data_root data_dir path",
+    "data.source.images": "img_dir image_dir img_path",
+    "data.source.masks": "ann_dir mask_dir seg_map_path labels",
+    "data.source.ignore": "ignore_index ignore_label seg_pad_val",
+    "data.targets": "test test_dataset test_dataloader",
+    "data.unlabelled": "unlabeled unlabeled_target",
+    "data.validation": "val val_dataset val_dataloader",
+    "data.classes": "num_classes n_classes class_names names",
+    "data.crop": "crop_size img_size input_size tile_size",
+    "data.batch_size": "batch bs samples_per_gpu train_batch_size",
+    "data.workers": "num_workers workers_per_gpu n_workers dataloader_num_workers",
+    "model.backbone": "arch architecture encoder encoder_name model.name model_name",
+    "model.weights": "pretrained checkpoint load_from init_cfg encoder_weights",
+    "model.head": "decode_head decoder",
+    "toolbox.spatial.rank": "lora_rank lora_r",
+    "toolbox.spatial.alpha": "lora_alpha",
+    "gate.k": "top_k topk",
+    "train.iterations": "epochs max_epochs num_epochs max_iters max_steps steps iters",
+    "train.lr": "learning_rate base_lr init_lr max_lr",
+    "train.weight_decay": "wd l2",
+    "train.schedule": "scheduler lr_scheduler lr_config param_scheduler",
+    "train.warmup": "warmup_iters warmup_steps warmup_epochs",
+    "train.clip": "grad_clip clip_grad max_grad_norm gradient_clip_val",
+    "train.eval_every": "val_interval eval_interval val_check_interval eval_steps",
+    "train.log_every": "log_interval log_every_n_steps logging_steps",
+    "train.checkpoint_every": "save_every save_interval save_steps checkpoint_interval",
+}
+SYNONYMS = {word: key for key, words in _WORDS_OF_OTHERS.items() for word in words.split()}
+"""Words of mmsegmentation, Lightning, Transformers and PEFT, alone or dotted -> the key that means it here."""
 
 
 def read_config(
@@ -49,26 +96,46 @@ def read_config(
         ConfigError: unreadable file, unknown key or bad value; all are named at once, with the nearest valid one.
     """
     if isinstance(source, Mapping):
-        mapping, where = _without_empty(Config, source, ""), ""
+        mapping, where = _without_empty(Config, source), ""
     else:
         path = find_config(source)
         mapping, where = read_mapping(path), f"{path}: "
-    before, problems = _build(Config, mapping, "")
-    _refuse(where, problems)
-    for key, value in METHODS.get(before.run.method, {}).items():
-        if _get(mapping, key) is None:
-            mapping = _replaced(mapping, key.split("."), value)
-    for key, text in overrides:
-        method = _get(_replaced({}, key.split("."), _Text(text)), "run.method")
-        for decided, value in METHODS.get(str(method), {}).items():  # in place of what the file's method had decided
-            mapping = _replaced(mapping, decided.split("."), value)
-    for key, text in overrides:
-        mapping = _replaced(mapping, key.split("."), _Text(text))
-    config, problems = _build(Config, mapping, "")
-    _refuse("", problems or list(_idle_roots(config, before, overrides, training)))
+    before = _build(mapping, where)
+    decided = METHODS.get(before.run.method, {})
+    mapping = functools.reduce(_put, [(k, v) for k, v in decided.items() if _get(mapping, k) is None], mapping)
+    given = [(key, _typed(key, text)) for key, text in overrides]
+    for pair in given:
+        method = _get(_put({}, pair), "run.method")
+        # in place of what the file's method had decided
+        mapping = functools.reduce(_put, METHODS.get(str(method), {}).items(), mapping)
+    config = _build(functools.reduce(_put, given, mapping))
+    _refuse("", list(_idle_roots(config, before, overrides, training)))
     config = _with_roots(config)
+    if config.modal.single:
+        config = _map_sets(config, lambda item: dataclasses.replace(item, second=None))
     _refuse("", find_problems(config, training=training))
+    if training:
+        for warning in _find_doubts(config):
+            log.warning(warning)
     return config
+
+
+def _build(mapping: Mapping[str, Any], where: str = "") -> Config:
+    reader = Reader(_suggest)
+    config = reader.read(Config, mapping)
+    _refuse(where, reader.problems)
+    return config
+
+
+def _typed(key: str, text: str) -> Text:
+    """What was typed for a key on the command line."""
+    if key.count(".") > MOST_DOTS:
+        raise ConfigError(f"unknown key {shown(key)!r}; no key has so many dots")
+    try:
+        loaded(Text(text))
+    except ConfigError as error:
+        raise ConfigError(f"--{key}: {error}") from error
+    return Text(text)
 
 
 def _idle_roots(config: Config, before: Config, overrides: Sequence[tuple[str, str]], training: bool) -> Iterator[str]:
@@ -80,10 +147,7 @@ def _idle_roots(config: Config, before: Config, overrides: Sequence[tuple[str, s
         overrides: (dotted key, text) pairs.
         training: one list of roots may serve several settings, so that a name that no set uses is no mistake.
     """
-    data = config.data
-    sets = {"source": data.source, "validation": data.validation, "unlabelled": data.unlabelled}
-    sets |= {f"targets.{name}": target for name, target in data.targets.items()}
-    roots = {f"--data.{name}.root": item.root for name, item in sets.items() if item and item.root}
+    roots = {f"--{key}.root": item.root for key, item in _sets(config) if item.root}
     for key, text in overrides:
         name, old = key.removeprefix("data.roots."), before.data.roots.get(key.removeprefix("data.roots."))
         used = name == key or any(f"${{{name}}}" in root for root in roots.values())
@@ -97,24 +161,22 @@ def _idle_roots(config: Config, before: Config, overrides: Sequence[tuple[str, s
 
 def _with_roots(config: Config) -> Config:
     """Every ``${name}`` in the root of a set, as far as data.roots knows the name."""
-    data = config.data
+    roots = config.data.roots
 
-    def resolve(item: SetConfig | None) -> SetConfig | None:
-        if item is None or item.root is None:
-            return item
-        known = re.sub(r"\$\{([\w\-]+)\}", lambda match: data.roots.get(match[1], match[0]), item.root)
+    def resolve(item: SetConfig) -> SetConfig:
+        known = item.root and re.sub(r"\$\{([\w\-]+)\}", lambda match: roots.get(match[1], match[0]), item.root)
         return dataclasses.replace(item, root=known)
 
-    return dataclasses.replace(
-        config,
-        data=dataclasses.replace(
-            data,
-            source=resolve(data.source),
-            validation=resolve(data.validation),
-            unlabelled=resolve(data.unlabelled),
-            targets={name: resolve(target) for name, target in data.targets.items()},
-        ),
-    )
+    return _map_sets(config, resolve)
+
+
+def _map_sets(config: Config, change: Callable[[SetConfig], SetConfig]) -> Config:
+    """The configuration with every set changed."""
+    data = config.data
+    sets = {name: getattr(data, name) for name in ("source", "validation", "unlabelled")}
+    changed = {name: item and change(item) for name, item in sets.items()}
+    targets = {name: change(target) for name, target in data.targets.items()}
+    return dataclasses.replace(config, data=dataclasses.replace(data, **changed, targets=targets))
 
 
 def _refuse(where: str, problems: Sequence[str]) -> None:
@@ -179,39 +241,33 @@ def _read_on_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in readers:
         raise ConfigError(f"{path} is its own base; remove it from the key base")
     mapping = _read_yaml(path)
-    bases = mapping.pop("base", [])
+    bases = mapping.pop("base", None)
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases if isinstance(bases, list) else [bases] if bases is not None else []:
+        if not isinstance(base, str):
+            raise ConfigError(f"{path}: base={shown(base)} is not accepted; expected a file, or a list of files")
         try:
-            found = find_config(str(base), path.parent)
+            found = find_config(base, path.parent)
         except ConfigError as error:
             raise ConfigError(f"{path}: base: {error}") from error
         merged = _merged(merged, _read_on_base(found, (*readers, path.resolve())))
-    return _merged(merged, _without_empty(Config, mapping, ""))
+    return _merged(merged, _without_empty(Config, mapping))
 
 
-def _without_empty(cls: type, mapping: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """A nested mapping without its empty values (``lr:``) where null is none of the key's values: a key without a value
-    is one left out, so that the base's or the default counts; said aloud."""
-    hints = typing.get_type_hints(cls)
-    kept: dict[str, Any] = {}
-    for name, value in mapping.items():
-        hint = hints.get(name)
-        inner, named, _ = (None, False, False) if hint is None else _inner(hint)
-        if value is None and hint is not None and inner is None and not _takes_null(hint):
+def _without_empty(hint: Any, value: Any, prefix: str = "") -> Any:
+    """Nested mappings without their empty values (``lr:``) where null is none of the key's values: a key without a
+    value is one left out, so that the base's or the default counts; said aloud."""
+    cls, named, _ = section_of(hint)
+    if cls is None or not isinstance(value, Mapping):
+        return value
+    if named:
+        return {name: _without_empty(cls, item, f"{prefix}{shown(name)}.") for name, item in value.items()}
+    hints, kept = hints_of(cls), {}
+    for name, item in value.items():
+        if item is None and name in hints and not takes_null(hints[name]):
             log.warning("%s%s is empty, as if it were left out", prefix, name)
-        elif isinstance(value, Mapping) and inner is not None:
-            below = (
-                {
-                    n: v if not isinstance(v, Mapping) else _without_empty(inner, v, f"{prefix}{name}.{n}.")
-                    for n, v in value.items()
-                }
-                if named
-                else _without_empty(inner, value, f"{prefix}{name}.")
-            )
-            kept[name] = below
         else:
-            kept[name] = value
+            kept[name] = _without_empty(hints.get(name), item, f"{prefix}{shown(name)}.")
     return kept
 
 
@@ -227,15 +283,22 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ConfigError(f"{path} holds more than {MOST_BYTES} bytes; a configuration is a short text")
+        mapping = parse_yaml(data.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if mapping is None:
         return {}
     if not isinstance(mapping, dict):
-        raise ConfigError(f"{path} holds a {type(mapping).__name__}; a mapping with {', '.join(SECTIONS)} is expected")
+        kind = "list" if isinstance(mapping, list) else "text"
+        raise ConfigError(f"{path} holds a {kind}; a mapping with {', '.join(SECTIONS)} is expected")
     return mapping
 
 
@@ -263,164 +326,53 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
-# --- from nested mappings to dataclasses ----------------------------------------------------------------------------
-
-
-class _Text(str):
-    """A value as typed on the command line: YAML where that fits the key, else the text itself."""
+# --- keys -----------------------------------------------------------------------------------------------------------
 
 
 def _get(mapping: Any, key: str) -> Any:
     """The value at a dotted key, or None."""
     for name in key.split("."):
-        mapping = _loaded(mapping)
+        mapping = loaded(mapping)
         mapping = mapping.get(name) if isinstance(mapping, Mapping) else None
     return mapping
 
 
-def _replaced(mapping: Any, parts: Sequence[str], value: Any) -> dict[str, Any]:
+def _put(mapping: Any, pair: tuple[str, Any]) -> dict[str, Any]:
     """A copy of a nested mapping with one dotted key replaced; a mapping typed as text before it keeps its others."""
-    mapping = _loaded(mapping)
+    name, _, rest = pair[0].partition(".")
+    mapping = loaded(mapping)
     mapping = dict(mapping) if isinstance(mapping, Mapping) else {}
-    name, *rest = parts
-    mapping[name] = _replaced(mapping.get(name), rest, value) if rest else value
+    mapping[name] = _put(mapping.get(name), (rest, pair[1])) if rest else pair[1]
     return mapping
 
 
-def _build(cls: type, mapping: Any, key: str) -> tuple[Any, list[str]]:
-    """A dataclass made of a nested mapping, and what is wrong with the mapping (then defaults stand in)."""
-    mapping = _loaded(mapping)
-    hints = typing.get_type_hints(cls)
-    if not isinstance(mapping, Mapping | None):
-        guess = f"; did you mean --{key}.root {mapping}?" if cls is SetConfig and isinstance(mapping, str) else ""
-        return cls(), [f"{key}={mapping!s} is not accepted; expected a mapping of {', '.join(hints)}{guess}"]
-    values: dict[str, Any] = {}
-    problems: list[str] = []
-    for name, value in (mapping or {}).items():
-        dotted = f"{key}.{name}" if key else str(name)
-        if name in hints:
-            values[name], found = _value(hints[name], value, dotted)
-            problems += found
-        else:
-            guess = _colon_hint([name], [value]) or _suggest(str(name), key, hints)
-            problems.append(f"unknown key {dotted!r}{guess}")
-    return cls(**values), problems
-
-
-def _value(hint: Any, value: Any, key: str) -> tuple[Any, list[str]]:
-    inner, named, optional = _inner(hint)
-    loaded = _loaded(value)
-    if inner is None or (loaded is None and optional):
-        return _leaf(hint, value, key)
-    if not named:
-        return _build(inner, loaded, key)
-    if not isinstance(loaded, Mapping | None):
-        return {}, [f"{key}={loaded!r} is not accepted; expected a mapping from names to sets"]
-    built = {str(name): _build(inner, item, f"{key}.{name}") for name, item in (loaded or {}).items()}
-    return {name: item for name, (item, _) in built.items()}, [text for _, found in built.values() for text in found]
-
-
-def _leaf(hint: Any, value: Any, key: str) -> tuple[Any, list[str]]:
-    """The value as its type, which jsonargparse judges."""
-    for candidate in [_loaded(value), str(value)] if isinstance(value, _Text) else [value]:
-        if candidate is None and not _takes_null(hint):  # jsonargparse lets it pass
-            continue
-        if isinstance(candidate, Mapping):  # YAML reads `0: road` with an integer key
-            candidate = {str(n): str(item) if isinstance(item, _Text) else item for n, item in candidate.items()}
-        try:
-            return (_judged_once if isinstance(candidate, Hashable) else _judged)(hint, candidate), []
-        except (argparse.ArgumentError, TypeError, ValueError):
-            continue
-    expected = f"expected {_describe(hint)}{nearest(str(value), list(_choices(hint)))}"
-    loaded = _loaded(value)
-    guess = _colon_hint(loaded, loaded.values()) if isinstance(loaded, Mapping) else ""
-    if loaded is None:
-        return None, [f"{key} is empty; {expected}"]
-    return None, [f"{key}={value!s} is not accepted; {expected}{guess}"]
-
-
-def _takes_null(hint: Any) -> bool:
-    return hint is types.NoneType or (_is_union(hint) and types.NoneType in typing.get_args(hint))
-
-
-def _colon_hint(names: Iterable[Any], values: Iterable[Any]) -> str:
-    """What to do about ``{0:road}``, which YAML reads as the name ``0:road`` without a value."""
-    for name, value in zip(names, values, strict=True):
-        if value is None and ":" in str(name):
-            before, _, after = str(name).partition(":")
-            return f"; put a space after the colon: '{before}: {after}'"
-    return ""
-
-
-def _loaded(value: Any) -> Any:
-    if not isinstance(value, _Text):
-        return value
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        return str(value)
-
-
-def _judged(hint: Any, candidate: Any) -> Any:
-    return _judge(hint).parse_object({"value": candidate}).value
-
-
-# most keys hold the same few values in all the configurations that a matrix reads
-_judged_once = functools.lru_cache(maxsize=4096, typed=True)(_judged)
-
-
-@functools.cache
-def _judge(hint: Any) -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument("--value", type=hint)
-    return parser
-
-
-def _inner(hint: Any) -> tuple[type | None, bool, bool]:
-    """(dataclass below a key or None for a plain value, whether names come in between, whether null is accepted)."""
-    if dataclasses.is_dataclass(hint):
-        return hint, False, False
-    args = typing.get_args(hint)
-    if typing.get_origin(hint) is dict and dataclasses.is_dataclass(args[1]):
-        return args[1], True, False
-    inner = [arg for arg in args if dataclasses.is_dataclass(arg)] if _is_union(hint) else []
-    return (inner[0], False, True) if inner else (None, False, False)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _choices(hint: Any) -> Iterator[str]:
-    if typing.get_origin(hint) is typing.Literal:
-        yield from typing.get_args(hint)
-    for arg in typing.get_args(hint):
-        yield from _choices(arg)
-
-
-_WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}
-
-
-def _describe(hint: Any) -> str:
-    args = typing.get_args(hint)
-    if typing.get_origin(hint) is typing.Literal:
-        return ", ".join(args[:-1]) + (" or " if args[:-1] else "") + args[-1]
-    if _is_union(hint):
-        return " or ".join(map(_describe, args))
-    if typing.get_origin(hint) is list:
-        return f"a list of ({_describe(args[0])})"
-    if typing.get_origin(hint) is dict:
-        return f"a mapping from {_describe(args[0])} to {_describe(args[1])}"
-    return _WORDS.get(hint, str(hint))
-
-
 def _suggest(name: str, parent: str, siblings: Iterable[str]) -> str:
-    """Nearest key beside the unknown one, else of that name anywhere, else what is accepted there."""
+    """What an unknown key was probably meant to be, else what is accepted there."""
     prefix = f"{parent}." if parent else ""
-    for candidates in ({sibling: prefix + sibling for sibling in siblings}, last_parts(all_keys())):
-        if match := difflib.get_close_matches(name, candidates, n=1, cutoff=0.6):
-            return f"; did you mean {candidates[match[0]]!r}?"
-    return f"; accepted here: {', '.join(siblings)}"
+    key = nearest_key(f"{prefix}{name}", {sibling: prefix + sibling for sibling in siblings})
+    return f"; did you mean {key!r}?" if key else f"; accepted here: {', '.join(siblings)}"
+
+
+def nearest_key(name: str, near: Mapping[str, str], keys: Iterable[str] | None = None) -> str | None:
+    """The key that a name was probably meant to be: another library's word for it, or one spelt alike, near or far.
+
+    Args:
+        name: as given, with its dots.
+        near: last part -> key, of those that come first.
+        keys: all keys that count; default: those of the configuration.
+    """
+    name = name[-LONGEST:].replace("-", "_")
+    last = name.rpartition(".")[2]
+    everywhere = last_parts(filter(is_served, all_keys()) if keys is None else keys)
+    meant = SYNONYMS.get(name.lower())
+    if not meant and last not in everywhere:
+        meant = SYNONYMS.get(last.lower())
+    if meant:
+        return near.get(meant.rpartition(".")[2], meant)
+    for candidates in (near, everywhere):
+        if match := difflib.get_close_matches(last, candidates, n=1, cutoff=0.6):
+            return candidates[match[0]]
+    return None
 
 
 def last_parts(keys: Iterable[str]) -> dict[str, str]:
@@ -430,143 +382,134 @@ def last_parts(keys: Iterable[str]) -> dict[str, str]:
 
 def all_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the configuration that holds a value; the name of a target is written ``<name>``."""
-    for name, hint in typing.get_type_hints(cls).items():
-        inner, named, optional = _inner(hint)
+    for name, hint in hints_of(cls).items():
+        inner, named, optional = section_of(hint)
         if inner is None or optional:
             yield prefix + name
         else:
             yield from all_keys(inner, f"{prefix}{name}.<name>." if named else f"{prefix}{name}.")
 
 
+def is_served(key: str, word: str | None = None) -> bool:
+    """Whether something of a section or key, or this word as its value, does what it says; see `NOT_YET`."""
+    key = _of_any_set(key)
+    return not any(
+        key == name and word in words if words else f"{key}.".startswith(f"{name}.") for name, words in NOT_YET.items()
+    )
+
+
+def _of_any_set(key: str) -> str:
+    return re.sub(r"^data\.(source|validation|unlabelled|targets\.[^.]+)\.", "data.<set>.", key)
+
+
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
 def find_problems(config: Config, *, training: bool = False) -> list[str]:
-    """Every value that is of the right type and still wrong, one line each.
+    """Every value that is accepted by itself and does not fit the others, one line each.
 
     Args:
         config: what was read.
         training: also ask for a source set with classes.
     """
     return [
+        *_unserved(config),
         *_run_problems(config),
         *_data_problems(config, training),
-        *_model_problems(config),
-        *_toolbox_problems(config),
+        *_model_problems(config, training),
         *_gate_problems(config, training),
         *_adapt_problems(config, training),
         *_train_problems(config),
     ]
 
 
-def _bounds(section: Any, prefix: str, **limits: str) -> Iterator[str]:
-    """Check numbers against limits such as ``lr=">0"``; an unset (None) value passes."""
-    tests = {
-        ">0": (lambda v: v > 0, "a number above 0"),
-        ">=0": (lambda v: v >= 0, "0 or more"),
-        ">=1": (lambda v: v >= 1, "1 or more"),
-        ">=2": (lambda v: v >= 2, "2 or more"),
-        "0..1": (lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
-    }
-    for name, limit in limits.items():
-        value = getattr(section, name)
-        passes, accepted = tests[limit]
-        if isinstance(value, int | float) and not (math.isfinite(value) and passes(value)):
-            yield f"{prefix}.{name}={value} is out of range; use {accepted}"
+def _unserved(config: Config) -> Iterator[str]:
+    for key, (_, value) in changed_values(Config(), config).items():
+        if not is_served(key, value if isinstance(value, str) else None):
+            yield f"{key}={shown(value)} is not built yet; leave it out"
 
 
 def _run_problems(config: Config) -> Iterator[str]:
-    run = config.run
-    yield from _bounds(run, "run", seed=">=0")
-    if not re.fullmatch(r"[\w.\-]+", run.name) or run.name in (".", ".."):
-        yield f"run.name={run.name!r} is no folder name; use letters, digits, '.', '_' and '-'"
-    for key, value in METHODS.get(run.method, {}).items():
+    for key, value in METHODS.get(config.run.method, {}).items():
         found = functools.reduce(getattr, key.split("."), config)
         if found != value:
-            yield f"run.method={run.method} means {key}={value}, but it is {found}; leave out one of the two"
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device):
-        yield f"run.device={run.device!r} is unknown; use auto, cpu, cuda or cuda:<index>"
+            yield (
+                f"run.method={config.run.method} means {key}={shown(value)}, but it is {shown(found)}; "
+                "leave out one of the two"
+            )
 
 
 def _data_problems(config: Config, training: bool) -> Iterator[str]:
     data = config.data
-    yield from _bounds(data, "data", crop=">=1", stride=">=1", batch_size=">=1", workers=">=0")
-    if data.stride is not None and data.stride > data.crop:
-        yield f"data.stride={data.stride} leaves gaps between windows of data.crop={data.crop}; use at most the crop"
+    for key, stride in (("data.stride", data.stride), ("evaluate.stride", config.evaluate.stride)):
+        if stride is not None and stride > data.crop:
+            yield f"{key}={stride} leaves gaps between windows of data.crop={data.crop}; use at most the crop"
     needed = training and data.source.kind == "folder"  # the other kinds bring their classes along
     if data.classes or needed:
         yield from _class_problems(data.classes, data.palette)
-    for colour in data.palette:
-        if not re.fullmatch(r"#[0-9a-fA-F]{6}", colour):
-            yield f"data.palette: {colour!r} is no '#RRGGBB'"
-    low_high = data.augment.resize
-    if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1] < math.inf:
-        yield f"data.augment.resize={low_high} must be [low, high] with 0 < low <= high"
-    yield from _bounds(data.augment, "data.augment", max_class_share="0..1")
-    if training:
-        yield from _set_problems(data.source, "data.source", data.classes)
-    for name, target in data.targets.items():
-        if not re.fullmatch(r"[\w.\-]+", name) or name in (SOURCE_DOMAIN, ".", ".."):
-            yield f"data.targets.{name}: {name!r} cannot name a target; use letters, digits, '_', '-' and not 'source'"
-        yield from _set_problems(target, f"data.targets.{name}", data.classes)
-    if data.validation is not None:
-        yield from _set_problems(data.validation, "data.validation", data.classes)
-    if data.unlabelled is not None:
-        yield from _set_problems(data.unlabelled, "data.unlabelled", data.classes)
+    for name in config.evaluate.mean_classes:
+        if data.classes and name not in data.classes:
+            yield f"evaluate.mean_classes: {shown(name)!r} is no class{nearest(name, data.classes)}"
+    for name in data.targets:
+        if not re.fullmatch(r"[\w.\-]{1,80}", name) or name in (SOURCE_DOMAIN, ".", ".."):
+            yield (
+                f"data.targets.{shown(name)}: {shown(name)!r} cannot name a target; use letters, digits, '_', '-' and "
+                "not 'source'"
+            )
+    for key, item in _sets(config):
+        if training or key != "data.source":
+            yield from _set_problems(item, key, data.classes, training)
+
+
+def _sets(config: Config) -> Iterator[tuple[str, SetConfig]]:
+    data = config.data
+    named = {"source": data.source, **{f"targets.{name}": item for name, item in data.targets.items()}}
+    named |= {"validation": data.validation, "unlabelled": data.unlabelled}
+    yield from ((f"data.{name}", item) for name, item in named.items() if item is not None)
 
 
 def _class_problems(classes: Sequence[str], palette: Sequence[str]) -> Iterator[str]:
     if not 2 <= len(classes) <= 255:
         yield f"data.classes has {len(classes)} names; give 2 to 255 class names in the order of their indices"
     if twice := sorted({name for name in classes if list(classes).count(name) > 1}):
-        yield f"data.classes names {', '.join(twice)} more than once"
+        yield f"data.classes names {shown(twice)[1:-1]} more than once"
     if palette and len(palette) != len(classes):
         yield f"data.palette has {len(palette)} colours for {len(classes)} classes; give one per class or none"
 
 
-def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str]) -> Iterator[str]:
-    yield from _bounds(item, prefix, limit=">=1", first=">=0", tile=">=1", fit=">=1")
+def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str], training: bool) -> Iterator[str]:
     if item.kind != "generated" and not item.root:
         yield f"{prefix}.root is missing; a set of kind {item.kind} needs the folder that holds it"
     if unknown := re.search(r"\$\{([^}]*)\}", item.root or ""):
-        yield f"{prefix}.root names {unknown[0]}; give --data.roots.{unknown[1]} the folder that holds it"
+        yield f"{prefix}.root names {shown(unknown[0])}; give --data.roots.{shown(unknown[1])} the folder that holds it"
     if item.kind != "folder" and not item.split:
         yield f"{prefix}.split is missing; a set of kind {item.kind} needs it"
-    if item.bands is not None and (not item.bands or min(item.bands) < 1):
-        yield f"{prefix}.bands={item.bands} must be one or more band numbers counted from 1"
-    if item.value_range is not None and (len(item.value_range) != 2 or not item.value_range[0] < item.value_range[1]):
-        yield f"{prefix}.value_range={item.value_range} must be [low, high] with low < high"
+    if training and item.kind == "folder" and item.split:  # runs that ignored it can still be read
+        yield f"{prefix}.split={shown(item.split)} is not built yet for a set of kind folder; leave it out"
+    if item.second is not None and (item.second.scale == "fixed") != (item.second.value_range is not None):
+        yield f"{prefix}.second: scale=fixed and value_range go together; give both or none"
     for value, meaning in (item.label_map or {}).items():
         name = str(meaning)
         known = name in classes or name == "ignore" or (name.isdecimal() and int(name) < max(len(classes), 1))
         if classes and not known:
-            yield f"{prefix}.label_map.{value}={name!r} is no class{nearest(name, [*classes, 'ignore'])}"
+            yield (
+                f"{prefix}.label_map.{shown(value)}={shown(name)!r} is no class{nearest(name, [*classes, 'ignore'])}"
+            )
 
 
-def _model_problems(config: Config) -> Iterator[str]:
-    model = config.model
-    yield from _bounds(model, "model", image_size=">=1", patch_size=">=1")
-    layers = model.features
-    if layers is not None and (len(layers) != 4 or layers != sorted(set(layers)) or min(layers) < 0):
-        yield f"model.features={layers} must be four increasing 0-based layers"
-
-
-def _toolbox_problems(config: Config) -> Iterator[str]:
-    toolbox = config.toolbox
-    if not toolbox.kinds or len(set(toolbox.kinds)) != len(toolbox.kinds):
-        yield f"toolbox.kinds={toolbox.kinds} must name one or more of {', '.join(KINDS)}, each once"
-    yield from _bounds(toolbox.spatial, "toolbox.spatial", rank=">=1", alpha=">0")
-    yield from _bounds(toolbox.semantic, "toolbox.semantic", width=">=1", scale=">0")
-    yield from _bounds(toolbox.frequency, "toolbox.frequency", width=">=1")
-    cutoff = toolbox.frequency.cutoff
-    if not isinstance(cutoff, str) and not 0 <= cutoff <= 1:
-        yield f"toolbox.frequency.cutoff={cutoff} is out of range; use 0 to 1, or learnable"
+def _model_problems(config: Config, training: bool) -> Iterator[str]:
+    injector = config.injector
+    if injector.width % injector.heads:
+        yield f"injector.width={injector.width} is no multiple of injector.heads={injector.heads}; change one of them"
+    for key, section in (("style", config.style), ("mim", config.mim)):
+        if section.method != "none" and section.block > config.data.crop:
+            yield f"{key}.block={section.block} is larger than data.crop={config.data.crop}; use at most the crop"
+    if training and config.run.method in OF_TWO_RASTERS and config.data.source.second is None:
+        yield f"run.method={config.run.method} needs data.source.second, the second raster of every image"
 
 
 def _adapt_problems(config: Config, training: bool) -> Iterator[str]:
     adapt = config.adapt
-    yield from _bounds(config.refiner, "refiner", tokens=">=2", rank=">=1")
-    yield from _bounds(adapt, "adapt", warmup=">=0", ema="0..1", weight=">=0", confidence="0..1")
     if not training:
         return
     if adapt.method == "none":
@@ -584,32 +527,42 @@ def _adapt_problems(config: Config, training: bool) -> Iterator[str]:
 
 def _gate_problems(config: Config, training: bool) -> Iterator[str]:
     gate = config.gate
-    yield from _bounds(gate, "gate", k=">=1", interval=">=1", samples=">=1")
     if gate.method == "fixed" and not gate.sites:
         yield "gate.sites is empty; gate.method 'fixed' needs sites such as [spatial.7, semantic.0]"
     if training and gate.method != "fixed" and gate.sites:  # runs that ignored them can still be read
         yield f"gate.sites counts with gate.method=fixed alone, it is {gate.method}; leave them out, or give them as []"
-    for site in gate.sites:
-        kind, _, layer = site.partition(".")
-        if kind not in config.toolbox.kinds or not layer.isdecimal():
-            yield f"gate.sites: {site!r} is not <kind>.<layer> with a kind of {', '.join(config.toolbox.kinds)}"
+    for text in gate.sites:
+        try:
+            kind = SiteId.parse(text).kind
+        except ConfigError as error:
+            yield f"gate.sites: {error}"
+        else:
+            if kind not in config.toolbox.kinds:
+                yield f"gate.sites: {text!r} is of no kind in toolbox.kinds={shown(config.toolbox.kinds)}"
 
 
 def _train_problems(config: Config) -> Iterator[str]:
     train = config.train
-    yield from _bounds(
-        train,
-        "train",
-        iterations=">=1",
-        lr=">0",
-        weight_decay=">=0",
-        power=">0",
-        warmup=">=0",
-        clip=">0",
-        eval_every=">=1",
-        log_every=">=1",
-        checkpoint_every=">=1",
-        keep_checkpoints=">=0",
-    )
-    if train.warmup >= train.iterations >= 1:
+    if train.warmup >= train.iterations:
         yield f"train.warmup={train.warmup} leaves nothing of train.iterations={train.iterations}; use fewer"
+    if train.horizon is not None and train.horizon < train.iterations:
+        yield (
+            f"train.horizon={train.horizon} ends the schedule before train.iterations={train.iterations}; "
+            "use as many or more"
+        )
+    if (train.schedule == "steps") != bool(train.milestones):
+        yield "train.schedule=steps and train.milestones go together; give both or none"
+    weights, classes = train.loss.class_weights, config.data.classes
+    if weights is not None and classes and len(weights) != len(classes):
+        yield f"train.loss.class_weights has {len(weights)} numbers for {len(classes)} classes; give one per class"
+
+
+def _find_doubts(config: Config) -> Iterator[str]:
+    """Values that are right and still may not be meant, one line each."""
+    classes = config.data.classes
+    for key, item in _sets(config):
+        if item.label_map is None and 0 <= item.ignore < len(classes):
+            yield (
+                f"{key}.ignore={item.ignore} hides class {item.ignore} ({classes[item.ignore]}): it is neither trained "
+                "nor counted there"
+            )

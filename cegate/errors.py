@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+LONGEST = 80
+"""Characters of a given value that a message repeats."""
 
 
 class CegateError(Exception):
@@ -36,5 +42,34 @@ class TrainingError(CegateError, RuntimeError):
 
 def nearest(name: str, accepted: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the closest accepted name, or an empty string."""
-    match = difflib.get_close_matches(name, list(accepted), n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name[:LONGEST], list(accepted), n=1, cutoff=0.5)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def shown(value: Any) -> str:
+    """A value as a configuration would have it, for a message: one printable line of 80 characters at most."""
+    text = _flow(value, 3)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
+
+
+def is_printable(text: str) -> bool:
+    """No control characters, line ends or halves of characters."""
+    return not any(unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") for sign in text)
+
+
+def _flow(value: Any, levels: int) -> str:
+    if isinstance(value, str):
+        text = value[: LONGEST + 1]
+        return text if text and is_printable(text) else ascii(str(text))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and abs(value) >= 10**LONGEST:  # Python writes no integer of more than 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, list | tuple | Mapping) and not levels:
+        return "…"
+    if isinstance(value, Mapping):
+        pairs = islice(value.items(), LONGEST)
+        return f"{{{', '.join(f'{_flow(k, 0)}: {_flow(item, levels - 1)}' for k, item in pairs)}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_flow(item, levels - 1) for item in islice(value, LONGEST))}]"
+    return repr(value)

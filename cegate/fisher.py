@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from cegate import ops
 from cegate.errors import TrainingError
-from cegate.toolbox.base import Unpack
-from cegate.toolbox.toolbox import Toolbox
+from cegate.parts.part import Unpack
+from cegate.parts.toolbox import Toolbox
 
 
 class LabelledBatch(Protocol):

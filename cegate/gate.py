@@ -7,56 +7,46 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from cegate.config import KINDS
-from cegate.errors import ConfigError, nearest
+from cegate.errors import ConfigError
+from cegate.sites import SiteId, kinds
 
 Normalization = Literal["kind", "layer", "mean", "none"]
 
 
-def site_key(site: str) -> tuple[int, int]:
-    """Sort key (kind, layer) of a site name such as ``spatial.7``; the order in which ties are broken.
-
-    Raises:
-        ConfigError: not ``<kind>.<layer>`` with a known kind.
-    """
-    kind, _, layer = site.partition(".")
-    if kind not in KINDS or not layer.isdecimal():
-        raise ConfigError(
-            f"site {site!r} is not <kind>.<layer>; kinds are {', '.join(KINDS)}, layers from 0 on{nearest(kind, KINDS)}"
-        )
-    return KINDS.index(kind), int(layer)
-
-
 @dataclass(frozen=True)
 class GatePlan:
-    """Which sites are on. Equal choices make equal plans: names are kept in (kind, layer) order.
+    """Which sites are on. Equal choices make equal plans: names are kept in (kind, layer, stream) order.
 
     Args:
         active: sites that contribute and learn.
         frozen: sites that contribute what they learned earlier and do not learn.
     """
 
-    active: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()
+    active: tuple[SiteId, ...] = ()
+    frozen: tuple[SiteId, ...] = ()
 
     def __init__(self, active: Iterable[str] = (), frozen: Iterable[str] = ()) -> None:
         active = set(active)
-        object.__setattr__(self, "active", tuple(sorted(active, key=site_key)))
-        object.__setattr__(self, "frozen", tuple(sorted(set(frozen) - active, key=site_key)))
+        object.__setattr__(self, "active", _in_order(active))
+        object.__setattr__(self, "frozen", _in_order(set(frozen) - active))
 
     @property
-    def on(self) -> tuple[str, ...]:
+    def on(self) -> tuple[SiteId, ...]:
         """Every site that contributes to the forward pass."""
-        return tuple(sorted(self.active + self.frozen, key=site_key))
+        return tuple(sorted(self.active + self.frozen))
 
-    def matrix(self, layers: int) -> list[list[int]]:
-        """Gates g[kind][layer] in {0, 1} of the contributing sites, 3 x ``layers``."""
-        on = set(self.on)
-        return [[int(f"{kind}.{layer}" in on) for layer in range(layers)] for kind in KINDS]
+    def matrix(self, layers: int, rows: Sequence[str] | None = None) -> list[list[int]]:
+        """Gates g[row][layer] in {0, 1} of the contributing sites; default: a row for each kind."""
+        on = {(site.row, site.layer) for site in self.on}
+        return [[int((row, layer) in on) for layer in range(layers)] for row in rows or kinds()]
+
+
+def _in_order(sites: Iterable[str]) -> tuple[SiteId, ...]:
+    return tuple(sorted(map(SiteId, sites)))
 
 
 def normalize(
@@ -66,8 +56,9 @@ def normalize(
 
     Args:
         scores: site -> Fisher mass, >= 0.
-        how: ``kind`` divides by the sum over the layers of the site's kind (the paper's S), ``layer`` by the sum over
-            the kinds of its layer (a second reading), ``mean`` by the site's number of weights, ``none`` by 1.
+        how: ``kind`` divides by the sum over all sites of the site's kind (the paper's S; the streams of a kind
+            compete), ``layer`` by the sum over the sites of its layer (a second reading), ``mean`` by the site's number
+            of weights, ``none`` by 1.
         weights: site -> number of weights; needed by ``mean``.
 
     Returns:
@@ -87,12 +78,11 @@ def normalize(
         return {site: score / weights[site] for site, score in scores.items()}
     if how not in ("kind", "layer"):
         raise ConfigError(f"gate.normalize={how!r} is unknown; use kind, layer, mean or none")
-    axis = 0 if how == "kind" else 1
-    total: dict[int, float] = {}
+    group = {site: SiteId(site).kind if how == "kind" else SiteId(site).layer for site in scores}
+    total: dict[str | int, float] = {}
     for site, score in scores.items():
-        group = site_key(site)[axis]
-        total[group] = total.get(group, 0.0) + score
-    return {site: score / total[g] if total[g := site_key(site)[axis]] > 0 else 0.0 for site, score in scores.items()}
+        total[group[site]] = total.get(group[site], 0.0) + score
+    return {site: score / total[g] if total[g := group[site]] > 0 else 0.0 for site, score in scores.items()}
 
 
 def select_top_k(scores: Mapping[str, float], k: int) -> GatePlan:
@@ -103,7 +93,7 @@ def select_top_k(scores: Mapping[str, float], k: int) -> GatePlan:
         k: number of active sites, 1..len(scores).
 
     Returns:
-        Plan with exactly k active sites; ties go to the lower (kind, layer), so equal input gives an equal plan.
+        Plan with exactly k active sites; ties go to the lower (kind, layer, stream), so equal input gives equal plans.
 
     Raises:
         ConfigError: k is out of range, or a score is not finite; the site is named.
@@ -114,7 +104,7 @@ def select_top_k(scores: Mapping[str, float], k: int) -> GatePlan:
     for site, score in scores.items():
         if not math.isfinite(score):
             raise ConfigError(f"score of {site} is {score}; lower the learning rate or look for NaN in the data")
-    ranked = sorted(scores, key=lambda site: (-scores[site], site_key(site)))
+    ranked = sorted(_in_order(scores), key=lambda site: -scores[site])  # stable: ties keep their order
     return GatePlan(ranked[:k])
 
 
@@ -130,7 +120,7 @@ def draw_k(sites: Iterable[str], k: int, *, seed: int, iteration: int) -> GatePl
     Raises:
         ConfigError: k is out of range.
     """
-    ranked = sorted(sites, key=site_key)
+    ranked = _in_order(sites)
     _check_k(k, len(ranked))
     return GatePlan(random.Random(f"gate {seed} {iteration}").sample(ranked, k))
 

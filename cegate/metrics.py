@@ -41,6 +41,10 @@ class Scores:
     """Mean accuracy over classes."""
     mF1: float
     """Mean F1 over classes."""
+    kappa: float = float("nan")
+    """Cohen's kappa: agreement of truth and prediction beyond chance, -1..1."""
+    mean_classes: tuple[str, ...] = ()
+    """Classes that the means go over; none: all of them."""
 
     @property
     def absent(self) -> tuple[str, ...]:
@@ -58,7 +62,9 @@ class Scores:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: ``None`` for NaN; ``foreground_IoU`` only for two classes."""
-        means = {name: _or_none(getattr(self, name)) for name in ("aAcc", "mIoU", "mAcc", "mF1")}
+        means = {name: _or_none(getattr(self, name)) for name in ("aAcc", "mIoU", "mAcc", "mF1", "kappa")}
+        if self.mean_classes:
+            means["mean_classes"] = list(self.mean_classes)
         headline = {"foreground_IoU": _or_none(self.iou[1])} if len(self.classes) == 2 else {}
         per_class = {
             name: {"IoU": _or_none(iou), "F1": _or_none(f1), "accuracy": _or_none(accuracy)}
@@ -128,10 +134,23 @@ class Confusion:
             )
         return Confusion(self.classes, self.matrix + other.matrix)
 
-    def scores(self) -> Scores:
-        """Scores of the pixels counted so far."""
+    def scores(self, mean_classes: Sequence[str] = ()) -> Scores:
+        """Scores of the pixels counted so far.
+
+        Args:
+            mean_classes: classes that mIoU, mAcc and mF1 go over, such as all but clutter; default: all. The other
+                classes' pixels still count in aAcc and kappa and as confused with these.
+
+        Raises:
+            ValueError: there is no class of that name.
+        """
+        if unknown := [name for name in mean_classes if name not in self.classes]:
+            raise ValueError(f"mean_classes: {unknown[0]!r} is no class; classes are {', '.join(self.classes)}")
+        chosen = [k for k, name in enumerate(self.classes) if not mean_classes or name in mean_classes]
         counts = self.matrix.double()
         right, true, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+        total = counts.sum()
+        chance = (true * predicted).sum() / total**2
         iou = right / (true + predicted - right)
         f1 = 2 * right / (true + predicted)
         accuracy = right / true
@@ -140,10 +159,12 @@ class Confusion:
             iou=tuple(iou.tolist()),
             f1=tuple(f1.tolist()),
             accuracy=tuple(accuracy.tolist()),
-            aAcc=(right.sum() / counts.sum()).item(),
-            mIoU=iou.nanmean().item(),
-            mAcc=accuracy.nanmean().item(),
-            mF1=f1.nanmean().item(),
+            aAcc=(right.sum() / total).item(),
+            mIoU=iou[chosen].nanmean().item(),
+            mAcc=accuracy[chosen].nanmean().item(),
+            mF1=f1[chosen].nanmean().item(),
+            kappa=((right.sum() / total - chance) / (1 - chance)).item(),
+            mean_classes=tuple(mean_classes),
         )
 
 

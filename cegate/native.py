@@ -10,16 +10,16 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from cegate import __version__
 from cegate.errors import BackendError
+from cegate.kernels._support import define, differentiable, is_traced, refuse_second_derivatives, transforms
+from cegate.kernels.low_pass import make_filter
 
 ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2}
 MIN_TORCH = (2, 11)
@@ -70,39 +70,79 @@ def _like(tensor: Tensor, wanted: bool = True) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else tensor.new_empty(0)
 
 
-def _refuse_second_derivatives(op: str) -> None:
-    """Gradients are on within a backward exactly if its own gradient is wanted, and that would be silently zero."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise BackendError(f"{op}: the C++ form has no second derivatives; use backend='torch'")
+def _filter(
+    x: Tensor, height: int, width: int, cutoff: float, band: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    kept = make_filter(x, (height, width), cutoff, band, 0.0)
+    return kept.rows, kept.columns, kept.row_weights, kept.column_weights, kept.coupled
+
+
+# The operators of C++ take a filter as matrices. These take the grid, so that a compiled graph holds for every grid.
+GRID = "SymInt height, SymInt width, float cutoff, str band"
+
+
+def _low_pass_run(x: Tensor, *grid) -> Tensor:
+    return torch.ops.cegate.low_pass(x, *_filter(x, *grid))
 
 
 def _low_pass_setup(ctx, inputs, output) -> None:
-    _, *tensors, ctx.coupled = inputs
-    ctx.save_for_backward(*tensors)
+    _, *ctx.grid = inputs
 
 
 def _low_pass_backward(ctx, dy: Tensor):
-    return torch.ops.cegate.low_pass(dy, *ctx.saved_tensors, ctx.coupled), None, None, None, None, None
+    return low_pass(dy, *ctx.grid), None, None, None, None
+
+
+def _frequency_run(x: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    *weights, height, width, cutoff, band, adapters = rest
+    return torch.ops.cegate.frequency_adapter(x, *weights, *_filter(x, height, width, cutoff, band), adapters)
+
+
+def _frequency_fake(x: Tensor, down: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty(x.shape[0], x.shape[1], 3 * down.shape[-2] + 3)
+
+
+def _frequency_backward_run(dy: Tensor, *rest) -> tuple[Tensor, ...]:
+    *saved, height, width, cutoff, band, adapters, wants_x, wants_weights = rest
+    kept = _filter(dy, height, width, cutoff, band)
+    return torch.ops.cegate.frequency_adapter_backward(dy, *saved, *kept, adapters, wants_x, wants_weights)
+
+
+def _frequency_backward_fake(dy, x, active, down, up, up_bias, router, scale, *rest) -> tuple[Tensor, ...]:
+    *_, wants_x, wants = rest
+    lead = down.shape[:-3]
+    biases = down.new_empty(*lead, 3, down.shape[-2]), down.new_empty(*lead, 3)
+    weights = (down, biases[0], up, up_bias, router, biases[1], scale)
+    return _like(x, wants_x), *(_like(weight, wants) for weight in weights)
 
 
 def _frequency_setup(ctx, inputs, output) -> None:
-    x, down, _, up, up_bias, router, _, scale, *filters, ctx.coupled, adapters = inputs
+    x, down, _, up, up_bias, router, _, scale, *ctx.grid, adapters = inputs
     ctx.adapters = list(adapters)
-    ctx.save_for_backward(x, output[1], down, up, up_bias, router, scale, *filters)
+    ctx.save_for_backward(x, output[1], down, up, up_bias, router, scale)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _frequency_backward(ctx, dy: Tensor | None, _):
     if dy is None:
-        return (None,) * 14
-    _refuse_second_derivatives("frequency_adapter")
+        return (None,) * 13
+    refuse_second_derivatives("frequency_adapter")
     wants_x, wants_weights = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:8])
-    gradients = torch.ops.cegate.frequency_adapter_backward(
-        dy, *ctx.saved_tensors, ctx.coupled, ctx.adapters, wants_x, wants_weights
-    )
+    gradients = _frequency_backward_operator(dy, *ctx.saved_tensors, *ctx.grid, ctx.adapters, wants_x, wants_weights)
     wanted = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad[:8], strict=True)]
-    return (*wanted, None, None, None, None, None, None)
+    return *wanted, None, None, None, None, None
+
+
+def _frequency_factors_run(x: Tensor, *rest) -> tuple[Tensor, ...]:
+    *others, height, width, cutoff, band = rest
+    return torch.ops.cegate.frequency_adapter_factors(x, *others, *_filter(x, height, width, cutoff, band))
+
+
+def _frequency_factors_fake(x, dy, down, *rest) -> tuple[Tensor, ...]:
+    width = 3 * down.shape[-2] + 3
+    hidden, sums = x.new_empty(*x.shape[:-1], width), x.new_empty(x.shape[0], width, dtype=torch.float32)
+    return _like(x), hidden, torch.empty_like(hidden), sums, sums.new_empty(x.shape[0])
 
 
 def _low_rank_setup(ctx, inputs, output) -> None:
@@ -116,7 +156,7 @@ def _low_rank_setup(ctx, inputs, output) -> None:
 def _low_rank_backward(ctx, dy: Tensor | None, _):
     if dy is None:
         return (None,) * 10
-    _refuse_second_derivatives("low_rank")
+    refuse_second_derivatives("low_rank")
     wants_x, wants_down, wants_up, wants_base, wants_down_bias, wants_up_bias, *_ = ctx.needs_input_grad
     dx, ddown, dup, ddown_bias, dup_bias = torch.ops.cegate.low_rank_backward(
         dy,
@@ -143,77 +183,61 @@ def _low_rank_backward(ctx, dy: Tensor | None, _):
     )
 
 
-def _operator(name: str, setup: Callable, backward: Callable, **alone: bool) -> Callable:
-    """An operator of the extension with its gradient; ``alone`` are options for a call that no backward follows.
-
-    ``register_autograd`` is what ``torch.compile`` traces; called eagerly it costs 20 us more per forward and backward
-    than the same two functions in a plain autograd function, as much as a small module's own work.
-    """
-    operator = getattr(torch.ops.cegate, name).default
-    torch.library.register_autograd(f"cegate::{name}", backward, setup_context=setup)
-
-    def forward(ctx, *inputs):
-        output = operator(*inputs)
-        setup(ctx, inputs, output)
-        return output
-
-    steps = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(name, (torch.autograd.Function,), steps)
-
-    def call(*inputs):
-        if torch.compiler.is_compiling():
-            return operator(*inputs)
-        wants = torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in inputs)
-        return function.apply(*inputs) if wants else operator(*inputs, **alone)
-
-    return call
+def _qv_run(qkv: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    y = qkv.clone(memory_format=torch.contiguous_format)
+    return y, torch.ops.cegate.low_rank_qv_(y, *rest)
 
 
-class LowRankQV(torch.autograd.Function):
-    """``low_rank_qv_``: the gradient of qkv passes straight through. Mutation has no place in ``register_autograd``."""
+def _qv_setup(ctx, inputs, output) -> None:
+    _, x, *maps, ctx.scale, adapters = inputs
+    ctx.adapters = list(adapters)
+    ctx.save_for_backward(x, output[1], *maps)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _qv_backward(ctx, dqkv: Tensor | None, *_):
+    """The gradient of qkv passes straight through."""
+    if dqkv is None:
+        return (None,) * 8
+    refuse_second_derivatives("low_rank_qv_")
+    _, wants_x, *wants = ctx.needs_input_grad[:6]
+    gradients = torch.ops.cegate.low_rank_qv_backward(
+        dqkv, *ctx.saved_tensors, ctx.scale, ctx.adapters, wants_x, any(wants)
+    )
+    wanted = [g if needed else None for g, needed in zip(gradients, (wants_x, *wants), strict=True)]
+    return dqkv, *wanted, None, None
+
+
+class _LowRankQV(torch.autograd.Function):
+    """``low_rank_qv_`` in place."""
 
     @staticmethod
-    def forward(ctx, qkv, x, down_q, up_q, down_v, up_v, scale, adapters):
-        hidden = torch.ops.cegate.low_rank_qv_(qkv, x, down_q, up_q, down_v, up_v, scale, adapters)
+    def forward(ctx, qkv, *rest):
         ctx.mark_dirty(qkv)
-        ctx.save_for_backward(x, hidden, down_q, up_q, down_v, up_v)
-        ctx.scale, ctx.adapters = scale, list(adapters)
+        _qv_setup(ctx, (qkv, *rest), (qkv, torch.ops.cegate.low_rank_qv_(qkv, *rest)))
         return qkv
 
-    @staticmethod
-    def backward(ctx, dqkv):
-        _refuse_second_derivatives("low_rank_qv_")
-        _, wants_x, *wants = ctx.needs_input_grad[:6]
-        gradients = torch.ops.cegate.low_rank_qv_backward(
-            dqkv, *ctx.saved_tensors, ctx.scale, ctx.adapters, wants_x, any(wants)
-        )
-        wanted = [g if needed else None for g, needed in zip(gradients, (wants_x, *wants), strict=True)]
-        return (dqkv, *wanted, None, None)
+    backward = staticmethod(_qv_backward)
+
+
+def low_rank_qv_(qkv: Tensor, *rest) -> Tensor:
+    """Adds to qkv in place; compiled, by a copy that goes where nobody else looks at qkv."""
+    if is_traced(qkv):
+        return qkv.copy_(_low_rank_qv(qkv, *rest)[0])
+    if torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in (qkv, *rest)):
+        return _LowRankQV.apply(qkv, *rest)
+    torch.ops.cegate.low_rank_qv_(qkv, *rest, keeps=False)
+    torch.autograd.graph.increment_version(qkv)
+    return qkv
+
+
+def _low_rank_alone(*inputs) -> tuple[Tensor, Tensor]:
+    return torch.ops.cegate.low_rank(*inputs, keeps=False)
 
 
 def _register_fakes() -> None:
     fake = torch.library.register_fake
-
-    @fake("cegate::low_pass")
-    def _(x, rows, columns, row_weights, column_weights, coupled):
-        return _like(x)
-
-    @fake("cegate::frequency_adapter")
-    def _(x, down, *rest):
-        return _like(x), x.new_empty(x.shape[0], x.shape[1], 3 * down.shape[-2] + 3)
-
-    @fake("cegate::frequency_adapter_backward")
-    def _(dy, x, active, down, up, up_bias, router, scale, rows, columns, rw, cw, coupled, adapters, wants_x, wants):
-        lead = down.shape[:-3]
-        biases = down.new_empty(*lead, 3, down.shape[-2]), down.new_empty(*lead, 3)
-        weights = (down, biases[0], up, up_bias, router, biases[1], scale)
-        return (_like(x, wants_x), *(_like(weight, wants) for weight in weights))
-
-    @fake("cegate::frequency_adapter_factors")
-    def _(x, dy, down, *rest):
-        width = 3 * down.shape[-2] + 3
-        hidden, sums = x.new_empty(*x.shape[:-1], width), x.new_empty(x.shape[0], width, dtype=torch.float32)
-        return _like(x), hidden, torch.empty_like(hidden), sums, sums.new_empty(x.shape[0])
 
     @fake("cegate::low_rank")
     def _(x, down, up, base, down_bias, up_bias, activation, scale, adapters, keeps=True):
@@ -236,10 +260,6 @@ def _register_fakes() -> None:
             _like(biases[1], wants and up_bias),
         )
 
-    @fake("cegate::low_rank_qv_")
-    def _(qkv, x, down_q, up_q, down_v, up_v, scale, adapters, keeps=True):
-        return x.new_empty(*x.shape[:-1], 2 * down_q.shape[-2]) if keeps else x.new_empty(0)
-
     @fake("cegate::low_rank_qv_backward")
     def _(dqkv, x, hidden, down_q, up_q, down_v, up_v, scale, adapters, wants_x, wants):
         return (_like(x, wants_x), *(_like(weight, wants) for weight in (down_q, up_q, down_v, up_v)))
@@ -258,15 +278,44 @@ def obstacles(tensors: dict[str, Tensor]) -> list[str]:
             reasons.append(f"{name} is {str(tensor.dtype).removeprefix('torch.')}, it takes float32, bfloat16")
         elif tensor.dtype != first.dtype:
             reasons.append(f"{name} is {tensor.dtype} and {first_name} {first.dtype}".replace("torch.", ""))
-    if torch._C._are_functorch_transforms_active():
-        reasons.append("torch.func transforms are active")
-    if forward_ad._current_level >= 0:
-        reasons.append("forward-mode differentiation is active")
-    return reasons
+    return reasons + transforms()
 
 
 if EXTENSION is not None:
-    low_pass = _operator("low_pass", _low_pass_setup, _low_pass_backward)
-    frequency_adapter = _operator("frequency_adapter", _frequency_setup, _frequency_backward)
-    low_rank = _operator("low_rank", _low_rank_setup, _low_rank_backward, keeps=False)
+    _WEIGHTS = (
+        "Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, Tensor router, Tensor router_bias, Tensor scale"
+    )
+    define(f"low_pass_on_grid(Tensor x, {GRID}) -> Tensor", _low_pass_run, lambda x, *rest: _like(x))
+    low_pass = differentiable("low_pass_on_grid", _low_pass_run, _low_pass_setup, _low_pass_backward)
+    define(
+        f"frequency_adapter_on_grid(Tensor x, {_WEIGHTS}, {GRID}, int[] adapters) -> (Tensor, Tensor)",
+        _frequency_run,
+        _frequency_fake,
+    )
+    _frequency_backward_operator = define(
+        "frequency_adapter_on_grid_backward(Tensor dy, Tensor x, Tensor active, Tensor down, Tensor up, "
+        f"Tensor up_bias, Tensor router, Tensor scale, {GRID}, int[] adapters, bool wants_x, bool wants_weights) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _frequency_backward_run,
+        _frequency_backward_fake,
+    )
+    frequency_adapter = differentiable(
+        "frequency_adapter_on_grid", _frequency_run, _frequency_setup, _frequency_backward
+    )
+    frequency_adapter_factors = define(
+        f"frequency_adapter_factors_on_grid(Tensor x, Tensor dy, {_WEIGHTS}, {GRID}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _frequency_factors_run,
+        _frequency_factors_fake,
+    )
+    low_rank = differentiable(
+        "low_rank", torch.ops.cegate.low_rank.default, _low_rank_setup, _low_rank_backward, _low_rank_alone
+    )
+    define(
+        "low_rank_qv(Tensor qkv, Tensor x, Tensor down_q, Tensor up_q, Tensor down_v, Tensor up_v, float scale, "
+        "int[] adapters) -> (Tensor, Tensor)",
+        _qv_run,
+        lambda qkv, x, down_q, *rest: (_like(qkv), x.new_empty(*x.shape[:-1], 2 * down_q.shape[-2])),
+    )
+    _low_rank_qv = differentiable("low_rank_qv", _qv_run, _qv_setup, _qv_backward)
     _register_fakes()

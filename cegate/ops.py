@@ -26,8 +26,8 @@ from cegate.kernels._support import KernelUnavailableError, compute_dtype
 from cegate.kernels.frequency_adapter import Factors
 from cegate.kernels.frequency_adapter import frequency_adapter as _frequency_adapter
 from cegate.kernels.frequency_adapter import frequency_adapter_factors as _frequency_adapter_factors
+from cegate.kernels.low_pass import check_grid
 from cegate.kernels.low_pass import low_pass as _low_pass
-from cegate.kernels.low_pass import make_filter
 from cegate.kernels.low_rank import low_rank as _low_rank
 from cegate.kernels.low_rank import low_rank_factors as _low_rank_factors
 from cegate.kernels.low_rank import low_rank_qv_ as _low_rank_qv_
@@ -136,13 +136,9 @@ def low_pass(
         BackendError: the named backend cannot run.
     """
     if _runs_in_cpp("low_pass", backend, {"x": x}, _learnable(cutoff)):
-        return native.low_pass(x, *_filter(x, grid, cutoff, band))
+        check_grid(x, grid, cutoff, band)
+        return native.low_pass(x, *grid, float(cutoff), band)
     return _kernel(_low_pass, x, grid, cutoff, band, tau=tau, backend=backend)
-
-
-def _filter(x: Tensor, grid: Grid, cutoff: float, band: Band) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    kept = make_filter(x, grid, cutoff, band, TAU)
-    return kept.rows, kept.columns, kept.row_weights, kept.column_weights, kept.coupled
 
 
 def _learnable(cutoff: float | Tensor) -> Sequence[str]:
@@ -163,25 +159,27 @@ def frequency_adapter(
     band: Band = "official",
     *,
     tau: float = TAU,
+    prefix: int = 0,
     adapters: Sequence[int] | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """x plus the gated sum of three bottleneck experts that see x, its low-pass and its high-pass.
 
     Args:
-        x: [B, H*W, C] patch tokens row by row; any strides.
+        x: [B, prefix + H*W, C], patch tokens row by row behind the prefix; any strides.
         grid: (H, W).
         down, down_bias: [3, d, C], [3, d]; experts in the order spatial, low, high.
         up, up_bias: [3, C, d], [3, C].
         router, router_bias: [3, C], [3]; logits of the gates.
         scale: [] factor of the mixture.
         cutoff, band, tau: as in :func:`low_pass`.
+        prefix: number of tokens before the patches (class token, registers), which pass through.
         adapters: adapter of each sample, see the module; weights then are [A, 3, d, C] and so on, a learnable cutoff
             [A].
         backend: see the module.
 
     Returns:
-        [B, H*W, C] in the dtype of x: ``x + scale * mixture``. Weights are cast to that dtype.
+        [B, prefix + H*W, C] in the dtype of x: ``x + scale * mixture``. Weights are cast to that dtype.
 
     Raises:
         ValueError: shapes, cutoff, band or adapters do not fit.
@@ -192,8 +190,11 @@ def frequency_adapter(
     weights = (down, down_bias, up, up_bias, router, router_bias, torch.as_tensor(scale, device=x.device))
     if _runs_in_cpp("frequency_adapter", backend, {"x": x}, _learnable(cutoff)):
         cast = [weight if weight.dtype == x.dtype else weight.to(x.dtype) for weight in weights]
-        return native.frequency_adapter(x, *cast, *_filter(x, grid, cutoff, band), adapters or [])[0]
-    rest = {"cutoff": cutoff, "band": band, "tau": tau, "backend": backend}
+        patches = x[:, prefix:] if prefix else x
+        check_grid(patches, grid, cutoff, band)
+        mixed = native.frequency_adapter(patches, *cast, *grid, float(cutoff), band, adapters or [])[0]
+        return torch.cat([x[:, :prefix], mixed], dim=1) if prefix else mixed
+    rest = {"cutoff": cutoff, "band": band, "tau": tau, "prefix": prefix, "backend": backend}
     stacked = down.ndim == 4
     if not (adapters or stacked):
         return _kernel(_frequency_adapter, x, grid, *weights, **rest)
@@ -302,37 +303,28 @@ def low_rank_qv_(
         backend: see the module.
 
     Returns:
-        qkv (a new tensor inside ``torch.compile``).
+        qkv.
 
     Raises:
         ValueError: shapes or adapters do not fit, or qkv is not contiguous.
         BackendError: the named backend cannot run.
     """
     weights = (down_q, up_q, down_v, up_v)
-    in_place = not torch.compiler.is_compiling()  # the compiler has no in-place autograd functions
     if qkv.is_leaf and qkv.requires_grad and torch.is_grad_enabled():
         raise ValueError("low_rank_qv_: qkv is a leaf that wants a gradient and cannot be changed in place; clone it")
     limits = () if x.ndim == 3 else (f"x has {x.ndim} axes, it takes [B, T, C]",)
-    if in_place and _runs_in_cpp("low_rank_qv_", backend, {"qkv": qkv, "x": x}, limits):
+    if _runs_in_cpp("low_rank_qv_", backend, {"qkv": qkv, "x": x}, limits):
         cast = [weight if weight.dtype == x.dtype else weight.to(x.dtype) for weight in weights]
-        rest = (float(scale), adapters or [])
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (qkv, x, *cast)):
-            return native.LowRankQV.apply(qkv, x, *cast, *rest)
-        torch.ops.cegate.low_rank_qv_(qkv, x, *cast, *rest, keeps=False)
-        torch.autograd.graph.increment_version(qkv)
-        return qkv
-    chosen = "auto" if backend == "cpp" else backend
+        return native.low_rank_qv_(qkv, x, *cast, float(scale), adapters or [])
     stacked = down_q.ndim == 3
     if not (adapters or stacked):
-        return _kernel(_low_rank_qv_, qkv, x, *weights, scale, backend=chosen)
+        return _kernel(_low_rank_qv_, qkv, x, *weights, scale, backend=backend)
     adapters = _checked_adapters("low_rank_qv_", adapters, x, len(down_q) if stacked else 1)
-    parts = []
     for adapter, samples in _runs(adapters):
-        part = qkv[samples]  # a view: added to in place
-        if adapter >= 0:
-            part = _kernel(_low_rank_qv_, part, x[samples], *_own(weights, adapter, stacked), scale, backend=chosen)
-        parts.append(part)
-    return qkv if in_place else _joined(parts)
+        if adapter >= 0:  # part of qkv is a view: added to in place
+            own = _own(weights, adapter, stacked)
+            _kernel(_low_rank_qv_, qkv[samples], x[samples], *own, scale, backend=backend)
+    return qkv
 
 
 def _factors_run_in_cpp(op: str, x: Tensor, dy: Tensor, down: Tensor, limits: Sequence[str] = ()) -> bool:
@@ -367,8 +359,9 @@ def frequency_adapter_factors(
 ) -> Factors:
     """Backward of ``frequency_adapter`` as :class:`~cegate.kernels.frequency_adapter.Factors`, sample by sample."""
     if _factors_run_in_cpp("frequency_adapter_factors", x, dy, weights[0], _learnable(cutoff)):
-        kept = _filter(x, grid, cutoff, band)
-        return Factors(*torch.ops.cegate.frequency_adapter_factors(x, dy, *weights, *kept), dcutoff=None)
+        check_grid(x, grid, cutoff, band)
+        found = native.frequency_adapter_factors(x, dy, *weights, *grid, float(cutoff), band)
+        return Factors(*found, dcutoff=None)
     return _frequency_adapter_factors(x, dy, grid, *weights, cutoff, band, tau=TAU)
 
 

@@ -23,6 +23,15 @@ USAGE = cli.Usage(
         cli.Option("device", "auto, cpu or cuda:<index>; default auto.", "NAME"),
         cli.Option("overwrite", "Replace existing masks."),
         cli.Option("keep", "Leave out images that have a mask already, as to go on after an interruption."),
+        cli.Option(
+            "stride", "Step between windows in pixels; default: that of the run, or two thirds of a window.", "N"
+        ),
+        cli.Option(
+            "blend",
+            "How windows that overlap are weighed: cosine (default) or linear, less towards their edges, which leaves "
+            "no seams; or none, alike, as evaluation does.",
+            "none|linear|cosine",
+        ),
         cli.Option("all_pixels", "Predict also where an image says that it has no data (nodata value, alpha, mask)."),
     ),
     bare="input",
@@ -42,14 +51,18 @@ def main(argv: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from cegate.checkpoint import load_adapter
-    from cegate.engine import predictor
-    from cegate.models.compute import pick_device
+    from cegate.compute import pick_device
+    from cegate.scenes import files
+    from cegate.scenes.mosaic import BLENDS
 
-    images = predictor.find_images(options["input"])
+    windows = {"stride": _stride(options["stride"]), "blend": options["blend"] or "cosine"}
+    if windows["blend"] not in BLENDS:
+        raise ConfigError(f"--blend {windows['blend']} is unknown; use {', '.join(BLENDS)}")
+    images = files.find_images(options["input"])
     if options["overwrite"] and options["keep"]:
         raise ConfigError("give one of --overwrite and --keep")
     kept = {"overwrite": options["overwrite"], "keep": options["keep"]}
-    masks = predictor.plan_outputs(images, Path(options["output"]), **kept)
+    masks = files.plan_outputs(images, Path(options["output"]), **kept)
     device = pick_device(options["device"] or "auto")
     segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
     # the bar on stderr, the names on stdout: above the bar on a terminal, untouched in a pipe
@@ -59,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
         with Progress(console=console, transient=True, redirect_stdout=above, disable=not console.is_terminal) as bar:
             task = bar.add_task("predicting", total=len(masks))
             told = lambda done: bar.update(task, completed=done)  # noqa: E731
-            for written in predictor.predict_files(segmenter, masks, told, all_pixels=options["all_pixels"]):
+            for written in files.predict_files(segmenter, masks, told, all_pixels=options["all_pixels"], **windows):
                 print(written.mask, flush=True)
                 if written.without_data:
                     gaps.append(f"{_percent(written.without_data)} of {written.image}")
@@ -67,6 +80,12 @@ def main(argv: Sequence[str]) -> int:
         if gaps:
             print(_gap_note(gaps, all_pixels=options["all_pixels"]), file=sys.stderr)
     return cli.GOOD
+
+
+def _stride(text: str | None) -> int | None:
+    if text is None or (text.isdecimal() and len(text) < 10 and int(text) > 0):
+        return text and int(text)
+    raise ConfigError(f"--stride {text} is no step in pixels; give a whole number of 1 or more")
 
 
 def _percent(share: float) -> str:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     options = cli.parse_options(argv, USAGE)
     if not options["run"]:
         raise ConfigError("--run is missing; give the folder of a run, or of several")
-    tiles = _tiles(options["tiles"])
+    tiles = TILES if options["tiles"] is None else cli.count(options["tiles"], "tiles", 0, 1000)
     from cegate.page.reading import read_runs
     from cegate.page.writing import check_output, write_page
 
@@ -48,14 +48,6 @@ def main(argv: Sequence[str]) -> int:
     write_page(runs, config, page, tiles=tiles)
     print(page)
     return cli.GOOD
-
-
-def _tiles(text: str | None) -> int:
-    if text is None:
-        return TILES
-    if not text.isdecimal():
-        raise ConfigError(f"--tiles {text} is no number; use 0 or more")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,8 @@ def _umask() -> int:
 
 def _leftovers(folder: Path) -> list[Path]:
     """What the writes of a training that was killed have left aside in its run folder."""
-    places = [place for place in (folder, *(folder / name for name in _OWN_FOLDERS)) if place.is_dir()]
+    evaluated = [place for place in (folder / "eval").glob("*") if not place.is_symlink()]
+    places = [place for place in (folder, *(folder / name for name in _OWN_FOLDERS), *evaluated) if place.is_dir()]
     found = [(path, match) for place in places for path in place.iterdir() if (match := _ASIDE.fullmatch(path.name))]
     return [path for path, name in found if path.parent != folder or name["stem"] + name["suffix"] in _OWN_FILES]
 
@@ -175,6 +176,30 @@ class RunFolder:
     def last(self) -> Path:
         """The newest checkpoint."""
         return self.checkpoints / "last.pt"
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """What is written inside, a training writes in its folder.
+
+        Raises:
+            CheckpointError: the folder is gone, which is not made anew behind the user's back, or cannot be written to.
+        """
+        try:
+            self._refuse_gone()
+            yield
+        except OSError as error:
+            self._refuse_gone()
+            raise CheckpointError(
+                f"{error.filename or self.path} could not be written ({error.strerror or error}); make room or mend "
+                "the disk, then go on with --resume"
+            ) from error
+
+    def _refuse_gone(self) -> None:
+        if not self.config_file.is_file():
+            raise CheckpointError(
+                f"{self.path} was removed or moved while it was trained in, so the run stops; put it back and go on "
+                "with --resume, or start again"
+            )
 
     def config(self) -> Config:
         """The configuration that is saved with the run.

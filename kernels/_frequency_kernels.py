@@ -133,7 +133,7 @@ if HAS_TRITON:
     def _mix_kernel(
         x_ptr, y_ptr, hidden_ptr, filtered_ptr, columns_ptr, bias_ptr, leave_ptr, scale_ptr,
         tokens, height, width, rows, tiles, kept, channels, d, x_batch_stride, x_token_stride, hidden_stride,
-        BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+        y_batch_stride, BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """Completes hidden with the filtered experts, gates them, and y = x + scale * (mixed leave)."""
         pid = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -161,7 +161,7 @@ if HAS_TRITON:
         mixed1 = (tl.maximum(low, 0.0) * gate1[:, None]).to(dtype)
         mixed2 = (tl.maximum(high, 0.0) * gate2[:, None]).to(dtype)
         x_ptr += image * x_batch_stride + n[:, None] * x_token_stride
-        y_ptr += (image * tokens + n)[:, None] * channels
+        y_ptr += image * y_batch_stride + n[:, None] * channels
         for start in range(0, channels, BC):
             c = start + tl.arange(0, BC)
             c_ok = c < channels
@@ -273,7 +273,7 @@ if HAS_TRITON:
     def _input_gradient_kernel(
         dy_ptr, dx_ptr, dhidden_ptr, filtered_ptr, columns_ptr, enter_ptr,
         tokens, height, width, rows, tiles, kept, channels, d, dy_batch_stride, dy_token_stride, hidden_stride,
-        BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+        dx_batch_stride, BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
         WANTS_X: tl.constexpr,
     ):  # fmt: skip
         """Completes dhidden with the filtered experts, and dx = dy + dhidden enter."""
@@ -297,7 +297,7 @@ if HAS_TRITON:
             spatial = tl.load(dhidden, mask=narrow_ok, other=0.0)
             logits = tl.load(row_start + 3 * d + router[None, :], mask=ok[:, None] & (router < 3)[None, :], other=0.0)
             dy_ptr += image * dy_batch_stride + n[:, None] * dy_token_stride
-            dx_ptr += (image * tokens + n)[:, None] * channels
+            dx_ptr += image * dx_batch_stride + n[:, None] * channels
             for start in range(0, channels, BC):
                 c = start + tl.arange(0, BC)
                 c_ok = (c < channels)[None, :]
@@ -312,7 +312,7 @@ if HAS_TRITON:
                 tl.store(dx_ptr + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=ok[:, None] & c_ok)
 
 
-class Plan(NamedTuple):
+class Tiling(NamedTuple):
     """Sizes that forward and backward launches share."""
 
     sizes: tuple[int, ...]  # tokens, height, width, rows, tiles, kept, channels, d
@@ -321,7 +321,7 @@ class Plan(NamedTuple):
     meta: dict[str, int | str]
 
 
-def plan(x: Tensor, grid: tuple[int, int], kept: GridFilter, enter: Tensor) -> Plan:
+def tile(x: Tensor, grid: tuple[int, int], kept: GridFilter, enter: Tensor) -> Tiling:
     """Whole grid rows per tile: small tiles fill the GPU at small batches, larger ones re-read the weights less."""
     batch, tokens, channels = x.shape
     height, width = grid
@@ -334,7 +334,7 @@ def plan(x: Tensor, grid: tuple[int, int], kept: GridFilter, enter: Tensor) -> P
     # the backward kernel holds nine [BM, D] blocks of float32
     wide = d > 32 or enter.dtype == torch.float32
     meta["num_warps"] = max(8, block * pad(d) // 256) if wide else max(4, block * pad(d) // 512)
-    return Plan(
+    return Tiling(
         (tokens, height, width, rows, tiles, count, channels, d),
         batch * tiles,
         32 if d > 32 else dot_block(enter.dtype),
@@ -342,7 +342,7 @@ def plan(x: Tensor, grid: tuple[int, int], kept: GridFilter, enter: Tensor) -> P
     )
 
 
-def _filter_rows(by_row: Tensor, kept: GridFilter, at: Plan) -> Tensor:
+def _filter_rows(by_row: Tensor, kept: GridFilter, at: Tiling) -> Tensor:
     filtered = torch.empty_like(by_row)
     batch, height, count, channels = by_row.shape
     if by_row.numel():
@@ -354,39 +354,43 @@ def _filter_rows(by_row: Tensor, kept: GridFilter, at: Plan) -> Tensor:
     return filtered
 
 
-def _hidden_like(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+def hidden_like(x: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     """[B, N, rank] with rows padded to a multiple of 16, so that vector loads stay aligned."""
     return torch.empty(*x.shape[:2], -(-rank // 16) * 16, dtype=dtype, device=x.device)[..., :rank]
 
 
 def forward(
-    x: Tensor, enter: Tensor, bias: Tensor, leave: Tensor, scale: Tensor, kept: GridFilter, grid: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """y [B, N, C] in the dtype of x and hidden [B, N, 3d+3] as the reference keeps it."""
+    x: Tensor, enter: Tensor, bias: Tensor, leave: Tensor, scale: Tensor, kept: GridFilter, grid: tuple[int, int],
+    y: Tensor,
+) -> Tensor:  # fmt: skip
+    """Fills y [B, N, C], rows of any batch stride, and returns hidden [B, N, 3d+3] as the reference keeps it."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    at = plan(x, grid, kept, enter)
-    hidden = _hidden_like(x, len(enter), enter.dtype)
+    at = tile(x, grid, kept, enter)
+    hidden = hidden_like(x, len(enter), enter.dtype)
     by_row = x.new_empty(x.shape[0], grid[0], len(kept.columns), 2 * at.meta["D"], dtype=torch.float32)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     strides = (x.stride(0), x.stride(1), hidden.stride(1))
     _project_kernel[(at.programs,)](
         x, enter, bias, hidden, by_row, kept.columns, *at.sizes, *strides, BK=at.depth, **at.meta
     )
     filtered = _filter_rows(by_row, kept, at)
     _mix_kernel[(at.programs,)](
-        x, y, hidden, filtered, kept.columns, bias, leave, scale, *at.sizes, *strides, BC=max(at.depth, 32), **at.meta
-    )
-    return y, hidden
+        x, y, hidden, filtered, kept.columns, bias, leave, scale, *at.sizes, *strides, y.stride(0),
+        BC=max(at.depth, 32), **at.meta,
+    )  # fmt: skip
+    return hidden
 
 
 def backward(
     x: Tensor, hidden: Tensor, enter: Tensor, leave: Tensor, scale: Tensor, kept: GridFilter, grid: tuple[int, int],
-    dy: Tensor, wants_x: bool, wants_enter: bool, wants_leave: bool, wants_cutoff: bool,
+    dy: Tensor, dx: Tensor | None, dtype: torch.dtype, wants_enter: bool, wants_leave: bool, wants_cutoff: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dx, denter, dbias, dleave, dscale, and the gradient of hidden before the filter (for a learnable cutoff)."""
+    """Fills dx where one is given; denter, dbias, dleave, dscale, and the gradient of hidden before the filter.
+
+    ``dtype`` is that of the weights' gradients; the last is for a learned cutoff.
+    """
     x, dy = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, dy))
-    at = plan(x, grid, kept, enter)
-    dhidden, mixed = (_hidden_like(x, len(enter), enter.dtype) for _ in range(2))
+    at = tile(x, grid, kept, enter)
+    dhidden, mixed = (hidden_like(x, len(enter), enter.dtype) for _ in range(2))
     by_row = x.new_empty(x.shape[0], grid[0], len(kept.columns), 2 * at.meta["D"], dtype=torch.float32)
     sums = x.new_empty(at.programs, len(enter) + 1, dtype=torch.float32)
     strides = (dy.stride(0), dy.stride(1), hidden.stride(1))
@@ -396,24 +400,13 @@ def backward(
     )  # fmt: skip
     sums = sums.sum(0)
     unfiltered = dhidden.clone() if wants_cutoff else None
-    dx = denter = None
+    wants_x = dx is not None
     if wants_x or wants_enter:
-        dx = torch.empty(x.shape if wants_x else 0, dtype=dy.dtype, device=x.device)
         filtered = _filter_rows(by_row, kept, at)
         _input_gradient_kernel[(at.programs,)](
-            dy,
-            dx,
-            dhidden,
-            filtered,
-            kept.columns,
-            enter,
-            *at.sizes,
-            *strides,
-            BC=max(at.depth, 32),
-            WANTS_X=wants_x,
-            **at.meta,
-        )
-    if wants_enter:
-        denter = weight_gradient(dhidden, x)
-    dleave = weight_gradient(mixed, dy) if wants_leave else None
-    return dx if wants_x else None, denter, sums[:-1].to(enter.dtype), dleave, sums[-1].to(scale.dtype), unfiltered
+            dy, dx if wants_x else dhidden, dhidden, filtered, kept.columns, enter, *at.sizes, *strides,
+            dx.stride(0) if wants_x else 0, BC=max(at.depth, 32), WANTS_X=wants_x, **at.meta,
+        )  # fmt: skip
+    denter = weight_gradient(dhidden, x, dtype) if wants_enter else None
+    dleave = weight_gradient(mixed, dy, dtype) if wants_leave else None
+    return denter, sums[:-1].to(dtype), dleave, sums[-1].to(scale.dtype), unfiltered

@@ -1,13 +1,15 @@
-"""What every kernel file shares: is Triton there, which backend runs, in which dtype it computes."""
+"""What every kernel file shares: which backend runs, in which dtype, and how an operator is registered."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 BACKENDS = ("auto", "torch", "triton")
@@ -41,6 +43,16 @@ def triton_obstacles(dtypes: Sequence[torch.dtype], limits: Sequence[str], tenso
             reasons.append(f"{name} is on a GPU older than compute capability 8.0")
     if len({tensor.device for tensor in tensors.values()}) > 1:
         reasons.append("the tensors are on different devices")
+    return reasons + transforms()
+
+
+def transforms() -> list[str]:
+    """Why only plain PyTorch can run now: it is differentiated in ways that no operator of ours was written for."""
+    reasons = []
+    if torch._C._are_functorch_transforms_active():
+        reasons.append("torch.func transforms are active")
+    if forward_ad._current_level >= 0:
+        reasons.append("forward-mode differentiation is active")
     return reasons
 
 
@@ -111,9 +123,85 @@ def dot_block(dtype: torch.dtype) -> int:
     return 16 if dtype == torch.float32 else 64
 
 
-def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)`` as the last step of an autograd function.
+def without_autocast(x: Tensor):
+    """Context in which products have the dtype of their operands, whatever autocast says outside."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
-    Under torch.compile, torch 2.11 loses the gradient of a function whose output is a conversion that does nothing.
+
+LIBRARY = torch.library.Library("cegate", "FRAGMENT")
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def define(schema: str, run: Callable, fake: Callable) -> Callable:
+    """Register ``cegate::<schema>`` and return the function that calls it.
+
+    The compiler sees the schema and ``fake`` alone. Whatever ``run`` does (launches, look-ups by size, strides of its
+    own memory) happens when the operator is called, with the sizes, strides and numbers of that call.
+
+    Args:
+        run: computes contiguous outputs (or the strides that ``fake`` gives) that share no memory with an input; a
+            result that nobody wants is an empty tensor.
+        fake: the same outputs by shape, dtype and strides.
     """
-    return x if x.dtype == dtype else x.to(dtype)
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cegate::{name}", fake, lib=LIBRARY)
+    operator = getattr(torch.ops.cegate, name).default
+
+    def call(*inputs):
+        return operator(*inputs) if is_traced(inputs[0]) else run(*inputs)
+
+    return call
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether a compiler looks on: by its own word, or by tensors that stand for others."""
+    return torch.compiler.is_compiling() or type(x) not in PLAIN
+
+
+def differentiable(
+    name: str, run: Callable, setup: Callable, backward: Callable, alone: Callable | None = None
+) -> Callable:
+    """Give ``cegate::<name>`` a gradient and return the function that calls it.
+
+    ``register_autograd`` is what the compiler traces; called eagerly it costs 20 us more per forward and backward than
+    the same functions in a plain autograd function, as much as a small module's own work.
+
+    Args:
+        run: computes the operator in an eager call.
+        setup: ``(ctx, inputs, output)``, saves what ``backward`` needs.
+        backward: ``(ctx, *gradients)``, one gradient for each input.
+        alone: in place of ``run`` where no backward follows.
+    """
+    alone = alone or run
+    operator = getattr(torch.ops.cegate, name).default
+    torch.library.register_autograd(f"cegate::{name}", backward, setup_context=setup, lib=LIBRARY)
+
+    def forward(ctx, *inputs):
+        output = run(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    steps = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(name, (torch.autograd.Function,), steps)
+
+    def call(*inputs):
+        if is_traced(inputs[0]):
+            return operator(*inputs)
+        if torch.is_grad_enabled() and any(isinstance(given, Tensor) and given.requires_grad for given in inputs):
+            return function.apply(*inputs)
+        return alone(*inputs)
+
+    return call
+
+
+def refuse_second_derivatives(op: str) -> None:
+    """Gradients are on within a backward exactly if its own gradient is wanted, and that would be silently wrong.
+
+    Raises:
+        NotImplementedError: they are on.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(f"{op}: its gradient has no derivative of its own; torch.func.grad of it has")

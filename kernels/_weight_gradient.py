@@ -38,12 +38,13 @@ if HAS_TRITON:
         tl.store(partial_ptr + at, total, mask=rank_ok[:, None] & channel_ok[None, :])
 
 
-def weight_gradient(narrow: Tensor, wide: Tensor) -> Tensor:
-    """[R, C] in the dtype of narrow = sum over tokens of narrow [B, N, R] times wide [B, N, C].
+def weight_gradient(narrow: Tensor, wide: Tensor, dtype: torch.dtype, *, transposed: bool = False) -> Tensor:
+    """[R, C] = sum over tokens of narrow [B, N, R] times wide [B, N, C]; or its transpose [C, R], contiguous too.
 
     Args:
         narrow: contiguous but for a padded row, so that token (b, n) starts at ``(b * N + n) * narrow.stride(1)``.
         wide: last stride 1.
+        dtype: of the result.
     """
     images, tokens, rank = narrow.shape
     channels = wide.shape[-1]
@@ -57,4 +58,9 @@ def weight_gradient(narrow: Tensor, wide: Tensor) -> Tensor:
         RP=pad(rank), BM=min(32 if rank > 128 else 64, dot_block(narrow.dtype)), BC=block,
         num_warps=4 if rank <= 64 and narrow.dtype != torch.float32 else 8, num_stages=3,
     )  # fmt: skip
-    return partial.sum(0).to(narrow.dtype)
+    if transposed:
+        total = partial.new_empty(channels, rank)
+        torch.sum(partial, 0, out=total.mT)
+    else:
+        total = partial.sum(0)
+    return total.to(dtype)

@@ -12,16 +12,27 @@ import torch
 from torch import Tensor
 
 from . import _frequency_kernels
-from ._support import accumulation_dtype, compute_dtype, pick_backend
+from ._support import (
+    accumulation_dtype,
+    compute_dtype,
+    define,
+    differentiable,
+    pick_backend,
+    refuse_second_derivatives,
+    transforms,
+    without_autocast,
+)
 from .low_pass import (
+    EDGE,
     MAX_SIDE,
+    Edge,
     GridFilter,
     apply_filter,
+    as_edge,
+    check_grid,
+    cutoff_gradients,
     grid_limits,
-    learnable_weights,
     low_pass_fft,
-    make_filter,
-    weight_gradients,
 )
 
 MAX_WIDTH = 64
@@ -87,75 +98,173 @@ def _parts(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return hidden[..., : 3 * d].unflatten(-1, (3, d)), hidden[..., 3 * d :]
 
 
-def _add_product(x: Tensor, narrow: Tensor, weight: Tensor) -> Tensor:
-    """x [B, N, C] + narrow [B, N, R] @ weight [R, C], in the dtype of x."""
+def _add_product(x: Tensor, narrow: Tensor, weight: Tensor, out: Tensor) -> None:
+    """out = x [B, N, C] + narrow [B, N, R] @ weight [R, C], in the dtype of x."""
     if x.dtype != weight.dtype:
-        return x + narrow @ weight
-    return torch.baddbmm(x, narrow, weight.expand(x.shape[0], -1, -1))
+        torch.add(x, narrow @ weight, out=out)
+    else:
+        torch.baddbmm(x, narrow, weight.expand(x.shape[0], -1, -1), out=out)
 
 
-def _weight_gradient(narrow: Tensor, wide: Tensor) -> Tensor:
+def _weight_gradient(narrow: Tensor, wide: Tensor, dtype: torch.dtype) -> Tensor:
     """[R, C] = sum over all tokens of narrow [B, N, R] times wide [B, N, C]."""
-    return (narrow.mT @ wide.to(narrow.dtype)).sum(0)
+    return (narrow.mT @ wide.to(narrow.dtype)).sum(0, dtype=dtype)
 
 
-def _forward(x, enter, bias, leave, scale, kept, grid):
-    hidden = x.to(enter.dtype) @ enter.mT
-    hidden = _split_bands(hidden, grid, kept).add_(bias)
-    return _add_product(x, _mix(hidden).mul_(scale), leave), hidden
+def _hidden(x: Tensor, enter: Tensor, bias: Tensor, kept: GridFilter, grid: tuple[int, int]) -> Tensor:
+    """[B, N, 3d+3], what enters the activations: filtered, with bias."""
+    return _split_bands(x.to(enter.dtype) @ enter.mT, grid, kept).add_(bias)
 
 
-def _backward(x, hidden, enter, leave, scale, kept, grid, dy, wants_x, wants_enter, wants_leave, wants_cutoff):
+def _forward(x, enter, bias, leave, scale, kept, grid, y):
+    hidden = _hidden(x, enter, bias, kept, grid)
+    _add_product(x, _mix(hidden).mul_(scale), leave, y)
+    return hidden
+
+
+def _backward(x, hidden, enter, leave, scale, kept, grid, dy, dx, dtype, wants_enter, wants_leave, wants_cutoff):
     """As :func:`._frequency_kernels.backward`."""
     dy_narrow = dy.to(leave.dtype)
     dhidden, mixed, inner = _mix_backward(hidden, dy_narrow @ leave.mT, scale)
-    dleave = _weight_gradient(mixed, dy_narrow) if wants_leave else None
-    dbias = dhidden.sum((0, 1))
+    dleave = _weight_gradient(mixed, dy_narrow, dtype) if wants_leave else None
+    dbias = dhidden.sum((0, 1), dtype=dtype)
     dscale = inner.sum(dtype=accumulation_dtype(inner.dtype)).to(scale.dtype)
     unfiltered = dhidden.clone() if wants_cutoff else None
-    dx = denter = None
-    if wants_x or wants_enter:
+    denter = None
+    if dx is not None or wants_enter:
         dhidden = _split_bands(dhidden, grid, kept)
-        dx = _add_product(dy, dhidden, enter) if wants_x else None
-        denter = _weight_gradient(dhidden, x) if wants_enter else None
-    return dx, denter, dbias, dleave, dscale, unfiltered
+        if dx is not None:
+            _add_product(dy, dhidden, enter, dx)
+        denter = _weight_gradient(dhidden, x, dtype) if wants_enter else None
+    return denter, dbias, dleave, dscale, unfiltered
 
 
-class _FrequencyAdapter(torch.autograd.Function):
-    """Keeps x and hidden [B, N, 3d+3] only. hidden is what enters the activations: filtered, with bias."""
+def _stack(dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """enter [3d+3, C], its bias [3d+3] and leave [3d+3, C]: experts and router one behind the other."""
+    down, down_bias, up, up_bias, router, router_bias = weights
+    enter = torch.cat([down.flatten(0, 1), router]).to(dtype)
+    return enter, torch.cat([down_bias.flatten(), router_bias]).to(dtype), torch.cat(
+        [up.mT.flatten(0, 1), up_bias]
+    ).to(dtype)  # fmt: skip
 
-    @staticmethod
-    def forward(x, enter, bias, leave, scale, row_weights, column_weights, kept, grid, backend):
+
+def _passing(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """A contiguous tensor like x with its first tokens, and the part of it that is to be filled."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if prefix:
+        y[:, :prefix] = x[:, :prefix]
+    return y, y[:, prefix:]
+
+
+def _run(x, down, down_bias, up, up_bias, router, router_bias, scale, *rest):
+    *edge, prefix, dtype, backend = rest
+    edge = Edge(*edge)
+    with torch.no_grad(), without_autocast(x):
+        enter, bias, leave = _stack(dtype, down, down_bias, up, up_bias, router, router_bias)
         run = _frequency_kernels.forward if backend == "triton" else _forward
-        return run(x, enter, bias, leave, scale, kept, grid)
+        y, patches = _passing(x, prefix)
+        x = x[:, prefix:]
+        hidden = run(x, enter, bias, leave, scale, edge.filter(x), edge.grid, patches)
+    return y, hidden, enter, leave
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, enter, _, leave, scale, _, _, ctx.kept, ctx.grid, ctx.backend = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, output[1], enter, leave, scale)
 
-    @staticmethod
-    def backward(ctx, dy, _):
-        if dy is None:
-            return (None,) * 10
-        x, hidden, enter, leave, scale = ctx.saved_tensors
-        wants_x, wants_enter, _, wants_leave, _, wants_cutoff, *_ = ctx.needs_input_grad
-        run = _frequency_kernels.backward if ctx.backend == "triton" else _backward
+def _fake(x, down, down_bias, up, up_bias, router, router_bias, scale, height, width, *rest):
+    *_, prefix, dtype, backend = rest
+    rank, patches = 3 * down.shape[1] + 3, x[:, prefix:]
+    if backend == "triton":
+        hidden = _frequency_kernels.hidden_like(patches, rank, dtype)
+    else:
+        hidden = x.new_empty(*patches.shape[:2], rank, dtype=dtype)
+    stacks = (x.new_empty(rank, x.shape[2], dtype=dtype) for _ in range(2))
+    return x.new_empty(x.shape), hidden, *stacks
+
+
+def _run_backward(dy, x, hidden, enter, leave, scale, *rest):
+    """dx, denter, dbias, dleave, dscale and dcutoff; empty where nobody wants one."""
+    *edge, prefix, dtype, backend, wants_x, wants_enter, wants_leave, wants_cutoff = rest
+    edge = Edge(*edge)
+    with torch.no_grad(), without_autocast(x):
+        run = _frequency_kernels.backward if backend == "triton" else _backward
+        dx, patches = _passing(dy, prefix) if wants_x else (None, None)
+        x, dy = x[:, prefix:], dy[:, prefix:]
+        kept = edge.filter(x)
         *gradients, unfiltered = run(
-            x, hidden, enter, leave, scale, ctx.kept, ctx.grid, dy, wants_x, wants_enter, wants_leave, wants_cutoff
+            x, hidden, enter, leave, scale, kept, edge.grid, dy, patches, dtype, wants_enter, wants_leave, wants_cutoff
         )
-        cutoff = (None, None) if unfiltered is None else _cutoff_gradients(x, unfiltered, enter, ctx.grid, ctx.kept)
-        return *gradients, *cutoff, None, None, None
+        dcutoff = None
+        if wants_cutoff:
+            slopes = _cutoff_gradients(x.to(enter.dtype) @ enter.mT, unfiltered, edge, kept)
+            dcutoff = slopes.sum(0).to(edge.learned.dtype).view(edge.learned.shape)
+    return tuple(x.new_empty(0) if gradient is None else gradient for gradient in (dx, *gradients, dcutoff))
 
 
-def _cutoff_gradients(x: Tensor, dhidden: Tensor, enter: Tensor, grid: tuple[int, int], kept: GridFilter):
-    """Gradients of the filter's weights; projects x again, since hidden holds only what the filter left."""
+def _fake_backward(dy, x, hidden, enter, leave, scale, height, width, cutoff, learned, *rest):
+    *_, dtype, _, wants_x, wants_enter, wants_leave, wants_cutoff = rest
+    rank, channels = enter.shape
+    return (
+        dy.new_empty(dy.shape if wants_x else 0),
+        enter.new_empty((rank, channels), dtype=dtype) if wants_enter else x.new_empty(0),
+        enter.new_empty(rank, dtype=dtype),
+        enter.new_empty((rank, channels), dtype=dtype) if wants_leave else x.new_empty(0),
+        torch.empty_like(scale),
+        torch.empty_like(learned) if wants_cutoff else x.new_empty(0),
+    )
+
+
+def _cutoff_gradients(projected: Tensor, dhidden: Tensor, edge: Edge, kept: GridFilter) -> Tensor:
+    """[B]: projected [B, N, 3d+3] is what the filter got, dhidden the gradient of what it left."""
     d = dhidden.shape[-1] // 3 - 1
-    unfiltered = x.to(enter.dtype) @ enter[d : 3 * d].mT
     signed = torch.cat([dhidden[..., d : 2 * d], -dhidden[..., 2 * d : 3 * d]], dim=-1)
-    return weight_gradients(unfiltered, signed, grid, kept)
+    return cutoff_gradients(projected[..., d : 3 * d], signed, edge, kept)
+
+
+def _setup(ctx, inputs, output) -> None:
+    """Keeps x and hidden [B, N, 3d+3], besides what is of the size of the weights."""
+    x, down, *_, scale, height, width, cutoff, learned, band, tau, ctx.prefix, _, ctx.backend = inputs
+    _, hidden, enter, leave = output
+    ctx.edge, ctx.dtype = (height, width, cutoff, None, band, tau), down.dtype
+    ctx.mark_non_differentiable(hidden, enter, leave)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, hidden, enter, leave, scale, learned)
+
+
+def _differentiate(ctx, dy: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 17
+    refuse_second_derivatives("frequency_adapter")
+    *saved, learned = ctx.saved_tensors
+    x, enter = saved[0], saved[2]
+    wants_x, wants_down, _, wants_up, wants_up_bias, wants_router = ctx.needs_input_grad[:6]
+    wants = (wants_x, wants_down or wants_router, wants_up or wants_up_bias, ctx.needs_input_grad[11])
+    edge = (*ctx.edge[:3], learned, *ctx.edge[4:])
+    dx, denter, dbias, dleave, dscale, dcutoff = _frequency_adapter_backward(
+        dy, *saved, *edge, ctx.prefix, ctx.dtype, ctx.backend, *wants
+    )
+    channels, d = x.shape[2], enter.shape[0] // 3 - 1
+    gradients = [dx, None, dbias[: 3 * d].view(3, d), None, None, None, dbias[3 * d :], dscale]
+    if wants[1]:
+        gradients[1], gradients[5] = denter[: 3 * d].view(3, d, channels), denter[3 * d :]
+    if wants[2]:
+        gradients[3], gradients[4] = dleave[: 3 * d].view(3, d, channels).mT, dleave[3 * d :]
+    gradients = [g if wanted else None for g, wanted in zip(gradients, ctx.needs_input_grad[:8], strict=True)]
+    return *gradients, None, None, None, dcutoff if wants[3] else None, None, None, None, None, None
+
+
+define(
+    "fused_frequency_adapter(Tensor x, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, Tensor router, "
+    f"Tensor router_bias, Tensor scale, {EDGE}, SymInt prefix, ScalarType dtype, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+_frequency_adapter_backward = define(
+    "fused_frequency_adapter_backward(Tensor dy, Tensor x, Tensor hidden, Tensor enter, Tensor leave, Tensor scale, "
+    f"{EDGE}, SymInt prefix, ScalarType dtype, str backend, bool wants_x, bool wants_enter, bool wants_leave, "
+    "bool wants_cutoff) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+_frequency_adapter = differentiable("fused_frequency_adapter", _run, _setup, _differentiate)
 
 
 def frequency_adapter(
@@ -172,41 +281,51 @@ def frequency_adapter(
     band: str = "official",
     *,
     tau: float = 0.5,
+    prefix: int = 0,
     backend: str = "auto",
 ) -> Tensor:
     """x plus the gated sum of three bottleneck experts that see x, its low-pass and its high-pass.
 
     Args:
-        x: [B, H*W, C] patch tokens row by row; float32, bfloat16, float16 (float64 in PyTorch only); any strides.
+        x: [B, prefix + H*W, C], patch tokens row by row behind the prefix; float32, bfloat16, float16 (float64 in
+            PyTorch only); any strides.
         grid: (H, W).
         down, down_bias: [3, d, C], [3, d]; experts in the order spatial, low, high.
         up, up_bias: [3, C, d], [3, C].
         router, router_bias: [3, C], [3]; logits of the gates.
         scale: [] factor of the mixture.
         cutoff, band, tau: as in :func:`low_pass`.
+        prefix: number of tokens before the patches, which pass through.
         backend: "auto", "torch" or "triton".
 
     Returns:
-        [B, H*W, C] in the dtype of x: ``x + scale * mixture``. Weights are cast to the dtype of x, or to autocast's.
+        [B, prefix + H*W, C] in the dtype of x: ``x + scale * mixture``. Weights are cast to the dtype of x, or to
+        autocast's.
 
     Raises:
         ValueError: shapes, cutoff or band do not fit.
 
     Source: Earth-Adapter, arXiv:2504.06220; spec: project first, filter after.
     """
-    _check(x, down, down_bias, up, up_bias, router, router_bias)
-    dtype = compute_dtype(x)
+    _check(x, grid, cutoff, band, prefix, down, down_bias, up, up_bias, router, router_bias)
     chosen = pick_backend("frequency_adapter", backend, limits=_limits(grid, down), x=x, down=down)
-    enter = torch.cat([down.flatten(0, 1), router]).to(dtype)  # [3d+3, C]
-    enter_bias = torch.cat([down_bias.flatten(), router_bias]).to(dtype)
-    leave = torch.cat([up.mT.flatten(0, 1), up_bias]).to(dtype)  # [3d+3, C]
-    scale = torch.as_tensor(scale, dtype=dtype, device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        kept = make_filter(x, grid, cutoff, band, tau)
-        return _FrequencyAdapter.apply(
-            x, enter, enter_bias, leave, scale, *learnable_weights(kept, cutoff), kept, tuple(grid),
-            chosen if x.numel() else "torch",
-        )[0]  # fmt: skip
+    weights, dtype = (down, down_bias, up, up_bias, router, router_bias), compute_dtype(x)
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor(scale, dtype=dtype, device=x.device)
+    edge = as_edge(grid, cutoff, band, tau)
+    if transforms():
+        return _plain(x, weights, scale, edge, prefix, dtype)
+    return _frequency_adapter(x, *weights, scale, *edge, prefix, dtype, chosen if x.numel() else "torch")[0]
+
+
+def _plain(x: Tensor, weights: tuple[Tensor, ...], scale: Tensor, edge: Edge, prefix: int, dtype: torch.dtype):
+    """The forward pass as PyTorch differentiates it, as often and in whichever mode it is asked to."""
+    with without_autocast(x):
+        enter, bias, leave = _stack(dtype, *weights)
+        patches = x[:, prefix:]
+        hidden = _hidden(patches, enter, bias, edge.filter(patches), edge.grid)
+        y = (patches + scale * (_mix(hidden) @ leave)).to(x.dtype)
+    return torch.cat([x[:, :prefix], y], dim=1) if prefix else y
 
 
 def _limits(grid: tuple[int, int], down: Tensor) -> list[str]:
@@ -216,9 +335,10 @@ def _limits(grid: tuple[int, int], down: Tensor) -> list[str]:
     return grid_limits(grid) + ([f"experts are {d} wide, at most {most} on {grid[1]} columns"] if d > most else [])
 
 
-def _check(
-    x: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, router: Tensor, router_bias: Tensor
-) -> None:
+def _check(x, grid, cutoff, band, prefix, down, down_bias, up, up_bias, router, router_bias) -> None:
+    if not 0 <= prefix <= x.shape[1]:
+        raise ValueError(f"frequency_adapter: prefix={prefix} is outside 0..{x.shape[1]}, the tokens of x")
+    check_grid(x[:, prefix:] if prefix else x, grid, cutoff, band)
     channels, d = x.shape[-1], down.shape[1] if down.ndim == 3 else 0
     expected = {
         "down": (3, d, channels),
@@ -253,6 +373,45 @@ class Factors(NamedTuple):
     dcutoff: Tensor | None
 
 
+def _run_factors(x, dy, down, down_bias, up, up_bias, router, router_bias, scale, *edge):
+    edge = Edge(*edge)
+    with torch.no_grad(), without_autocast(x):
+        kept = edge.filter(x)
+        enter, bias, leave = _stack(down.dtype, down, down_bias, up, up_bias, router, router_bias)
+        projected = x.to(enter.dtype) @ enter.mT
+        hidden = _split_bands(projected.clone(), edge.grid, kept).add_(bias)
+        dhidden, mixed, inner = _mix_backward(hidden, dy.to(leave.dtype) @ leave.mT, scale)
+        wide = accumulation_dtype(dhidden.dtype)
+        if edge.learned is None:
+            dcutoff = x.new_empty(0, dtype=wide)
+        else:
+            dcutoff = _cutoff_gradients(projected, dhidden, edge, kept).to(edge.learned.dtype)
+        dbias, dscale = dhidden.sum(1, dtype=wide), inner.sum((1, 2), dtype=wide)
+        dhidden = _split_bands(dhidden, edge.grid, kept)
+    return dhidden @ enter, dhidden, mixed, dbias, dscale, dcutoff
+
+
+def _fake_factors(x, dy, down, down_bias, up, up_bias, router, router_bias, scale, height, width, cutoff, learned, *_):
+    rank, wide = 3 * down.shape[1] + 3, accumulation_dtype(down.dtype)
+    tokens = x.shape[:2]
+    return (
+        down.new_empty(x.shape),
+        down.new_empty(*tokens, rank),
+        down.new_empty(*tokens, rank),
+        down.new_empty(tokens[0], rank, dtype=wide),
+        down.new_empty(tokens[0], dtype=wide),
+        x.new_empty(0, dtype=wide) if learned is None else learned.new_empty(tokens[0]),
+    )
+
+
+_factors = define(
+    "fused_frequency_adapter_factors(Tensor x, Tensor dy, Tensor down, Tensor down_bias, Tensor up, Tensor up_bias, "
+    f"Tensor router, Tensor router_bias, Tensor scale, {EDGE}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_factors,
+    _fake_factors,
+)
+
+
 def frequency_adapter_factors(
     x: Tensor,
     dy: Tensor,
@@ -273,29 +432,8 @@ def frequency_adapter_factors(
 
     Weights have the dtype of the products; ``dx`` is that of the mixture, without the residual's ``dy``.
     """
-    grid = tuple(grid)
-    with torch.enable_grad():  # the smooth edge is differentiated by its cutoff below
-        leaf = cutoff.detach().requires_grad_() if isinstance(cutoff, Tensor) else cutoff
-        kept = make_filter(x, grid, leaf, band, tau)
-    filtering = GridFilter(*(part.detach() if isinstance(part, Tensor) else part for part in kept))
-    enter = torch.cat([down.flatten(0, 1), router])
-    bias = torch.cat([down_bias.flatten(), router_bias])
-    leave = torch.cat([up.mT.flatten(0, 1), up_bias])
-    projected = x.to(enter.dtype) @ enter.mT
-    hidden = _split_bands(projected.clone(), grid, filtering).add_(bias)
-    dhidden, mixed, inner = _mix_backward(hidden, dy.to(leave.dtype) @ leave.mT, scale)
-    wide = accumulation_dtype(dhidden.dtype)
-    dcutoff = None
-    if isinstance(cutoff, Tensor):
-        d = down.shape[1]
-        signed = torch.cat([dhidden[..., d : 2 * d], -dhidden[..., 2 * d : 3 * d]], dim=-1)
-        slopes = [weight_gradients(*pair, grid, filtering) for pair in _samples(projected[..., d : 3 * d], signed)]
-        edges = (kept.row_weights, kept.column_weights)
-        dcutoff = torch.stack([torch.autograd.grad(edges, leaf, slope, retain_graph=True)[0] for slope in slopes])
-    dbias, dscale = dhidden.sum(1, dtype=wide), inner.sum((1, 2), dtype=wide)
-    dhidden = _split_bands(dhidden, grid, filtering)
-    return Factors(dhidden @ enter, dhidden, mixed, dbias, dscale, dcutoff)
-
-
-def _samples(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(tensor.split(1) for tensor in tensors), strict=True))
+    check_grid(x, grid, cutoff, band)
+    found = _factors(
+        x, dy, down, down_bias, up, up_bias, router, router_bias, scale, *as_edge(grid, cutoff, band, tau)
+    )  # fmt: skip
+    return Factors(*found[:-1], found[-1] if isinstance(cutoff, Tensor) else None)

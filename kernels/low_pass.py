@@ -15,7 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._support import HAS_TRITON, accumulation_dtype, in_dtype, pad, pick_backend
+from ._support import (
+    HAS_TRITON,
+    accumulation_dtype,
+    define,
+    differentiable,
+    pad,
+    pick_backend,
+    refuse_second_derivatives,
+    transforms,
+    without_autocast,
+)
 
 BANDS = ("official", "symmetric")
 MAX_SIDE = 128
@@ -44,7 +54,8 @@ def low_pass_fft(x: Tensor, grid: tuple[int, int], cutoff: float = 0.3, band: st
     Args:
         x: [B, H*W, C] float32 or float64.
     """
-    height, width = _check(x, grid, cutoff, band)
+    check_grid(x, grid, cutoff, band)
+    height, width = grid
     c = box_half_width(grid, cutoff)
     box = torch.zeros(height, width, 1, device=x.device, dtype=x.dtype)
     last = c + 1 if band == "symmetric" else c
@@ -69,14 +80,9 @@ def _axis_basis(n: int, highest: int) -> tuple[list[list[float]], list[int]]:
     return rows, frequencies
 
 
-@torch.compiler.assume_constant_result
-def _axis(*key: object) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`_cached_axis`; the compiler takes the cached matrices as constants."""
-    return _cached_axis(*key)
-
-
-@functools.lru_cache(maxsize=256)
-def _cached_axis(
+# the caches are never emptied: a captured graph holds the addresses of their tensors, and a model sees few grids
+@functools.cache
+def _axis(
     n: int, highest: int, halved: int | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Basis [K, n], weights [K] (one half at frequency ``halved``, else 1) and frequencies [K] of one axis."""
@@ -87,15 +93,9 @@ def _cached_axis(
         return as_tensor(rows).reshape(-1, n), as_tensor(weights), as_tensor(frequencies)
 
 
-@torch.compiler.assume_constant_result
-def box_filter(*key: object) -> tuple:
-    """:func:`_box_filter`; the compiler takes the cached matrices as constants."""
-    return tuple(_box_filter(*key))
-
-
-@functools.lru_cache(maxsize=256)
-def _box_filter(grid: tuple[int, int], c: int, band: str, dtype: torch.dtype, device: torch.device) -> GridFilter:
-    """The filter with the sharp edge, c frequency bins from the centre; cached.
+@functools.cache
+def box_filter(grid: tuple[int, int], c: int, band: str, dtype: torch.dtype, device: torch.device) -> GridFilter:
+    """The filter with the sharp edge, c frequency bins from the centre.
 
     Made in float64 on the CPU, which neither autocast nor TF32 touches: the cache outlives the mode that filled it.
     """
@@ -128,11 +128,40 @@ def smooth_filter(
 
 def make_filter(x: Tensor, grid: tuple[int, int], cutoff: float | Tensor, band: str, tau: float) -> GridFilter:
     """The filter that ``cutoff`` asks for: a number is the box, a tensor the smooth edge."""
-    height, width = _check(x, grid, cutoff, band)
     key = (accumulation_dtype(x.dtype), x.device)
     if isinstance(cutoff, Tensor):
-        return smooth_filter((height, width), cutoff, tau, *key)
-    return GridFilter(*box_filter((height, width), box_half_width(grid, cutoff), band, *key))
+        return smooth_filter(grid, cutoff, tau, *key)
+    return box_filter(grid, box_half_width(grid, cutoff), band, *key)
+
+
+class Edge(NamedTuple):
+    """What a filter is made from, as the operators take it: their last arguments but the backend."""
+
+    height: int
+    width: int
+    cutoff: float
+    learned: Tensor | None
+    """In place of ``cutoff``, the smooth edge."""
+    band: str
+    tau: float
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.height, self.width
+
+    def filter(self, x: Tensor) -> GridFilter:
+        """For tokens like x."""
+        return make_filter(x, self.grid, self.cutoff if self.learned is None else self.learned, self.band, self.tau)
+
+
+EDGE = "SymInt height, SymInt width, float cutoff, Tensor? learned, str band, float tau"
+
+
+def as_edge(grid: tuple[int, int], cutoff: float | Tensor, band: str, tau: float) -> Edge:
+    """The edge that the arguments of the public functions ask for."""
+    number, learned = (0.0, cutoff) if isinstance(cutoff, Tensor) else (float(cutoff), None)
+    return Edge(*grid, number, learned, band, float(tau))
 
 
 def grid_spectrum(x: Tensor, grid: tuple[int, int], kept: GridFilter) -> Tensor:
@@ -160,10 +189,12 @@ def apply_filter(x: Tensor, grid: tuple[int, int], kept: GridFilter) -> Tensor:
     return (kept.rows.mT @ by_row.view(batch, len(kept.rows), width * channels)).view(x.shape)
 
 
-def weight_gradients(x: Tensor, dy: Tensor, grid: tuple[int, int], kept: GridFilter) -> tuple[Tensor, Tensor]:
-    """Gradients of ``row_weights`` [K] and ``column_weights`` [L] of a filter without coupled corner."""
-    energy = (grid_spectrum(x, grid, kept) * grid_spectrum(dy, grid, kept)).sum((0, 3))  # [K, L]
-    return energy @ kept.column_weights, energy.mT @ kept.row_weights
+def cutoff_gradients(x: Tensor, dy: Tensor, edge: Edge, kept: GridFilter) -> Tensor:
+    """[B]: gradients of the learned cutoff, for x [B, H*W, C] that was filtered and the gradient dy of the result."""
+    energy = (grid_spectrum(x, edge.grid, kept) * grid_spectrum(dy, edge.grid, kept)).sum(3)  # [B, K, L]
+    rows, columns = kept.row_weights, kept.column_weights
+    slope = (energy @ columns) @ (rows * (1 - rows)) + (energy.mT @ rows) @ (columns * (1 - columns))
+    return slope * (min(edge.grid) / (2 * edge.tau))
 
 
 if HAS_TRITON:
@@ -264,33 +295,48 @@ def _low_pass_triton(x: Tensor, grid: tuple[int, int], kept: GridFilter) -> Tens
     return y
 
 
-def _run_filter(x: Tensor, kept: GridFilter, grid: tuple[int, int], backend: str) -> Tensor:
-    if backend == "triton":
-        return _low_pass_triton(x, grid, kept)
-    return in_dtype(apply_filter(x, grid, kept), x.dtype)
+def _run(x: Tensor, *rest) -> Tensor:
+    *edge, backend = rest
+    edge = Edge(*edge)
+    with torch.no_grad(), without_autocast(x):  # sums of a whole grid: never in half precision
+        kept = edge.filter(x)
+        if backend == "triton":
+            return _low_pass_triton(x, edge.grid, kept)
+        return apply_filter(x, edge.grid, kept).to(x.dtype)
 
 
-class _LowPass(torch.autograd.Function):
+def _run_cutoff(x: Tensor, dy: Tensor, *edge) -> Tensor:
+    edge = Edge(*edge)
+    with torch.no_grad(), without_autocast(x):
+        return cutoff_gradients(x, dy, edge, edge.filter(x)).sum(0).to(edge.learned.dtype).view(edge.learned.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    x, *ctx.edge, ctx.backend = inputs
+    learned = ctx.edge[3]
+    ctx.edge[3] = None  # tensors are kept by autograd alone
+    ctx.save_for_backward(None if learned is None else x, learned)
+
+
+def _backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Self-adjoint: the backward of x is the filter itself."""
+    x, learned = ctx.saved_tensors
+    edge = [*ctx.edge[:3], learned, *ctx.edge[4:]]
+    dx = _low_pass(dy, *edge, ctx.backend) if ctx.needs_input_grad[0] else None
+    dcutoff = None
+    if ctx.needs_input_grad[4]:
+        refuse_second_derivatives("low_pass")
+        dcutoff = _low_pass_cutoff(x, dy, *edge)
+    return dx, None, None, None, dcutoff, None, None, None
 
-    @staticmethod
-    def forward(x, row_weights, column_weights, kept, grid, backend):
-        return _run_filter(x, kept, grid, backend)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, _, _, ctx.kept, ctx.grid, ctx.backend = inputs
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-
-    @staticmethod
-    def backward(ctx, dy):
-        (x,) = ctx.saved_tensors
-        dx = drow = dcolumn = None
-        if ctx.needs_input_grad[0]:
-            dx = _run_filter(dy, ctx.kept, ctx.grid, ctx.backend)
-        if x is not None:
-            drow, dcolumn = weight_gradients(x, dy, ctx.grid, ctx.kept)
-        return dx, drow, dcolumn, None, None, None
+define(f"fused_low_pass(Tensor x, {EDGE}, str backend) -> Tensor", _run, lambda x, *rest: x.new_empty(x.shape))
+_low_pass = differentiable("fused_low_pass", _run, _setup, _backward)
+_low_pass_cutoff = define(
+    f"fused_low_pass_cutoff(Tensor x, Tensor dy, {EDGE}) -> Tensor",
+    _run_cutoff,
+    lambda x, dy, height, width, cutoff, learned, *rest: torch.empty_like(learned),
+)
 
 
 def low_pass(
@@ -321,15 +367,12 @@ def low_pass(
 
     Source: Earth-Adapter, arXiv:2504.06220.
     """
+    check_grid(x, grid, cutoff, band)
     chosen = pick_backend("low_pass", backend, limits=grid_limits(grid), x=x)
-    with torch.autocast(x.device.type, enabled=False):  # sums of a whole grid: never in half precision
-        kept = make_filter(x, grid, cutoff, band, tau)
-        return _LowPass.apply(x, *learnable_weights(kept, cutoff), kept, tuple(grid), chosen if x.numel() else "torch")
-
-
-def learnable_weights(kept: GridFilter, cutoff: float | Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The filter's weights where they may want a gradient."""
-    return (kept.row_weights, kept.column_weights) if isinstance(cutoff, Tensor) else (None, None)
+    edge = as_edge(grid, cutoff, band, tau)
+    if transforms():
+        return apply_filter(x, edge.grid, edge.filter(x)).to(x.dtype)
+    return _low_pass(x, *edge, chosen if x.numel() else "torch")
 
 
 def grid_limits(grid: tuple[int, int]) -> list[str]:
@@ -337,7 +380,8 @@ def grid_limits(grid: tuple[int, int]) -> list[str]:
     return [f"the grid {grid[0]} x {grid[1]} is larger than {MAX_SIDE} x {MAX_SIDE}"] if max(grid) > MAX_SIDE else []
 
 
-def _check(x: Tensor, grid: tuple[int, int], cutoff: float | Tensor, band: str) -> tuple[int, int]:
+def check_grid(x: Tensor, grid: tuple[int, int], cutoff: float | Tensor, band: str) -> None:
+    """Raise a ValueError that names every argument which does not fit the others."""
     height, width = grid
     problems = []
     if x.ndim != 3 or x.shape[1] != height * width:
@@ -348,4 +392,3 @@ def _check(x: Tensor, grid: tuple[int, int], cutoff: float | Tensor, band: str) 
         problems.append(f"band={band!r} is unknown, use one of {', '.join(BANDS)}")
     if problems:
         raise ValueError(f"low_pass: {'; '.join(problems)}")
-    return height, width

@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._support import HAS_TRITON, compute_dtype, dot_block, in_dtype, pad, pick_backend
+from ._support import (
+    HAS_TRITON,
+    accumulation_dtype,
+    compute_dtype,
+    define,
+    differentiable,
+    dot_block,
+    is_traced,
+    pad,
+    pick_backend,
+    refuse_second_derivatives,
+    transforms,
+    without_autocast,
+)
 
 ACTIVATIONS = (None, "relu", "gelu")
 MAX_RANK = 256
@@ -26,10 +39,10 @@ def _activate_backward(pre: Tensor, dhidden: Tensor, activation: str | None) -> 
 def _product(narrow: Tensor, weight: Tensor, scale: float, base: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """base + scale * narrow [M, r] @ weight [out, r]^T."""
     if base is None:
-        return in_dtype(scale * narrow @ weight.mT, out_dtype)
+        return (scale * narrow @ weight.mT).to(out_dtype)
     if base.dtype == narrow.dtype:
         return torch.addmm(base, narrow, weight.mT, alpha=scale)
-    return base + scale * (narrow @ weight.mT)
+    return (narrow @ weight.mT).to(out_dtype).mul_(scale).add_(base)
 
 
 if HAS_TRITON:
@@ -57,6 +70,7 @@ if HAS_TRITON:
     ):  # fmt: skip
         """One part (axis 1: one map, or q and v) of one block of tokens; the parts share x through L2."""
         part = tl.program_id(1)
+        scale = tl.cast(scale, tl.float32)  # whatever number came
         m, r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, RP)
         ok, rank_ok = m < tokens, r < rank
         down_ptr += part * rank * channels
@@ -81,14 +95,14 @@ if HAS_TRITON:
             c = start + tl.arange(0, BC)
             c_ok = c < out
             at_ok = ok[:, None] & c_ok[None, :]
-            y = tl.zeros([BM, BC], tl.float32)
-            if HAS_BASE:
-                base = base_ptr + m[:, None] * base_stride + (part * part_offset + c)[None, :]
-                y = tl.load(base, mask=at_ok, other=0.0).to(tl.float32)
+            up = tl.load(up_ptr + c[None, :] * rank + r[:, None], mask=rank_ok[:, None] & c_ok[None, :], other=0.0)
+            # the base last: a sum that began with its largest term would round every product to that term's unit
+            y = dot(hidden, up, tl.zeros([BM, BC], tl.float32))
             if HAS_UP_BIAS:
                 y += scale * tl.load(up_bias_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
-            up = tl.load(up_ptr + c[None, :] * rank + r[:, None], mask=rank_ok[:, None] & c_ok[None, :], other=0.0)
-            y = dot(hidden, up, y)
+            if HAS_BASE:
+                base = base_ptr + m[:, None] * base_stride + (part * part_offset + c)[None, :]
+                y += tl.load(base, mask=at_ok, other=0.0).to(tl.float32)
             y_at = y_ptr + m[:, None] * y_stride + (part * part_offset + c)[None, :]
             tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=at_ok)
 
@@ -129,6 +143,7 @@ if HAS_TRITON:
         WANTS_X: tl.constexpr, PARTS: tl.constexpr, ACTIVATION: tl.constexpr,
         BM: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, RP: tl.constexpr,
     ):  # fmt: skip
+        scale = tl.cast(scale, tl.float32)  # whatever number came
         m, r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM), tl.arange(0, RP)
         ok, rank_ok = m < tokens, r < rank
         first = _part_backward(
@@ -165,9 +180,15 @@ def _tiles(rank: int, dtype: torch.dtype) -> dict[str, int]:
     }
 
 
-def _rows(flat: Tensor) -> Tensor:
-    """The same [M, C] with unit stride in a row."""
+def _rows(x: Tensor) -> Tensor:
+    """[M, C] with unit stride in a row, of x [..., C]."""
+    flat = x.reshape(-1, x.shape[-1])
     return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def _cast(dtype: torch.dtype, *weights: Tensor | None) -> list[Tensor | None]:
+    """Contiguous and in the dtype of the products, as the kernels read them."""
+    return [None if weight is None else weight.to(dtype).contiguous() for weight in weights]
 
 
 def _launch_forward(x, down, up, base, down_bias, up_bias, y, activation, scale, part_offset=0) -> Tensor:
@@ -189,26 +210,25 @@ def _launch_backward(x, pre, down, up, dy, activation, scale, wants_x, part_offs
     parts, out, rank = up.shape
     tiles = _tiles(rank, down.dtype)
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre)
-    dx = torch.empty(x.shape if wants_x else 0, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if wants_x else None
     _low_rank_backward_kernel[(triton.cdiv(x.shape[0], tiles["BM"]),)](
-        dy, down, up, pre, dpre, hidden, dx, scale, x.shape[0], x.shape[1], rank, out, dy.stride(0), pre.stride(0),
-        part_offset, WANTS_X=wants_x, PARTS=parts, ACTIVATION=activation or "none", **tiles,
+        dy, down, up, pre, dpre, hidden, dx if wants_x else dpre, scale, x.shape[0], x.shape[1], rank, out,
+        dy.stride(0), pre.stride(0), part_offset, WANTS_X=wants_x, PARTS=parts, ACTIVATION=activation or "none",
+        **tiles,
     )  # fmt: skip
-    return dx if wants_x else None, dpre, hidden
+    return dx, dpre, hidden
 
 
 def _forward_triton(x, down, up, base, down_bias, up_bias, activation, scale):
-    x, base = _rows(x), None if base is None else _rows(base)
     dtype = x.dtype if base is None else base.dtype
     y = torch.empty(x.shape[0], up.shape[0], dtype=dtype, device=x.device)
     return y, _launch_forward(x, down, up[None], base, down_bias, up_bias, y, activation, scale)
 
 
-def _backward_triton(x, pre, down, up, dy, activation, scale, wants_x, wants_down, wants_up):
-    x, dy = _rows(x), _rows(dy)
+def _backward_triton(x, pre, down, up, dy, activation, scale, dtypes, wants_x, wants_down, wants_up):
     dx, dpre, hidden = _launch_backward(x, pre, down, up[None], dy, activation, scale, wants_x)
-    ddown = weight_gradient(dpre[None], x[None]) if wants_down else None
-    dup = weight_gradient(hidden[None], dy[None]).mT if wants_up else None
+    ddown = weight_gradient(dpre[None], x[None], dtypes[0]) if wants_down else None
+    dup = weight_gradient(hidden[None], dy[None], dtypes[1], transposed=True) if wants_up else None
     return dx, ddown, dup, dpre
 
 
@@ -219,40 +239,87 @@ def _forward(x, down, up, base, down_bias, up_bias, activation, scale):
     return y if up_bias is None else y.add_(up_bias, alpha=scale), pre
 
 
-def _backward(x, pre, down, up, dy, activation, scale, wants_x, wants_down, wants_up):
+def _backward(x, pre, down, up, dy, activation, scale, dtypes, wants_x, wants_down, wants_up):
     dy = dy.to(up.dtype)
-    dup = dy.mT @ (_activate(pre, activation) * scale) if wants_up else None
+    dup = (dy.mT @ (_activate(pre, activation) * scale)).to(dtypes[1]) if wants_up else None
     dpre = _activate_backward(pre, (dy @ up).mul_(scale), activation)
     dx = (dpre @ down).to(x.dtype) if wants_x else None
-    return dx, dpre.mT @ x.to(dpre.dtype) if wants_down else None, dup, dpre
+    return dx, (dpre.mT @ x.to(dpre.dtype)).to(dtypes[0]) if wants_down else None, dup, dpre
 
 
-class _LowRank(torch.autograd.Function):
-    """Keeps x [M, C] and the narrow pre-activation [M, r]."""
-
-    @staticmethod
-    def forward(x, down, up, base, down_bias, up_bias, activation, scale, backend):
+def _run(x, down, up, base, down_bias, up_bias, activation, scale, dtype, backend):
+    """y [..., out] and the narrow pre-activation [M, r]."""
+    with torch.no_grad(), without_autocast(x):
         run = _forward_triton if backend == "triton" else _forward
-        return run(x, down, up, base, down_bias, up_bias, activation, scale)
+        weights = _cast(dtype, down, up), _cast(dtype, down_bias, up_bias)
+        y, pre = run(_rows(x), *weights[0], None if base is None else _rows(base), *weights[1], activation, scale)
+    return y.view(*x.shape[:-1], y.shape[-1]), pre
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, down, up, _, _, _, ctx.activation, ctx.scale, ctx.backend = inputs
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, output[1], down, up)
 
-    @staticmethod
-    def backward(ctx, dy, _):
-        if dy is None:
-            return (None,) * 9
-        x, pre, down, up = ctx.saved_tensors
-        wants_x, wants_down, wants_up, wants_base, wants_down_bias, wants_up_bias, *_ = ctx.needs_input_grad
-        run = _backward_triton if ctx.backend == "triton" else _backward
-        dx, ddown, dup, dpre = run(x, pre, down, up, dy, ctx.activation, ctx.scale, wants_x, wants_down, wants_up)
-        ddown_bias = dpre.sum(0) if wants_down_bias else None
-        dup_bias = (dy.sum(0) * ctx.scale).to(up.dtype) if wants_up_bias else None
-        return dx, ddown, dup, dy if wants_base else None, ddown_bias, dup_bias, None, None, None
+def _fake(x, down, up, base, down_bias, up_bias, activation, scale, dtype, backend):
+    shape = (*x.shape[:-1], up.shape[0])
+    return (x if base is None else base).new_empty(shape), x.new_empty(x[..., 0].numel(), down.shape[0], dtype=dtype)
+
+
+def _empty_or(like: Tensor, *gradients: Tensor | None) -> tuple[Tensor, ...]:
+    """An operator returns tensors only, and each its own."""
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
+
+
+def _run_backward(dy, x, pre, down, up, activation, scale, backend, wants_x, wants_down, wants_up, *wants_biases):
+    """dx, ddown, dup, ddown_bias, dup_bias; empty where nobody wants one."""
+    with torch.no_grad(), without_autocast(x):
+        run = _backward_triton if backend == "triton" else _backward
+        flat, weights = _rows(dy), _cast(pre.dtype, down, up)
+        dtypes = down.dtype, up.dtype
+        dx, ddown, dup, dpre = run(
+            _rows(x), pre, *weights, flat, activation, scale, dtypes, wants_x, wants_down, wants_up
+        )  # fmt: skip
+        ddown_bias = dpre.sum(0, dtype=down.dtype) if wants_biases[0] else None
+        dup_bias = None
+        if wants_biases[1]:
+            dup_bias = flat.sum(0, dtype=accumulation_dtype(flat.dtype)).mul_(scale).to(up.dtype)
+    return _empty_or(x, None if dx is None else dx.view(x.shape), ddown, dup, ddown_bias, dup_bias)
+
+
+def _fake_backward(dy, x, pre, down, up, activation, scale, backend, *wants):
+    shapes = (x, x.shape), (down, down.shape), (up, up.shape), (down, down.shape[:1]), (up, up.shape[:1])
+    return _empty_or(x, *(t.new_empty(shape) if w else None for (t, shape), w in zip(shapes, wants, strict=True)))
+
+
+def _setup(ctx, inputs, output) -> None:
+    """Keeps x and the narrow pre-activation."""
+    x, down, up, _, _, _, ctx.activation, ctx.scale, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, output[1], down, up)
+
+
+def _differentiate(ctx, dy: Tensor | None, _) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 10
+    refuse_second_derivatives("low_rank")
+    wants_x, wants_down, wants_up, wants_base, *wants_biases = ctx.needs_input_grad[:6]
+    wants = (wants_x, wants_down, wants_up, *wants_biases)
+    found = _low_rank_backward(dy, *ctx.saved_tensors, ctx.activation, ctx.scale, ctx.backend, *wants)
+    dx, ddown, dup, *biases = (gradient if want else None for gradient, want in zip(found, wants, strict=True))
+    return dx, ddown, dup, dy if wants_base else None, *biases, None, None, None, None
+
+
+define(
+    "fused_low_rank(Tensor x, Tensor down, Tensor up, Tensor? base, Tensor? down_bias, Tensor? up_bias, "
+    "str? activation, float scale, ScalarType dtype, str backend) -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
+_low_rank_backward = define(
+    "fused_low_rank_backward(Tensor dy, Tensor x, Tensor pre, Tensor down, Tensor up, str? activation, float scale, "
+    "str backend, bool wants_x, bool wants_down, bool wants_up, bool wants_down_bias, bool wants_up_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+_low_rank = differentiable("fused_low_rank", _run, _setup, _differentiate)
 
 
 def low_rank(
@@ -288,15 +355,20 @@ def low_rank(
     """
     _check(x, down, up, base, down_bias, up_bias, activation)
     chosen = _pick("low_rank", backend, down.shape[0], out=up.shape[0], x=x, down=down)
+    weights = (down, up, base, down_bias, up_bias)
+    if transforms():
+        return _plain(x, *weights, activation, scale)
+    return _low_rank(x, *weights, activation, float(scale), compute_dtype(x), chosen)[0]
+
+
+def _plain(x, down, up, base, down_bias, up_bias, activation, scale) -> Tensor:
+    """The formula as PyTorch differentiates it, as often and in whichever mode it is asked to."""
     dtype = compute_dtype(x)
-    down, up = down.to(dtype), up.to(dtype)
-    down_bias, up_bias = (None if bias is None else bias.to(dtype) for bias in (down_bias, up_bias))
-    flat_base = None if base is None else base.reshape(-1, up.shape[0])
-    with torch.autocast(x.device.type, enabled=False):
-        y, _ = _LowRank.apply(
-            x.reshape(-1, x.shape[-1]), down, up, flat_base, down_bias, up_bias, activation, float(scale), chosen
-        )
-    return y.view(*x.shape[:-1], up.shape[0])
+    down, up, down_bias, up_bias = (None if w is None else w.to(dtype) for w in (down, up, down_bias, up_bias))
+    with without_autocast(x):
+        hidden = _activate(torch.nn.functional.linear(x.to(dtype), down, down_bias), activation)
+        y = scale * torch.nn.functional.linear(hidden, up, up_bias)
+        return y.to(x.dtype) if base is None else (base + y).to(base.dtype)
 
 
 def _pick(op: str, backend: str, rank: int, *, out: int, **tensors: Tensor) -> str:
@@ -325,74 +397,145 @@ def low_rank_factors(
         dx [B, T, C]; dpre [B, T, r], so that ``d down = dpre^T x`` and ``d down_bias = sum dpre``; hidden [B, T, r], so
         that ``d up = dy^T hidden`` and ``d up_bias = scale * sum dy``. All in the dtype of ``down``.
     """
-    x, dy = x.to(down.dtype), dy.to(down.dtype)
-    pre = torch.nn.functional.linear(x, down, down_bias)
-    dpre = _activate_backward(pre, (dy @ up).mul_(scale), activation)
-    return dpre @ down, dpre, _activate(pre, activation) * scale
+    return _factors(x, dy, down, up, down_bias, activation, float(scale))
 
 
-class _LowRankQV(torch.autograd.Function):
-    """Adds to q and v of qkv [B, T, 3D] in place; the gradient of qkv passes straight through.
+def _run_factors(x, dy, down, up, down_bias, activation, scale):
+    with torch.no_grad(), without_autocast(x):
+        x, dy = x.to(down.dtype), dy.to(down.dtype)
+        pre = torch.nn.functional.linear(x, down, down_bias)
+        dpre = _activate_backward(pre, (dy @ up).mul_(scale), activation)
+        return dpre @ down, dpre, _activate(pre, activation) * scale
 
-    It returns qkv alone, and so has no separate ``setup_context``: torch 2.11 hands out linear outputs as views, and a
-    function that changes a view may return one tensor only.
-    """
 
-    @staticmethod
-    def forward(ctx, qkv, x, down, up, scale, backend):
-        ctx.scale, ctx.backend = scale, backend
-        ctx.mark_dirty(qkv)
-        ctx.set_materialize_grads(False)
+def _fake_factors(x, dy, down, *rest):
+    narrow = (*x.shape[:-1], down.shape[0])
+    return down.new_empty(x.shape), down.new_empty(narrow), down.new_empty(narrow)
+
+
+_factors = define(
+    "fused_low_rank_factors(Tensor x, Tensor dy, Tensor down, Tensor up, Tensor? down_bias, str? activation, "
+    "float scale) -> (Tensor, Tensor, Tensor)",
+    _run_factors,
+    _fake_factors,
+)
+
+
+def _add_qv(qkv, x, down_q, up_q, down_v, up_v, scale, dtype, backend):
+    """Adds to q and v of qkv [B, T, 3D] in place; hidden [M, 2r], and the maps of q and v one behind the other."""
+    with torch.no_grad(), without_autocast(x):
+        down, up = torch.cat([down_q, down_v]).to(dtype), torch.stack([up_q, up_v]).to(dtype)
         _, width, rank = up.shape
-        flat = qkv.view(-1, 3 * width)
+        x, flat = _rows(x), qkv.view(-1, 3 * width)
         if backend == "triton":
-            hidden = _launch_forward(_rows(x), down, up, flat, None, None, flat, None, scale, 2 * width)
-        else:
-            hidden = x.to(down.dtype) @ down.mT  # [M, 2r], q then v
-            for part in (0, 1):
-                target, narrow = flat[:, 2 * part * width :][:, :width], hidden[:, part * rank :][:, :rank]
-                if qkv.dtype == hidden.dtype:
-                    target.addmm_(narrow, up[part].mT, alpha=scale)
-                else:
-                    target += scale * (narrow @ up[part].mT)
-        ctx.save_for_backward(x, hidden, down, up)
-        return qkv
-
-    @staticmethod
-    def backward(ctx, dqkv):
-        if dqkv is None:
-            return (None,) * 6
-        x, hidden, down, up = ctx.saved_tensors
-        _, wants_x, wants_down, wants_up, *_ = ctx.needs_input_grad
-        run = _qv_backward_triton if ctx.backend == "triton" else _qv_backward
-        flat = dqkv.reshape(-1, dqkv.shape[-1])
-        dx, ddown, dup = run(x, hidden, down, up, flat, ctx.scale, wants_x, wants_down, wants_up)
-        return dqkv, dx, ddown, dup, None, None
+            return _launch_forward(x, down, up, flat, None, None, flat, None, scale, 2 * width), down, up
+        hidden = x.to(dtype) @ down.mT
+        for part in (0, 1):
+            target, narrow = flat[:, 2 * part * width :][:, :width], hidden[:, part * rank :][:, :rank]
+            if qkv.dtype == dtype:
+                target.addmm_(narrow, up[part].mT, alpha=scale)
+            else:
+                target += scale * (narrow @ up[part].mT)
+    return hidden, down, up
 
 
-def _qv_backward_triton(x, pre, down, up, dqkv, scale, wants_x, wants_down, wants_up):
+def _run_qv(qkv, *rest):
+    """As :func:`_add_qv` to a copy, which is returned first."""
+    y = qkv.clone()
+    return y, *_add_qv(y, *rest)
+
+
+def _fake_qv(qkv, x, down_q, up_q, down_v, up_v, scale, dtype, backend):
+    rank, width = down_q.shape[0], up_q.shape[0]
+    hidden = x.new_empty(x[..., 0].numel(), 2 * rank, dtype=dtype)
+    stacks = x.new_empty(2 * rank, x.shape[-1], dtype=dtype), x.new_empty(2, width, rank, dtype=dtype)
+    return qkv.new_empty(qkv.shape), hidden, *stacks
+
+
+def _run_qv_backward(dqkv, x, hidden, down, up, scale, dtype, backend, *wants):
+    """dx, d [down_q; down_v] [2r, C], d [up_q, up_v] [2, D, r]; empty where nobody wants one."""
+    with torch.no_grad(), without_autocast(x):
+        run = _qv_backward_triton if backend == "triton" else _qv_backward
+        dx, ddown, dup = run(_rows(x), hidden, down, up, _rows(dqkv), scale, dtype, *wants)
+    return _empty_or(x, None if dx is None else dx.view(x.shape), ddown, dup)
+
+
+def _qv_backward_triton(x, pre, down, up, dqkv, scale, dtype, wants_x, wants_down, wants_up):
     _, width, rank = up.shape
-    x, dqkv = _rows(x), _rows(dqkv)
     dx, dpre, hidden = _launch_backward(x, pre, down, up, dqkv, None, scale, wants_x, 2 * width)
-    ddown = weight_gradient(dpre[None], x[None]) if wants_down else None
+    ddown = weight_gradient(dpre[None], x[None], dtype) if wants_down else None
     dup = None
     if wants_up:
         parts = ((hidden[:, :rank], dqkv[:, :width]), (hidden[:, rank:], dqkv[:, 2 * width :]))
-        dup = torch.stack([weight_gradient(narrow[None], dy[None]).mT for narrow, dy in parts])
+        dup = torch.stack([weight_gradient(narrow[None], dy[None], dtype, transposed=True) for narrow, dy in parts])
     return dx, ddown, dup
 
 
-def _qv_backward(x, hidden, down, up, dqkv, scale, wants_x, wants_down, wants_up):
+def _qv_backward(x, hidden, down, up, dqkv, scale, dtype, wants_x, wants_down, wants_up):
     _, width, rank = up.shape
     dq, _, dv = dqkv.to(down.dtype).split(width, dim=1)
     dx = ddown = dup = None
     if wants_up:
-        dup = torch.stack([dq.mT @ (hidden[:, :rank] * scale), dv.mT @ (hidden[:, rank:] * scale)])
+        dup = torch.stack([dq.mT @ (hidden[:, :rank] * scale), dv.mT @ (hidden[:, rank:] * scale)]).to(dtype)
     if wants_x or wants_down:
         dhidden = torch.cat([dq @ up[0], dv @ up[1]], dim=1).mul_(scale)
         dx = (dhidden @ down).to(x.dtype) if wants_x else None
-        ddown = dhidden.mT @ x.to(down.dtype) if wants_down else None
+        ddown = (dhidden.mT @ x.to(down.dtype)).to(dtype) if wants_down else None
     return dx, ddown, dup
+
+
+def _fake_qv_backward(dqkv, x, hidden, down, up, scale, dtype, backend, *wants):
+    made = x.new_empty(x.shape), down.new_empty(down.shape, dtype=dtype), up.new_empty(up.shape, dtype=dtype)
+    return _empty_or(x, *(gradient if want else None for gradient, want in zip(made, wants, strict=True)))
+
+
+def _setup_qv(ctx, inputs, output) -> None:
+    _, x, down_q, _, _, _, ctx.scale, _, ctx.backend = inputs
+    ctx.dtype = down_q.dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, *output[1:])
+
+
+def _differentiate_qv(ctx, dqkv: Tensor | None, *_) -> tuple[Tensor | None, ...]:
+    """The gradient of qkv passes straight through."""
+    if dqkv is None:
+        return (None,) * 9
+    refuse_second_derivatives("low_rank_qv_")
+    _, wants_x, *wants = ctx.needs_input_grad[:6]
+    both = wants_x, wants[0] or wants[2], wants[1] or wants[3]
+    dx, ddown, dup = _low_rank_qv_backward(dqkv, *ctx.saved_tensors, ctx.scale, ctx.dtype, ctx.backend, *both)
+    (ddown_q, ddown_v), (dup_q, dup_v) = ddown.chunk(2) if both[1] else (None, None), dup if both[2] else (None, None)
+    found = (ddown_q, dup_q, ddown_v, dup_v)
+    gradients = (gradient if want else None for gradient, want in zip(found, wants, strict=True))
+    return dqkv, dx if wants_x else None, *gradients, None, None, None
+
+
+class _LowRankQV(torch.autograd.Function):
+    """The operator in place. It returns qkv alone, since a function that changes a view may return one tensor only."""
+
+    @staticmethod
+    def forward(ctx, qkv, *rest):
+        ctx.mark_dirty(qkv)
+        _setup_qv(ctx, (qkv, *rest), (qkv, *_add_qv(qkv, *rest)))
+        return qkv
+
+    backward = staticmethod(_differentiate_qv)
+
+
+define(
+    "fused_low_rank_qv(Tensor qkv, Tensor x, Tensor down_q, Tensor up_q, Tensor down_v, Tensor up_v, float scale, "
+    "ScalarType dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_qv,
+    _fake_qv,
+)
+_low_rank_qv_backward = define(
+    "fused_low_rank_qv_backward(Tensor dqkv, Tensor x, Tensor hidden, Tensor down, Tensor up, float scale, "
+    "ScalarType dtype, str backend, bool wants_x, bool wants_down, bool wants_up) -> (Tensor, Tensor, Tensor)",
+    _run_qv_backward,
+    _fake_qv_backward,
+)
+_low_rank_qv = differentiable("fused_low_rank_qv", _run_qv, _setup_qv, _differentiate_qv)
 
 
 def low_rank_qv_(
@@ -432,16 +575,14 @@ def low_rank_qv_(
                 f"{(rank, x.shape[-1])} and {(width, rank)}"
             )
     chosen = _pick("low_rank_qv_", backend, rank, out=width, qkv=qkv, x=x, down_q=down_q)
-    dtype = compute_dtype(x)
-    if torch.compiler.is_compiling():  # the compiler has no in-place autograd functions, but fuses the additions itself
-        q, k, v = qkv.chunk(3, dim=-1)
-        q = low_rank(x, down_q, up_q, base=q, scale=scale, backend=backend)
-        v = low_rank(x, down_v, up_v, base=v, scale=scale, backend=backend)
-        return torch.cat([q, k, v], dim=-1)
-    down, up = torch.cat([down_q, down_v]).to(dtype), torch.stack([up_q, up_v]).to(dtype)
-    with torch.autocast(x.device.type, enabled=False):
-        flat = x.reshape(-1, x.shape[-1])
-        return _LowRankQV.apply(qkv, flat, down, up, float(scale), chosen)
+    maps, dtype = (down_q, up_q, down_v, up_v), compute_dtype(x)
+    if transforms():
+        q, _, v = qkv.chunk(3, dim=-1)
+        delta = [_plain(x, *pair, None, None, None, None, scale).to(qkv.dtype) for pair in (maps[:2], maps[2:])]
+        return qkv.copy_(torch.cat([q + delta[0], qkv[..., width : 2 * width], v + delta[1]], dim=-1))
+    if is_traced(qkv):  # the copy goes where nobody else looks at qkv
+        return qkv.copy_(_low_rank_qv(qkv, x, *maps, float(scale), dtype, chosen)[0])
+    return _LowRankQV.apply(qkv, x, *maps, float(scale), dtype, chosen)
 
 
 def _check(x, down, up, base, down_bias, up_bias, activation) -> None:

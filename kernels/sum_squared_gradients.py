@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._support import HAS_TRITON, accumulation_dtype, dot_block, pick_backend
+from ._support import HAS_TRITON, accumulation_dtype, define, dot_block, pick_backend, without_autocast
 
 WORKSPACE = 1 << 20
 """Elements that the per-sample gradients formed at once may take, unless a single one is larger."""
@@ -86,6 +86,23 @@ def _sum_squared_triton(inputs: Tensor, grads: Tensor, reduce: bool) -> Tensor:
     return partial.sum(0)
 
 
+def _run(inputs: Tensor, grads: Tensor, reduce: bool, backend: str) -> Tensor:
+    with torch.no_grad(), without_autocast(inputs):
+        if backend == "triton":
+            return _sum_squared_triton(inputs, grads, reduce)
+        return sum_squared_gradients_reference(inputs, grads, reduce=reduce)
+
+
+def _fake(inputs: Tensor, grads: Tensor, reduce: bool, backend: str) -> Tensor:
+    dtype = accumulation_dtype(inputs.dtype)
+    return inputs.new_empty(() if reduce else (grads.shape[2], inputs.shape[2]), dtype=dtype)
+
+
+_sum_squared = define(
+    "fused_sum_squared_gradients(Tensor inputs, Tensor grads, bool reduce, str backend) -> Tensor", _run, _fake
+)
+
+
 @torch.no_grad()
 def sum_squared_gradients(inputs: Tensor, grads: Tensor, *, reduce: bool = False, backend: str = "auto") -> Tensor:
     """Sum over samples of the elementwise square of each sample's own weight gradient.
@@ -108,10 +125,7 @@ def sum_squared_gradients(inputs: Tensor, grads: Tensor, *, reduce: bool = False
             "must be [B, T, in] and [B, T, out]"
         )
     chosen = pick_backend("sum_squared_gradients", backend, inputs=inputs, grads=grads)
-    if chosen == "triton" and inputs.numel() and grads.numel():
-        return _sum_squared_triton(inputs, grads, reduce)
-    with torch.autocast(inputs.device.type, enabled=False):
-        return sum_squared_gradients_reference(inputs, grads, reduce=reduce)
+    return _sum_squared(inputs, grads, reduce, chosen if inputs.numel() and grads.numel() else "torch")
 
 
 @torch.no_grad()

@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from cegate.backbone.vit import tiny_vit
 from cegate.data.climates import PRETRAINING
 from cegate.data.generator import render_scene
-from cegate.models.vit import tiny_vit
 
 CROP, PATCH, MASKED = 128, 8, 0.75
 MEAN, STD = 0.5, 0.5

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cegate.config import Config
 
 # the models are tiny: a second thread only waits for the first; set before torch is imported, for subprocesses too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -14,6 +19,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before cegate is imported
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("steady", deadline=None)  # a busy machine is no failure
+settings.load_profile("steady")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -38,3 +47,40 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {folder}: set CEGATE_SHARED to the folder with data/, weights/ and vectors/")
     return folder
+
+
+SMALL: dict[str, Any] = {
+    "run": {"name": "small", "device": "cpu"},
+    "data": {
+        "classes": ["background", "building", "forest", "road", "water"],
+        "source": {"kind": "generated", "split": "temperate", "limit": 4, "tile": 48},
+        "validation": {"kind": "generated", "split": "temperate", "first": 100, "limit": 1, "tile": 32},
+        "targets": {"arid": {"kind": "generated", "split": "arid", "limit": 1, "tile": 40}},
+        "crop": 32,
+        "batch_size": 2,
+        "workers": 0,
+    },
+    "model": {"weights": "none"},
+    "toolbox": {"spatial": {"rank": 2}, "semantic": {"width": 4}, "frequency": {"width": 2}},
+    "gate": {"k": 5, "interval": 3, "samples": 3},
+    "train": {"iterations": 7, "lr": 1e-2, "eval_every": 4, "log_every": 2, "checkpoint_every": 3},
+}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[..., Config]:
+    """Configuration of a run of seconds; keywords are dotted keys with two underscores for the dot."""
+    from cegate.configfile import read_config
+
+    def make(folder: str = "run", **changes: object) -> Config:
+        overrides = [("run.work_dir", str(tmp_path / folder))]
+        overrides += [(key.replace("__", "."), str(value)) for key, value in changes.items()]
+        return read_config(SMALL, overrides, training=True)
+
+    return make
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the seconds that drawing takes."""
+    monkeypatch.setattr("cegate.engine.trainer.draw_run", lambda *_, **__: None)

@@ -23,7 +23,7 @@ from cegate.config import (
 from cegate.errors import TrainingError
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan
-from cegate.models.segmenter import build
+from cegate.segmenter import build
 
 CONFIG = Config(
     data=DataConfig(classes=["background", "building", "road"], crop=32),

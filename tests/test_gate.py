@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cegate.config import KINDS
 from cegate.errors import ConfigError
-from cegate.gate import GatePlan, draw_k, normalize, select_top_k, site_key
+from cegate.gate import GatePlan, draw_k, normalize, select_top_k
+from cegate.sites import SiteId, kinds
+
+KINDS = kinds()
 
 SITES = st.builds(lambda kind, layer: f"{kind}.{layer}", st.sampled_from(KINDS), st.integers(0, 23))
 SCORES = st.dictionaries(
@@ -56,9 +58,10 @@ def test_a_score_that_is_not_finite_is_named(bad):
 def test_kind_and_layer_shares_add_up_to_one(scores):
     for axis, how in enumerate(("kind", "layer")):
         shares = normalize(scores, how)
-        for group in {site_key(site)[axis] for site in scores}:
-            mass = [scores[s] for s in scores if site_key(s)[axis] == group]
-            share = sum(shares[s] for s in scores if site_key(s)[axis] == group)
+        group_of = {site: (SiteId(site).kind, SiteId(site).layer)[axis] for site in scores}
+        for group in set(group_of.values()):
+            mass = [scores[s] for s in scores if group_of[s] == group]
+            share = sum(shares[s] for s in scores if group_of[s] == group)
             assert share == pytest.approx(1.0 if sum(mass) > 0 else 0.0)
 
 
@@ -73,11 +76,6 @@ def test_normalisation_by_hand():
 def test_mean_needs_the_number_of_weights():
     with pytest.raises(ConfigError, match="number of weights"):
         normalize({"spatial.0": 1.0}, "mean", {})
-
-
-def test_an_unknown_kind_is_named_with_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean 'spatial'"):
-        site_key("spatal.3")
 
 
 def test_equal_choices_make_equal_plans_and_active_beats_frozen():
@@ -97,3 +95,11 @@ def test_random_plans_cover_all_sites_alike():
 def test_a_random_plan_refuses_too_many_sites():
     with pytest.raises(ConfigError, match=r"gate\.k=4 is out of range; the model has 3 sites"):
         draw_k(["spatial.0", "spatial.1", "spatial.2"], 4, seed=0, iteration=0)
+
+
+def test_streams_of_a_kind_compete():
+    scores = {"spatial.0": 1.0, "spatial.0.dsm": 3.0, "semantic.0": 2.0}
+    assert normalize(scores, "kind") == {"spatial.0": 0.25, "spatial.0.dsm": 0.75, "semantic.0": 1.0}
+    plan = select_top_k(scores, 2)
+    assert plan.on == ("spatial.0.dsm", "semantic.0") or plan.on == ("semantic.0", "spatial.0.dsm")
+    assert plan.matrix(1, ["spatial", "spatial.dsm", "semantic"]) == [[0], [1], [1]]

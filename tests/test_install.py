@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import subprocess
 import sys
@@ -57,6 +58,51 @@ def test_a_checkout_finds_kernels_and_the_installed_extension():
     assert str(ROOT / "cegate" / "__init__.py") in found
     assert str(ROOT / "kernels" / "__init__.py") in found
     assert ("loaded: cegate._C" in found) == (native.EXTENSION is not None)
+
+
+STRANGERS = ("cegate", "benchmarks", "tests", "setup", "scripts", "studies")
+"""What lies beside the package in a checkout and is none of it."""
+
+
+@needs_source
+def test_a_checkout_makes_nothing_but_kernels_a_part_of_the_package():
+    code = f"""
+import importlib.util, cegate, cegate.kernels
+assert importlib.util.find_spec("cegate.kernels.low_pass")
+found = [name for name in {STRANGERS} if importlib.util.find_spec(f"cegate.{{name}}")]
+print(found, cegate.kernels is sys.modules["cegate.kernels"], len(cegate.__path__))
+"""
+    assert run_in_checkout(code) == "[] True 1"
+
+
+def test_what_is_installed_has_no_strangers_and_says_that_it_is_typed():
+    assert [name for name in STRANGERS if importlib.util.find_spec(f"cegate.{name}")] == []
+    assert (Path(cegate.__file__).parent / "py.typed").is_file()
+
+
+@needs_source
+def test_a_wheel_holds_the_package_and_nothing_beside_it(tmp_path):
+    """Built without the extension, then imported by a Python that has nothing of cegate but the wheel."""
+    pytest.importorskip("setuptools", minversion="77")
+    steps = ["egg_info", "-e", str(tmp_path), "build_py", "-d", str(tmp_path / "lib")]
+    env = {**os.environ, "CEGATE_NO_EXT": "1"}
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", *steps], cwd=ROOT, env=env, capture_output=True, check=True, timeout=120
+    )
+    names = {path.name for path in (tmp_path / "lib").iterdir()}
+    assert names == {"cegate"}
+    package = tmp_path / "lib" / "cegate"
+    for name in ("py.typed", "kernels/low_pass.py", "page/page.html", "page/page.css", "configs", "weights"):
+        assert (package / name).exists(), name
+    code = f"""
+import sys; sys.path.insert(0, {str(tmp_path / "lib")!r})
+import importlib.util, cegate, cegate.kernels
+assert importlib.util.find_spec("cegate.kernels.low_pass")
+found = [name for name in {STRANGERS} if importlib.util.find_spec(f"cegate.{{name}}")]
+print(found, cegate.__file__, cegate.kernels.__file__)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout.split() == ["[]", str(package / "__init__.py"), str(package / "kernels" / "__init__.py")]
 
 
 @needs_source

@@ -167,3 +167,24 @@ def test_confusions_of_other_classes_do_not_add():
 def test_matrix_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"4 classes is int64 \[4, 4\], not int64 \[3, 3\]"):
         Confusion(CLASSES, np.zeros((3, 3), np.int64))
+
+
+def test_kappa_is_agreement_beyond_chance():
+    matrix = torch.tensor([[20, 5], [10, 15]])
+    assert Confusion(("a", "b"), matrix).scores().kappa == pytest.approx(0.4)  # 0.7 observed, 0.5 by chance
+    assert Confusion(("a", "b"), torch.tensor([[5, 0], [0, 9]])).scores().kappa == 1
+    assert Confusion(("a", "b"), torch.tensor([[5, 5], [5, 5]])).scores().kappa == 0
+
+
+def test_means_can_leave_a_class_out_whose_pixels_still_count():
+    matrix = torch.tensor([[8, 0, 2], [0, 6, 0], [1, 0, 3]])
+    confusion = Confusion(("tree", "car", "clutter"), matrix)
+    scores, every = confusion.scores(("tree", "car")), confusion.scores()
+    assert scores.mIoU == pytest.approx((8 / 11 + 1) / 2)
+    assert scores.mF1 == pytest.approx((16 / 19 + 1) / 2)
+    assert scores.mAcc == pytest.approx((0.8 + 1) / 2)
+    assert (scores.aAcc, scores.kappa, scores.iou) == (every.aAcc, every.kappa, every.iou)
+    assert scores.to_dict()["mean_classes"] == ["tree", "car"]
+    assert "mean_classes" not in every.to_dict()
+    with pytest.raises(ValueError, match="mean_classes: 'house' is no class; classes are tree, car, clutter"):
+        confusion.scores(("house",))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,21 +19,26 @@ from typing import Any, NamedTuple
 import numpy as np
 import rasterio
 from rasterio.enums import ColorInterp, MaskFlags
+from rasterio.env import get_gdal_config
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
-from rasterio.io import DatasetWriter, MemoryFile
+from rasterio.io import MemoryFile
 from rasterio.warp import transform
 from rasterio.windows import Window as RasterWindow
 
 from cegate.config import IGNORE
 from cegate.data.door import open_raster
+from cegate.data.encoders import PngWriter, Tag, TiffWriter, Writer, read_tags
 from cegate.errors import ConfigError, DataError, nearest
 
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".bmp", ".webp")
 """Files that a bare ``*`` takes for rasters."""
+MASK_SUFFIXES = (".png", ".tif", ".tiff")
+"""Files that a mask can be written as."""
 _UNMAPPED = 254
 _SHOWN = 6
-_TILE = 512  # side of the blocks of a written TIFF
 _SAMPLE_PX, _SAMPLE_CACHE = 2**20, 2**26  # pixels read at once, and bytes that GDAL may keep, while sampling a file
+_SCAN_CACHE = 1 << 25  # bytes
+_BLOCK_ROWS = 1024  # of the files behind a VRT, whose blocks it does not tell
 _ALPHA_SIDE = 1024  # of the middle of a file that tells what its alpha band is
 
 
@@ -182,9 +187,11 @@ class OpenImage:
                 f"{', '.join(map(str, absent))} {'is' if len(absent) == 1 else 'are'} not there; "
                 f"set bands to numbers from 1 to {count}, e.g. [{', '.join(str(min(b, count)) for b in bands)}]"
             )
+        self.dtype_of(bands)
+        area = _raster_window(window)
         if self._table is None:
-            return _read_bands(self._path, self._src, bands, window)
-        return self._table[self._src.read(1, window=_raster_window(window))].transpose(2, 0, 1)[[b - 1 for b in bands]]
+            return self._src.read(list(bands), window=area)
+        return self._table[self._src.read(1, window=area)].transpose(2, 0, 1)[[b - 1 for b in bands]]
 
     def every_nth(self, step: int, bands: Sequence[int]) -> np.ndarray:
         """Every step-th pixel of the image's rows, laid end to end, in any order: [C, n] in the file's dtype. Memory
@@ -202,6 +209,33 @@ class OpenImage:
                 place = np.arange(top, top + window.height)[:, None] * size[1] + np.arange(left, left + window.width)
                 parts.append(self.read(bands, window=window)[:, place % step == 0])
         return np.concatenate(parts, axis=1)
+
+    def dtype_of(self, bands: Sequence[int]) -> str:
+        """What pixels of these bands are stored as.
+
+        Raises:
+            DataError: they are not stored alike, as bands of a VRT need not be.
+        """
+        if self._table is not None:
+            return str(self._table.dtype)
+        found = {band: self._src.dtypes[band - 1] for band in bands}
+        if len(set(found.values())) > 1:
+            told = ", ".join(f"{band} is {dtype}" for band, dtype in found.items())
+            raise DataError(
+                f"{self._path}: bands are stored in different types: {told}; give them one type, e.g. with "
+                "gdal_translate -ot Float32, or set bands to those of one"
+            )
+        return next(iter(found.values()))
+
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Let GDAL keep as much of the file as reading it from top to bottom needs: a few rows of blocks. By default it
+        keeps what it has read, up to a twentieth of the machine's memory."""
+        src = self._src
+        rows = max(_BLOCK_ROWS, *(rows for rows, _ in src.block_shapes))
+        needed = _SCAN_CACHE + 2 * rows * src.width * sum(np.dtype(dtype).itemsize for dtype in src.dtypes)
+        with rasterio.Env(GDAL_CACHEMAX=min(needed, get_gdal_config("GDAL_CACHEMAX"))):
+            yield
 
     def without_data(self, *, window: Window | None = None) -> np.ndarray | None:
         """Where the file says that it has no data: every band holds its nodata value, or the pixel is transparent or
@@ -256,17 +290,6 @@ def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: 
     """
     with open_image(path) as image:
         return image.read(bands, window=window)
-
-
-def _read_bands(
-    path: str | Path, src: rasterio.DatasetReader, bands: Sequence[int], window: Window | None
-) -> np.ndarray:
-    if len(kinds := {src.dtypes[band - 1] for band in bands}) > 1:
-        raise DataError(
-            f"{path}: bands {list(bands)} are of different types ({', '.join(sorted(kinds))}); write them as one type "
-            "(gdal_translate -ot), or read those of one type"
-        )
-    return src.read(list(bands), window=_raster_window(window))
 
 
 def _raster_window(window: Window | None) -> RasterWindow | None:
@@ -417,7 +440,9 @@ def read_codes(path: str | Path, *, colours: bool, window: Window | None = None)
         DataError: missing or unreadable file, colours of a file that is not 8-bit, values of a file in colours.
     """
     with open_raster(path) as src:
-        pixels = _read_bands(path, src, src.indexes, window)
+        if len(set(src.dtypes)) > 1:
+            raise DataError(f"{path}: bands of a mask are of one type, not {', '.join(src.dtypes)}; write one band")
+        pixels = src.read(window=_raster_window(window))
         table, last = _colour_table(src), src.colorinterp[-1]
     alone = len(pixels) == 1 or (len(pixels) == 2 and last == ColorInterp.alpha and not _is_one_hot(pixels))
     if not alone and (len(pixels) not in (3, 4) or (not colours and _is_one_hot(pixels))):
@@ -467,55 +492,79 @@ def _unmapped_message(path: str | Path, codes: np.ndarray, labels: LabelMap) -> 
 def write_mask(
     path: str | Path, mask: np.ndarray, *, like: str | Path | None = None, palette: Sequence[str] | None = None
 ) -> None:
-    """Write class indices as a single-band PNG or (compressed) TIFF.
+    """Write class indices as a single-band PNG or (compressed) TIFF; see `open_mask`.
 
     Args:
         path: target; its suffix decides the format: .png, .tif or .tiff.
         mask: [H, W] uint8.
-        like: a raster of the same size whose coordinate system and transform, or ground control points, a TIFF takes
-            over; a PNG has no place for them.
-        palette: "#RRGGBB" per class, stored as colour table; 255, which a TIFF calls nodata, is black.
+        like, palette: see `open_mask`.
 
     Raises:
         DataError: another suffix, dtype or shape, or a size that differs from that of `like`.
         OSError: the file cannot be written, as on a full disk.
     """
+    if mask.dtype != np.uint8 or mask.ndim != 2:
+        raise DataError(f"{path}: a mask is [H, W] uint8, not {list(mask.shape)} {mask.dtype}")
+    with open_mask(path, mask.shape, like=like, palette=palette) as writer:
+        writer.write(mask)
+
+
+@contextmanager
+def open_mask(
+    path: str | Path,
+    size: tuple[int, int],
+    *,
+    like: str | Path | None = None,
+    palette: Sequence[str] | None = None,
+) -> Iterator[Writer]:
+    """Write a mask from top to bottom; a tile's height of it is held.
+
+    Args:
+        path: target; its suffix decides the format: .png, .tif or .tiff.
+        size: (H, W).
+        like: a raster of that size whose coordinate system and transform, or ground control points, a TIFF takes over;
+            a PNG has no place for them.
+        palette: "#RRGGBB" per class, stored as colour table; 255, which a TIFF calls nodata, is black.
+
+    Yields:
+        What takes the rows, all of them before the block ends.
+
+    Raises:
+        DataError: another suffix, or a size that differs from that of `like`.
+        OSError: the file cannot be written, as on a full disk.
+    """
     path = Path(path)
-    drivers = {".png": "PNG", ".tif": "GTiff", ".tiff": "GTiff"}
-    if path.suffix.lower() not in drivers:
+    if path.suffix.lower() not in MASK_SUFFIXES:
         raise DataError(
             f"{path}: a mask cannot be written as {path.suffix or 'a file without suffix'}; use .png or .tif"
         )
-    if mask.dtype != np.uint8 or mask.ndim != 2:
-        raise DataError(f"{path}: a mask is [H, W] uint8, not {list(mask.shape)} {mask.dtype}")
-    height, width = mask.shape
-    profile = {"driver": drivers[path.suffix.lower()], "height": height, "width": width, "count": 1, "dtype": "uint8"}
-    if profile["driver"] == "GTiff":
-        profile |= {"compress": "deflate", "nodata": IGNORE, "bigtiff": "if_safer"}
-        if min(mask.shape) > _TILE:  # else a viewer decodes whole rows of a scene for a corner of it
-            profile |= {"tiled": True, "blockxsize": _TILE, "blockysize": _TILE}
+    place = {}
     if like is not None:
         with open_raster(like) as src:
-            if src.shape != mask.shape:
-                raise DataError(f"{path}: the mask is {width}x{height}, but {like} is {src.width}x{src.height} pixels")
-            if profile["driver"] == "GTiff":
-                profile |= _georeference(src)
+            if src.shape != tuple(size):
+                given = f"{size[1]}x{size[0]}"
+                raise DataError(f"{path}: the mask is {given}, but {like} is {src.width}x{src.height} pixels")
+            place = _georeference(src)
+    colours = None if palette is None else {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)}
+    with path.open("wb") as file:
+        if path.suffix.lower() == ".png":
+            table = colours and b"".join(bytes(colours.get(value, (0, 0, 0))) for value in range(256))
+            writer = PngWriter(file, size, table)
+        else:
+            writer = TiffWriter(file, size, _tiff_tags(place, colours))
+        yield writer
+        writer.close()
 
-    def fill(dst: DatasetWriter) -> None:
-        if palette is not None:
-            dst.write_colormap(1, {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)})
-        dst.write(mask, 1)
 
-    _write(path, profile, fill)
-
-
-def _write(path: Path, profile: Mapping[str, object], fill: Callable[[DatasetWriter], None]) -> None:
-    """Encode in memory, then write the bytes: GDAL says nothing when a disk is full, Python raises OSError."""
+def _tiff_tags(place: Mapping[str, Any], colours: Mapping[int, tuple[int, ...]] | None) -> dict[int, Tag]:
+    """The fields of a mask's TIFF that say what it is and where it lies, as GDAL writes them."""
+    profile = {"driver": "GTiff", "height": 1, "width": 1, "count": 1, "dtype": "uint8", "nodata": IGNORE}
     with warnings.catch_warnings(), MemoryFile() as memory:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with memory.open(**profile) as dst:
-            fill(dst)
-        path.write_bytes(memory.getbuffer())
+        with memory.open(**profile, compress="deflate", endianness="little", bigtiff="no", **place) as dst:
+            if colours is not None:
+                dst.write_colormap(1, colours)
+        return read_tags(bytes(memory.getbuffer()))
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
@@ -530,16 +579,19 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
         OSError: the file cannot be written, as on a full disk.
     """
     path = Path(path)
-    if path.suffix.lower() == ".tif" and image.ndim == 3:
-        count, height, width = image.shape
-        profile = {"driver": "GTiff", "height": height, "width": width, "count": count, "dtype": str(image.dtype)}
-        _write(path, profile | {"compress": "deflate", "bigtiff": "if_safer"}, lambda dst: dst.write(image))
-        return
-    if path.suffix.lower() != ".png" or image.dtype != np.uint8 or image.ndim != 3 or not 1 <= len(image) <= 4:
+    is_tiff = path.suffix.lower() == ".tif" and image.ndim == 3
+    if not is_tiff and (
+        path.suffix.lower() != ".png" or image.dtype != np.uint8 or image.ndim != 3 or not 1 <= len(image) <= 4
+    ):
         raise DataError(f"{path}: a PNG takes [1..4, H, W] uint8, not {list(image.shape)} {image.dtype}")
     count, height, width = image.shape
-    profile = {"driver": "PNG", "height": height, "width": width, "count": count, "dtype": "uint8"}
-    _write(path, profile, lambda dst: dst.write(image))
+    profile = {"driver": "GTiff", "compress": "deflate", "bigtiff": "if_safer"} if is_tiff else {"driver": "PNG"}
+    # encoded in memory: GDAL says nothing when a disk is full, Python raises OSError
+    with warnings.catch_warnings(), MemoryFile() as memory:
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)
+        with memory.open(**profile, height=height, width=width, count=count, dtype=str(image.dtype)) as dst:
+            dst.write(image)
+        path.write_bytes(memory.getbuffer())
 
 
 def _triple(colour: str) -> tuple[int, int, int]:

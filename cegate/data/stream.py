@@ -10,6 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from cegate.config import IGNORE, AugmentConfig
 from cegate.data.datasets import UNLABELLED, SegmentationSet
-from cegate.data.transforms import augment_from, draw_class_mask, fill_up, normalise
-from cegate.errors import CegateError, ConfigError
+from cegate.data.transforms import augment_from, fill_up, normalise
+from cegate.errors import CegateError, ConfigError, DataError
 
 # what a draw decides; part of its seed, or an epoch and an iteration of equal number would share a generator
 _ORDER, _CHANGES = 0, 1
@@ -78,6 +79,7 @@ class TrainStream:
         seed: the run's seed, >= 0.
         mean, std: of each band, on 0..1; those of a second raster may be left out and are then 0 and 1.
         purpose: streams of different purposes ("train", "fisher") draw independently.
+        slots: samples of a batch that this process takes; default: all.
 
     Raises:
         ConfigError: crop or batch_size is not positive, or mean and std do not fit the bands.
@@ -94,6 +96,7 @@ class TrainStream:
         mean: Sequence[float],
         std: Sequence[float],
         purpose: str = "train",
+        slots: range | None = None,
     ) -> None:
         if crop < 1 or batch_size < 1:
             raise ConfigError(f"data.crop={crop}, data.batch_size={batch_size}: use 1 or more")
@@ -104,11 +107,12 @@ class TrainStream:
         if not dataset.labelled:
             augment = replace(augment, max_class_share=1.0)
         self.dataset, self.crop, self.batch_size, self.augment = dataset, crop, batch_size, augment
+        self.slots = range(batch_size) if slots is None else slots
         self._key = (seed, zlib.crc32(purpose.encode()))
 
     def batch(self, iteration: int) -> Batch:
         """The batch of an iteration, >= 0."""
-        samples = [self._sample(iteration, slot) for slot in range(self.batch_size)]
+        samples = [self._sample(iteration, slot) for slot in self.slots]
         images, labels, names = zip(*samples, strict=True)
         image = torch.from_numpy(np.stack(images))
         label, valid = torch.from_numpy(np.stack(labels).astype(np.int64)), None
@@ -143,66 +147,7 @@ class TrainStream:
 
         Closing or dropping the iterator ends the workers.
         """
-        return _fetch(self.batch, range(start, stop), workers, pin_memory=pin_memory, context=context)
-
-
-@dataclass(frozen=True)
-class DomainPair:
-    """What an iteration with two domains needs."""
-
-    source: Batch
-    target: Batch | None
-    """As many crops of the target domain, without labels; ``None`` in the warm-up."""
-    pasted: torch.Tensor | None
-    """[B, H, W] bool: pixels of the source crops that are pasted onto the target's."""
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> DomainPair:
-        """The pair on another device."""
-        if self.target is None:
-            return DomainPair(self.source.to(device, non_blocking=non_blocking), None, None)
-        return DomainPair(
-            self.source.to(device, non_blocking=non_blocking),
-            self.target.to(device, non_blocking=non_blocking),
-            self.pasted.to(device=device, non_blocking=non_blocking),
-        )
-
-    def pin_memory(self) -> DomainPair:
-        """The pair in page-locked memory."""
-        if self.target is None:
-            return DomainPair(self.source.pin_memory(), None, None)
-        return DomainPair(self.source.pin_memory(), self.target.pin_memory(), self.pasted.pin_memory())
-
-
-class PairStream:
-    """Crops of a source domain, and after a warm-up as many of a target domain.
-
-    The source's are those of a run without a target. Each is joined by the target's crop of the same slot; both sets
-    are gone through in their own shuffled order, the smaller one more often.
-
-    Args:
-        source, target: streams of equal batch size.
-        warmup: first iteration with a target.
-        seed: decides on the pasted classes, beside iteration and slot.
-    """
-
-    def __init__(self, source: TrainStream, target: TrainStream, *, warmup: int, seed: int) -> None:
-        self.source, self.target, self.warmup = source, target, warmup
-        self._key = (seed, zlib.crc32(b"classmix"))
-
-    def batch(self, iteration: int) -> DomainPair:
-        """The pair of an iteration, >= 0."""
-        source = self.source.batch(iteration)
-        if iteration < self.warmup:
-            return DomainPair(source, None, None)
-        masks = [
-            draw_class_mask(label, np.random.default_rng([*self._key, iteration, slot]))
-            for slot, label in enumerate(source.label.numpy())
-        ]
-        return DomainPair(source, self.target.batch(iteration), torch.from_numpy(np.stack(masks)))
-
-    def loader(self, start: int, stop: int, workers: int = 0, *, pin_memory: bool = False) -> Iterator[DomainPair]:
-        """The pairs start..stop-1, in order; as `TrainStream.loader`."""
-        return _fetch(self.batch, range(start, stop), workers, pin_memory=pin_memory)
+        return fetch(self.batch, range(start, stop), workers, pin_memory=pin_memory, context=context)
 
 
 class EvalStream:
@@ -231,7 +176,7 @@ class EvalStream:
         self, start: int = 0, stop: int | None = None, workers: int = 0, *, pin_memory: bool = False
     ) -> Iterator[Batch]:
         """The items start..stop-1 (default: all), in order; as `TrainStream.loader`."""
-        return _fetch(self.batch, range(start, len(self) if stop is None else stop), workers, pin_memory=pin_memory)
+        return fetch(self.batch, range(start, len(self) if stop is None else stop), workers, pin_memory=pin_memory)
 
     def __iter__(self) -> Iterator[Batch]:
         return self.loader()
@@ -265,14 +210,46 @@ class _Batches(Dataset):
             return error
 
 
-def _fetch(
-    batch: Callable[[int], Batch],
+class WorkerLostError(DataError):
+    """A data worker was killed, or gives nothing any more; what is trained so far is not touched by it."""
+
+
+def worker_lost(error: BaseException) -> WorkerLostError | None:
+    """What torch's loader says of a lost worker, in one line; None for another error.
+
+    torch raises it from wherever the main thread is when the worker ends, not only where batches are asked for.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
+        return None
+    why = (
+        f"gave nothing for {PATIENCE_S} s"
+        if "timed out" in text
+        else f"was killed ({text.partition('signal: ')[2].partition('.')[0] or 'it ended of itself'})"
+    )
+    return WorkerLostError(
+        f"a data worker {why}, as when memory or /dev/shm runs out, or a disk hangs; use fewer data.workers "
+        "(0: none), a smaller data.batch_size or data.crop, or more memory"
+    )
+
+
+# longer than any batch takes to read, even from a slow disk
+PATIENCE_S = 300
+
+
+def fetch(
+    batch: Callable[[int], Any],
     iterations: range,
     workers: int,
     *,
     pin_memory: bool = False,
     context: str | None = None,
-) -> Iterator[Batch]:
+) -> Iterator[Any]:
+    """``batch(iteration)`` for every iteration, in order; as `TrainStream.loader`, for any function of the iteration.
+
+    Raises:
+        WorkerLostError: a worker was killed, or gave nothing for `PATIENCE_S` seconds.
+    """
     if workers == 0:
         for iteration in iterations:
             ready = batch(iteration)
@@ -284,10 +261,20 @@ def _fetch(
         sampler=iterations,
         num_workers=workers,
         pin_memory=pin_memory,
+        timeout=PATIENCE_S,
         multiprocessing_context=context,
         generator=torch.Generator(),  # or torch would draw a seed from the global generator
     )
-    for ready in loader:
+    batches = iter(loader)
+    while True:
+        try:
+            ready = next(batches, None)
+        except RuntimeError as error:
+            if (lost := worker_lost(error)) is None:
+                raise
+            raise lost from error
+        if ready is None:
+            return
         if isinstance(ready, CegateError):
             raise ready
         yield ready

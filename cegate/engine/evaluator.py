@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +17,19 @@ from rich.table import Table
 from torch import Tensor
 
 from cegate.checkpoint import load_checkpoint
-from cegate.config import Config
+from cegate.compute import Precision, pick_device, precision_of
+from cegate.config import IGNORE, Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import EvalStream
 from cegate.engine.sets import open_evaluated
 from cegate.errors import CheckpointError, ConfigError
-from cegate.losses import pixel_cross_entropy
 from cegate.metrics import Confusion, Scores
-from cegate.models.compute import Precision, pick_device, precision_of
-from cegate.models.head import likeliest_class
-from cegate.models.segmenter import Segmenter
-from cegate.models.sliding import slide
 from cegate.runfolder import RunFolder, writable_folder, write_json, write_text, written_aside
+from cegate.scenes.mosaic import Mosaic, Pixels, Rows
+from cegate.scenes.predictor import Predictor, evaluation_mode
+from cegate.scenes.sink import likeliest_class
+from cegate.segmenter import Segmenter
 
 
 @dataclass(frozen=True)
@@ -61,16 +62,48 @@ class Evaluation:
         return self.confusion.scores()
 
 
-@torch.no_grad()
+class Tally:
+    """Counts an image against its labels, row after row.
+
+    Attributes:
+        confusion: its pixels by true and predicted class.
+    """
+
+    def __init__(self, classes: Sequence[str], label: Tensor) -> None:
+        self.confusion = Confusion(classes)
+        self._label, self._losses, self._valid = label, 0.0, 0  # label [H, W]
+
+    def write(self, rows: Rows) -> None:
+        label = self._label[rows.place]
+        self.confusion.update(likeliest_class(rows.logits).cpu(), label)
+        sums, valid = sum_of_cross_entropy(rows.logits, label.to(rows.logits.device))
+        self._losses, self._valid = self._losses + sums, self._valid + valid
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy of the valid pixels so far; 0 without any."""
+        return float(self._losses) / max(int(self._valid), 1)
+
+
+def sum_of_cross_entropy(logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum over valid pixels of the cross entropy of [K, n, W] logits, in float64, and how many are valid."""
+    losses = F.cross_entropy(logits[None], label[None], ignore_index=IGNORE, reduction="none")
+    # float64: rows of a scene add up to billions of pixels
+    return losses.sum(dtype=torch.float64), (label != IGNORE).sum()
+
+
 def evaluate(
     segmenter: Segmenter,
     dataset: SegmentationSet,
     *,
     crop: int,
     stride: int | None = None,
+    blend: str = "none",
     batch: int | None = None,
     workers: int = 0,
     precision: Precision = nullcontext,
+    part: range | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Segment every image of a set with a sliding window and count against its labels.
 
@@ -79,9 +112,12 @@ def evaluate(
         dataset: labelled images; its name becomes the domain.
         crop: window side in pixels; a smaller image is filled up, and only its own pixels count.
         stride: step in pixels; default two thirds of the window.
+        blend: how windows that overlap are weighed, see `cegate.scenes.mosaic.Mosaic`; ``none`` is published.
         batch: windows per forward pass; it does not change the result.
         workers: processes that read ahead.
         precision: makes the autocast context of a forward pass.
+        part: images of the set to take, in a row; default: all. `join` puts parts together.
+        progress: told the number of images that are done.
 
     Raises:
         DataError: an image or mask cannot be read; the file is named.
@@ -89,49 +125,54 @@ def evaluate(
     names: list[str] = []
     tiles: list[np.ndarray] = []
     loss_sum = 0.0
-    was_training = segmenter.training
-    segmenter.eval()
-    stream = EvalStream(dataset, mean=segmenter.mean, std=segmenter.std)
-    try:
-        for item in stream.loader(workers=workers):
-            windows = {"crop": crop, "stride": stride, "batch": batch, "fit": dataset.fit}
-            logits = predict_logits(segmenter, item.image, precision=precision, **windows)
-            loss_sum += pixel_cross_entropy(logits, item.label.to(logits.device)).item()
-            tile = Confusion(segmenter.classes)
-            tile.update(likeliest_class(logits).cpu(), item.label)
+    windows = {"crop": crop, "stride": stride, "blend": blend, "batch": batch, "fit": dataset.fit}
+    predictor = predictor_of(segmenter, precision=precision, **windows)
+    part = range(len(dataset)) if part is None else part
+    stream = EvalStream(dataset, mean=segmenter.recipe.mean, std=segmenter.recipe.std)
+    with evaluation_mode(segmenter):
+        for item in stream.loader(part.start, part.stop, workers=workers):
+            tally = Tally(segmenter.classes, item.label[0])
+            predictor.run(Pixels(item.image[0]), tally)
+            loss_sum += tally.loss
             names += item.names
-            tiles.append(tile.matrix.numpy())
-    finally:
-        segmenter.train(was_training)
-    counts = np.stack(tiles)
+            tiles.append(tally.confusion.matrix.numpy())
+            if progress is not None:
+                progress(len(tiles))
+    kinds = len(segmenter.classes)
+    counts = np.array(tiles, np.int64).reshape(-1, kinds, kinds)
     confusion = Confusion(segmenter.classes, counts.sum(axis=0))
-    return Evaluation(dataset.name, confusion, loss_sum / len(names), Tiles(names, counts))
+    return Evaluation(dataset.name, confusion, loss_sum / max(len(names), 1), Tiles(names, counts))
 
 
-@torch.no_grad()
-def predict_logits(
-    segmenter: Segmenter,
-    image: Tensor,
-    *,
-    crop: int,
-    stride: int | None = None,
-    batch: int | None = None,
-    fit: int | None = None,
-    precision: Precision = nullcontext,
-) -> Tensor:
-    """Logits [1, K, H, W] float32 of one normalised image [1, C, H, W], by sliding window.
+def join(parts: Sequence[Evaluation]) -> Evaluation:
+    """The evaluation of a whole set, of those of its parts in order."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [name for part in parts for name in part.tiles.names]
+    counts = np.concatenate([part.tiles.confusion for part in parts])
+    loss = sum(part.loss * part.images for part in parts) / len(names)
+    confusion = Confusion(parts[0].confusion.classes, counts.sum(axis=0))
+    return Evaluation(parts[0].domain, confusion, loss, Tiles(names, counts))
 
-    With ``fit`` the windows slide over the image shrunk to fit a square of that side, and the logits are enlarged
-    again; a smaller image stays as it is.
+
+def predictor_of(segmenter: Segmenter, *, precision: Precision = nullcontext, **windows: Any) -> Predictor:
+    """What puts normalised images through a segmenter.
+
+    Args:
+        segmenter: the model.
+        precision: makes the autocast context of a forward pass.
+        windows: fields of `cegate.scenes.mosaic.Mosaic`; ``crop`` is needed.
     """
-    if fit is not None and max(image.shape[-2:]) > fit:
-        size = [max(1, round(side * fit / max(image.shape[-2:]))) for side in image.shape[-2:]]
-        shrunk = F.interpolate(image, size, mode="bilinear", antialias=True)
-        logits = predict_logits(segmenter, shrunk, crop=crop, stride=stride, batch=batch, precision=precision)
-        return F.interpolate(logits, image.shape[-2:], mode="bilinear")
-    with precision():
-        shares = segmenter.head.log_shares
-        return slide(segmenter, image.to(segmenter.device), crop, stride, batch=batch, log_shares=shares)
+    mosaic = Mosaic(**windows, log_shares=segmenter.head.log_shares)
+    return Predictor(segmenter, mosaic, segmenter.device, precision, segmenter)
+
+
+def predict_logits(
+    segmenter: Segmenter, image: Tensor, *, precision: Precision = nullcontext, **windows: Any
+) -> Tensor:
+    """Logits [1, K, H, W] float32 of one normalised image [1, C, H, W]; arguments as of `predictor_of`."""
+    parts = predictor_of(segmenter, precision=precision, **windows).rows(Pixels(image[0]))
+    return torch.cat([rows.logits for rows in parts], dim=1)[None]
 
 
 def evaluate_run(

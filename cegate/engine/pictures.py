@@ -10,13 +10,14 @@ import torch
 
 from cegate import figures
 from cegate.checkpoint import load_state, restore
+from cegate.compute import Precision
 from cegate.data.datasets import Item, SegmentationSet
 from cegate.data.transforms import normalise
-from cegate.engine.evaluator import predict_logits
-from cegate.models.compute import Precision
-from cegate.models.head import likeliest_class
-from cegate.models.segmenter import Segmenter
+from cegate.engine.evaluator import predictor_of
 from cegate.runfolder import RunFolder
+from cegate.scenes.mosaic import Pixels
+from cegate.scenes.sink import ClassArray
+from cegate.segmenter import Segmenter
 
 
 def draw_run(
@@ -51,12 +52,14 @@ def draw_run(
         }
     for domain, items in shown.items():
         drawn = {title: by_domain[domain] for title, by_domain in masks.items()}
-        figures.draw_panels(items, drawn, segmenter.classes, segmenter.palette, folder / f"panels_{domain}.png")
+        figures.draw_panels(items, drawn, segmenter.classes, segmenter.recipe.palette, folder / f"panels_{domain}.png")
 
 
 def mask_of(segmenter: Segmenter, item: Item, precision: Precision) -> np.ndarray:
     """Predicted class of every pixel of an item, [H, W] uint8."""
     data = segmenter.config.data
-    image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
-    logits = predict_logits(segmenter, image, crop=data.crop, stride=data.stride, fit=item.fit, precision=precision)
-    return likeliest_class(logits[0]).to(torch.uint8).cpu().numpy()
+    image = torch.from_numpy(normalise(item.image, segmenter.recipe.mean, segmenter.recipe.std))
+    predictor = predictor_of(segmenter, crop=data.crop, stride=data.stride, fit=item.fit, precision=precision)
+    sink = ClassArray(tuple(image.shape[1:]))
+    predictor.run(Pixels(image), sink)
+    return sink.array

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,27 +21,30 @@ class _Speed(ProgressColumn):
 
 
 class Reporter:
-    """Bar over the iterations of one stage.
+    """A bar for each stage of a run, and one for the scoring or evaluation that is under way.
 
     Args:
         console: where to show it.
-        title: name of the stage.
-        total: iterations of the stage.
-        done: iterations done before.
+        titles: stage -> what it is called, in order; a stage that is over is not among them.
+        total: iterations of each.
     """
 
-    def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
+    def __init__(self, console: Console, titles: Mapping[str, str], total: int) -> None:
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}  mIoU {task.fields[miou]}"),
+            TextColumn("{task.fields[text]}"),
             _Speed(),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task(title, total=total, completed=done, loss="–", miou="–")
+        fields = {"loss": "–", "miou": "–", "text": ""}
+        self.stages = {
+            name: self.bar.add_task(title, total=total, start=False, **fields) for name, title in titles.items()
+        }
+        self.aside = self.bar.add_task("", visible=False, text="")
 
     def __enter__(self) -> Reporter:
         self.bar.start()
@@ -50,13 +53,33 @@ class Reporter:
     def __exit__(self, *exc: object) -> None:
         self.bar.stop()
 
+    def begin(self, stage: str, done: int) -> None:
+        """Go over to a stage, of which so many iterations are done."""
+        self.task = self.stages[stage]
+        self.bar.update(self.task, completed=done)
+        self.bar.start_task(self.task)
+
     def step(self, loss: float) -> None:
         """One iteration is done."""
-        self.bar.update(self.task, advance=1, loss=f"{loss:.3f}")
+        self._say(advance=1, loss=f"{loss:.3f}")
 
     def evaluated(self, miou: str) -> None:
         """Show the newest mIoU, in percent."""
-        self.bar.update(self.task, miou=miou)
+        self._say(miou=miou)
+
+    def _say(self, **changes: object) -> None:
+        self.bar.update(self.task, **changes)
+        fields = self.bar.tasks[self.task].fields
+        self.bar.update(self.task, text=f"loss {fields['loss']}  mIoU {fields['miou']}")
+
+    @contextmanager
+    def meanwhile(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A bar of its own for work that steps wait for; gives what is to be told how much is done."""
+        self.bar.reset(self.aside, description=f"  {what}", total=total, visible=True)
+        try:
+            yield lambda done: self.bar.update(self.aside, completed=done)
+        finally:
+            self.bar.update(self.aside, visible=False)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The numbers of a run, read back from its journal: which evaluation counts, and the table of before and after."""
+"""The numbers of a run, read back from its journal: which evaluation counts, and the table of both stages."""
 
 from __future__ import annotations
 
@@ -15,6 +15,17 @@ from cegate.configfile import SOURCE_DOMAIN
 from cegate.engine.evaluator import percent
 
 Record = dict[str, Any]
+
+
+def stage_title(stage: str, method: str | None = None) -> str:
+    """What people read of a stage, of which files say ``before`` or ``after``: *frozen* for frozen backbone + head, and
+    for what adapts it *gate*, or the method by its name where another was asked for."""
+    return "frozen" if stage == "before" else method or "gate"
+
+
+def domain_title(domain: str) -> str:
+    """What people read of a domain: *validation* for the held-out part, of which files say ``source``."""
+    return "validation" if domain == SOURCE_DOMAIN else domain
 
 
 def best_iteration(records: Sequence[Record], stage: str, *, validated: bool) -> int | None:
@@ -51,9 +62,13 @@ class Result:
     """Domain -> evaluation of the adapted model."""
     notes: tuple[str, ...] = ()
     """What the reader of the table must know."""
+    method: str | None = None
+    """``run.method``: what adapted the backbone."""
+    iteration: int | None = None
+    """That of the model that counts."""
 
     def table(self) -> str:
-        """Per-class IoU in percent of every domain, before and after, as text."""
+        """Per-class IoU in percent of every domain, of both stages, as text."""
         console = Console(file=io.StringIO(), width=100)
         console.print(self.rich_table())
         for line in (*self.notes, f"Run folder: {self.path}"):
@@ -65,7 +80,8 @@ class Result:
         table = Table(title="IoU (%)", title_justify="left")
         table.add_column("domain", style="bold")
         table.add_column("class")
-        for name in ("before", "after", "change") if self.before else ("IoU",):
+        titles = (stage_title("before"), stage_title("after", self.method), "change")
+        for name in titles if self.before else ("IoU",):
             table.add_column(name, justify="right")
         for domain, record in self.after.items():
             old = self.before.get(domain)
@@ -76,7 +92,7 @@ class Result:
                 label = f"{name} (without absent classes)" if last and record["absent"] else name
                 cells = [percent(was), percent(now), _change(was, now)] if self.before else [percent(now)]
                 style = "bold" if last else None
-                table.add_row(domain if number == 0 else "", label, *cells, style=style, end_section=last)
+                table.add_row(domain_title(domain) if number == 0 else "", label, *cells, style=style, end_section=last)
         return table
 
     def print(self, console: Console | None = None) -> None:

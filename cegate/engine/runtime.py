@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,25 +53,31 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C into a wish that a loop grants at its next safe point; the second one stops at once."""
+    """Turns the first Ctrl-C, or SIGTERM as batch systems and containers send it, into a wish that a loop grants at its
+    next safe point; the second one stops at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self.asked = False
 
     def __enter__(self) -> Interrupt:
         self.process = os.getpid()
-        self.in_main_thread = threading.current_thread() is threading.main_thread()
-        if self.in_main_thread:  # signals can be handled nowhere else
-            self.before = signal.signal(signal.SIGINT, self._ask)
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # signals can be handled nowhere else
+            self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.process:  # a forked data worker: it goes on until its parent has saved
             return
         self.asked = True
-        signal.signal(signal.SIGINT, self.before)
+        self._put_back()
         log.info("finishing this iteration, then saving; Ctrl-C again stops at once")
 
+    def _put_back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
     def __exit__(self, *exc: object) -> None:
-        if self.in_main_thread:
-            signal.signal(signal.SIGINT, self.before)
+        self._put_back()

@@ -1,10 +1,12 @@
-"""Learning rate as a function of the iteration, and which weights decay."""
+"""Optimiser, learning rate as a function of the iteration, and which weights decay."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from cegate.config import TrainConfig
@@ -16,17 +18,30 @@ def learning_rate(config: TrainConfig, iteration: int) -> float:
     """Learning rate of one iteration.
 
     Args:
-        config: lr is the peak; ``warmup`` iterations rise linearly to it, the rest falls to (almost) zero.
+        config: lr is the peak; ``warmup`` iterations rise linearly to it. Then poly and cosine fall to (almost) zero at
+            ``horizon`` (default: the last iteration); steps multiplies by ``gamma`` at every milestone, where the lower
+            rate holds already.
         iteration: 0..config.iterations - 1.
     """
     if iteration < config.warmup:
         return config.lr * (iteration + 1) / config.warmup
-    done = (iteration - config.warmup) / (config.iterations - config.warmup)
+    if config.schedule == "steps":
+        return config.lr * config.gamma ** bisect_right(config.milestones, iteration)
+    done = (iteration - config.warmup) / ((config.horizon or config.iterations) - config.warmup)
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "cosine":
         return config.lr * (1 + math.cos(math.pi * done)) / 2
     return config.lr * (1 - done) ** config.power
+
+
+def make_optimizer(config: TrainConfig, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
+    """AdamW with the groups of `parameter_groups`, or SGD in which everything decays, norms and biases too, as MFNet's
+    published code has it."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameter_groups(modules, config.weight_decay), lr=config.lr)
+    weights = dict.fromkeys(parameter for module in modules for parameter in module.parameters())  # shared ones once
+    return torch.optim.SGD(list(weights), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ from rich.table import Table
 
 from cegate import ops
 from cegate.checkpoint import WEIGHTS_FILE, adapter_folder, load_state, read_adapter_config
-from cegate.config import KINDS
 from cegate.engine.evaluator import percent
 from cegate.engine.results import best_iteration, records_of
 from cegate.errors import CheckpointError
+from cegate.figures import STAGES, domain_title, headline, in_order
 from cegate.runfolder import RunFolder
+from cegate.sites import SiteId
 
 
 def backends_table() -> Table:
@@ -39,21 +41,23 @@ def describe_run(path: Path) -> list[Table | str]:
     counts = _weights_per_site({key: value.numel() for key, value in state.trained.items()})
     rounds, records = run.gates.records, run.metrics.records
     best = best_iteration(records, "after", validated=config.data.validation is not None)
-    scores = {domain: percent(record["mIoU"]) for domain, record in records_of(records, "after", best).items()}
+    scores = {domain_title(domain): headline(r) for domain, r in records_of(records, "after", best).items()}
+    measure = next((name for name, _ in scores.values()), "mIoU")
     head = counts.get("head", 0)
     facts = {
         "run": str(path),
         "backbone": f"{config.model.backbone}, sha256 {state.backbone_sha256[:12]}",
         "head": f"{config.model.head}, {head:,} weights",
         "classes": ", ".join(state.classes),
-        "progress": f"{state.iteration} of {config.train.iterations} iterations, stage {state.stage}",
+        "progress": f"{state.iteration} of {config.train.iterations} iterations, stage {STAGES[state.stage]}",
         "scoring rounds": str(sum(bool(record["scores"]) for record in rounds)),
-        "mIoU (%)": ", ".join(f"{domain} {score}" for domain, score in scores.items()) or "not measured yet",
+        f"{measure} (%)": ", ".join(f"{domain} {percent(score)}" for domain, (_, score) in scores.items())
+        or "not measured yet",
     }
-    sites = [part for part in counts if "." in part]
+    sites = in_order(part for part in counts if "." in part)
     on = [*state.active, *state.frozen] if state.stage == "after" else []
     legend = "● on · last score · share of the scoring rounds that chose it"
-    return [_facts(facts), "", _site_table(sites, counts, on, rounds), legend]
+    return [_facts(facts), "", site_table(sites, counts, on, rounds), legend]
 
 
 def describe_adapter(path: Path) -> list[Table | str]:
@@ -66,7 +70,7 @@ def describe_adapter(path: Path) -> list[Table | str]:
     config = read_adapter_config(folder)
     try:
         with safetensors.safe_open(folder / WEIGHTS_FILE, framework="np") as file:
-            sizes = {key: _product(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
+            sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from error
     counts = _weights_per_site(sizes)
@@ -80,7 +84,7 @@ def describe_adapter(path: Path) -> list[Table | str]:
         "written by": f"cegate {config.get('cegate_version', 'unknown')}",
     }
     on = [*config["active_sites"], *config["frozen_sites"]]
-    return [_facts(facts), "", _site_table(on, counts, on, []), "● on"]
+    return [_facts(facts), "", site_table(in_order(on), counts, on, []), "● on"]
 
 
 def _facts(facts: Mapping[str, str]) -> Table:
@@ -95,31 +99,29 @@ def _weights_per_site(sizes: Mapping[str, int]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for key, size in sizes.items():
         parts = key.split(".")
-        counts[".".join(parts[1:3]) if parts[0] == "toolbox" else parts[0]] += size
+        counts[".".join(parts[1:-1]) if parts[0] == "toolbox" else parts[0]] += size  # toolbox.<site>.<weight>
     return dict(counts)
 
 
-def _product(shape: Sequence[int]) -> int:
-    total = 1
-    for side in shape:
-        total *= side
-    return total
-
-
-def _site_table(
+def site_table(
     sites: Sequence[str], counts: Mapping[str, int], on: Sequence[str], rounds: Sequence[Mapping[str, Any]]
 ) -> Table:
-    """A row per layer and a column per kind: whether the site is on, its last score, how often it was chosen."""
-    kinds = [kind for kind in KINDS if any(site.startswith(f"{kind}.") for site in sites)]
-    layers = sorted({int(site.partition(".")[2]) for site in sites})
+    """A row per layer (and stream) and a column per kind: whether the site is on, its last score, how often it was
+    chosen."""
     scored = [record for record in rounds if record["scores"]]
-    trained = sum(counts[site] for site in on)
-    table = Table(title=f"{len(on)} sites on, {trained:,} weights", title_justify="left")
+    cells = {site: _cell(site, on, scored) for site in sites}
+    places = [SiteId(site) for site in sites]
+    streams = list(dict.fromkeys(place.stream for place in places))
+    kinds = list(dict.fromkeys(place.kind for place in places))
+    table = Table(title=f"{len(on)} sites on, {sum(counts[site] for site in on):,} weights", title_justify="left")
     table.add_column("layer", justify="right")
     for kind in kinds:
         table.add_column(kind, justify="left")
-    for layer in layers:
-        table.add_row(str(layer), *(_cell(f"{kind}.{layer}", on, scored) for kind in kinds))
+    for stream in streams:
+        layers = sorted({place.layer for place in places if place.stream == stream})
+        for layer in layers:
+            row = [cells.get(SiteId.of(kind, layer, stream), "") for kind in kinds]
+            table.add_row(f"{layer} {stream or ''}".strip(), *row, end_section=layer == layers[-1])
     return table
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from cegate.config import Config, Method
 from cegate.configfile import changed_values, find_config, read_config, read_mapping, to_yaml
 from cegate.errors import CegateError, ConfigError
 from cegate.methods import METHODS
-from cegate.runfolder import FREE_ON_RESUME
+from cegate.runfolder import FREE_ON_RESUME, read_json
 
 DECIDED = ("run.method", "run.seed", "run.work_dir", "run.device")
 """Keys that the matrix sets itself."""
 Overrides = Sequence[tuple[str, str]]
+WEIGHTS = "model.weights"
 _ROOT = re.compile(r"\$\{([\w\-]+)\}")
 
 
@@ -174,7 +176,8 @@ def configure(cell: Cell, config: Config) -> Config:
 def refuse_other_runs(cells: Sequence[Cell], configs: dict[tuple[str, Method], Config]) -> None:
     """Refuse folders that hold a run of another configuration, whose numbers would mix with ours.
 
-    A finished run may have its data elsewhere; one that goes on may not.
+    A finished run may have its data elsewhere, and its weights where they make the same backbone; one that goes on may
+    not.
 
     Raises:
         ConfigError: names the keys that differ, and up to three of the folders.
@@ -183,7 +186,10 @@ def refuse_other_runs(cells: Sequence[Cell], configs: dict[tuple[str, Method], C
     for cell in cells:
         if cell.is_started:
             wanted = configure(cell, configs[cell.setting, cell.method])
-            if keys := _other_keys(read_config(cell.folder / "config.yaml"), wanted, moved=cell.is_done):
+            keys = _other_keys(read_config(cell.folder / "config.yaml"), wanted, moved=cell.is_done)
+            if WEIGHTS in keys and cell.is_done and _has_backbone(cell, wanted):
+                keys.remove(WEIGHTS)
+            if keys:
                 found.setdefault(tuple(keys), []).append(cell)
     if found:
         raise ConfigError(
@@ -194,6 +200,23 @@ def refuse_other_runs(cells: Sequence[Cell], configs: dict[tuple[str, Method], C
             )
             + "; give the values they were run with, or another --output"
         )
+
+
+def _has_backbone(cell: Cell, config: Config) -> bool:
+    """Whether the weights that a configuration names make the backbone that a cell was run with."""
+    environment = cell.folder / "env.json"
+    recorded = read_json(environment).get("backbone_sha256") if environment.is_file() else None
+    model, bands = config.model, len(config.data.source.bands or (1, 2, 3))
+    size = model.image_size or config.data.crop
+    return recorded == _backbone_hash(model.backbone, model.weights, size, model.patch_size, bands)
+
+
+@cache
+def _backbone_hash(name: str, weights: str, image_size: int, patch_size: int | None, bands: int) -> str:
+    from cegate.backbone.vit import build_vit, weight_hash
+
+    vit = build_vit(name, weights=weights, image_size=image_size, patch_size=patch_size, in_chans=bands)
+    return weight_hash(vit)
 
 
 def _other_keys(old: Config, new: Config, *, moved: bool) -> list[str]:
@@ -217,7 +240,8 @@ def _some(names: Sequence[str]) -> str:
 def training_key(config: Config) -> str:
     """Equal for runs of one method that train alike with equal seeds: they differ only in the domains they test on."""
     run = replace(config.run, name="run", work_dir=None, seed=0, device="auto")
-    return to_yaml(replace(config, run=run, data=replace(config.data, targets={}, roots={})))
+    model = replace(config.model, weights=Path(config.model.weights).name)  # a file that was moved is the same file
+    return to_yaml(replace(config, run=run, model=model, data=replace(config.data, targets={}, roots={})))
 
 
 def read_saved_config(cell: Cell) -> Config:

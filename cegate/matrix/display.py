@@ -20,7 +20,7 @@ class Display:
     """
 
     def __init__(self, console: Console, total: int, done: int) -> None:
-        self.console, self.total, self.done, self.failures = console, total, done, 0
+        self.console, self.total, self.done, self.failures, self.skips = console, total, done, 0, 0
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=28),
@@ -40,6 +40,11 @@ class Display:
     def __exit__(self, *exc: object) -> None:
         self._bars.stop()
 
+    @property
+    def shares(self) -> list[float]:
+        """How far every bar is, 0..1, the one of all cells first."""
+        return [task.completed / task.total for task in self._bars.tasks]
+
     def started(self, cell: Cell, device: str) -> None:
         """A process has started."""
         self._tasks[cell] = self._bars.add_task(f"{cell} on {device}", total=1.0, note="")
@@ -51,22 +56,21 @@ class Display:
         self._work += work
         self._seconds += seconds
         self.done += 1
-        self._end(cell)
-        self._say(f"finished  {cell} in {duration(seconds)}; {self._standing(left)}")
+        self._end(cell, f"finished  {cell} in {duration(seconds)}; {{}}", left)
 
     def failed(self, cell: Cell, why: str, left: int) -> None:
         """A cell has failed."""
         self.failures += 1
-        self._end(cell)
-        self._say(f"failed    {cell}: {why} (log: {cell.log}); {self._standing(left)}")
+        self._end(cell, f"failed    {cell}: {why} (log: {cell.log}); {{}}", left)
 
     def saved(self, cell: Cell) -> None:
         """A cell has stopped because it was asked to."""
-        self._end(cell)
-        self._say(f"stopped   {cell}")
+        self._end(cell, f"stopped   {cell}")
 
-    def skipped(self, cell: Cell, why: str) -> None:
-        """The cell is not ours to run."""
+    def skipped(self, cell: Cell, why: str, *, done: bool = False) -> None:
+        """The cell is not ours to run; another bench runs it, or has ``done`` it."""
+        self.done += done
+        self.skips += not done
         self._say(f"skipped   {cell}: {why}")
 
     def stopping(self) -> None:
@@ -87,17 +91,22 @@ class Display:
         self._left = seconds / work * rest / min(slots, max(len(running), 1)) if work > 0 else None
         for cell, share, _, taken in running:
             self._bars.update(self._tasks[cell], completed=share, note=duration(taken))
-        partly = sum(share for _, share, _, _ in running)
-        note = self._standing(None)
-        self._bars.update(self._total, completed=self.done + partly, note=note)
+        self._show_all(sum(share for _, share, _, _ in running))
+
+    def _show_all(self, partly: float = 0.0, left: int | None = None) -> None:
+        """The bar of all cells ends where there is nothing left to do, whatever became of the cells."""
+        ended = self.done + self.failures + self.skips
+        self._bars.update(self._total, completed=ended + partly, note=self._standing(left))
 
     def _standing(self, left: int | None) -> str:
         failures = f", {self.failures} failed" if self.failures else ""
         rest = f", about {duration(self._left)} left" if self._left is not None and left != 0 else ""
         return f"{self.done} of {self.total} done{failures}{rest}"
 
-    def _end(self, cell: Cell) -> None:
+    def _end(self, cell: Cell, line: str, left: int | None = None) -> None:
         self._bars.remove_task(self._tasks.pop(cell))
+        self._show_all(sum(task.completed for task in self._bars.tasks if task.id != self._total), left)
+        self._say(line.replace("{}", self._standing(left)))
 
     def _say(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from cegate import figures
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN, changed_values
 from cegate.errors import CegateError, CheckpointError
-from cegate.matrix.cells import DECIDED, Cell, is_place, read_saved_config
+from cegate.matrix.cells import DECIDED, WEIGHTS, Cell, is_place, read_saved_config
 from cegate.matrix.statistics import headline
 from cegate.methods import METHODS
 from cegate.runfolder import FREE_ON_RESUME, read_json
@@ -32,18 +33,17 @@ class Domain:
     @property
     def binary(self) -> bool:
         """Whether the task is a foreground class against the background."""
-        classes = list(self.record["per_class"])
-        return len(classes) == 2 and classes[0].lower() == "background"
+        return figures.headline(self.record)[0] != "mIoU"
 
     @property
     def foreground(self) -> float | None:
         """IoU of the foreground of a binary task, 0..1."""
-        return list(self.record["per_class"].values())[1]["IoU"] if self.binary else None
+        return self.score if self.binary else None
 
     @property
     def score(self) -> float:
         """The score that is compared, 0..1: the foreground's IoU of a binary task, else mIoU."""
-        return self.foreground if self.binary else self.record["mIoU"]
+        return figures.headline(self.record)[1]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class CellResult:
     peak_memory_bytes: int | None
     device: str
     """Name of the GPU, or cpu."""
+    backbone_sha256: str | None = None
 
     @property
     def targets(self) -> list[str]:
@@ -91,6 +92,7 @@ def read_cell(cell: Cell) -> CellResult:
             score_seconds=result["score_seconds"],
             peak_memory_bytes=result["peak_memory_bytes"],
             device=environment.get("gpu") or "cpu",
+            backbone_sha256=environment.get("backbone_sha256"),
         )
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(
@@ -167,6 +169,10 @@ def _refuse_other_tiles(first: CellResult, result: CellResult) -> None:
             )
 
 
+def _same_backbone(one: CellResult, other: CellResult) -> bool:
+    return one.backbone_sha256 is not None and one.backbone_sha256 == other.backbone_sha256
+
+
 def changed_settings(results: Sequence[CellResult]) -> list[str]:
     """What a reader of the tables must know: cells of a setting whose configurations differ beyond the method.
 
@@ -183,7 +189,7 @@ def changed_settings(results: Sequence[CellResult]) -> list[str]:
         changes = [
             f"{key} ({new}, not {old})"
             for key, (old, new) in changed_values(reference.config, result.config).items()
-            if key not in decided and not is_place(key)
+            if key not in decided and not is_place(key) and not (key == WEIGHTS and _same_backbone(reference, result))
         ]
         if changes:
             how = f"{reference.cell.method} seed {reference.cell.seed} in {', '.join(changes)}"

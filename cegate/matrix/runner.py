@@ -118,8 +118,7 @@ class Runner:
         if cell.is_done:  # by another bench, a moment ago
             os.close(lock)
             self.outcome.finished.append(cell)
-            self.display.done += 1
-            self.display.skipped(cell, "another bench has finished it")
+            self.display.skipped(cell, "another bench has finished it", done=True)
             return
         cell.error.unlink(missing_ok=True)
         slot = min(set(range(len(self.slots))) - {job.slot for job in self.jobs})

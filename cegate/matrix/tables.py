@@ -15,6 +15,8 @@ from cegate.matrix.statistics import Difference, Mean
 from cegate.matrix.summary import REFERENCE, Average, Matrix
 
 NONE = "–"
+DIFFERENCE = ": difference to gate"
+"""End of the titles of tables that are in the files and not on the screen."""
 HOW_TO_READ = (
     "Scores are IoU in percent: the mean over classes (mIoU) or, for a foreground class against the background, the "
     "IoU of the foreground, with the mean of the two in brackets. They are means over n seeds ± the half width of "
@@ -79,7 +81,7 @@ def _score_table(matrix: Matrix, setting: str) -> Table:
         seeds = str(len(matrix.of_setting(setting, method)))
         cost = _cost(matrix, [setting], method)
         rows.append((method, seeds, *scores, average, validation, *cost, _paper(paper, method)))
-    header = ("method", "n", *domains, "average", "source, held out", *_COST, published.LABEL)
+    header = ("method", "n", *domains, "average", "validation", *_COST, published.LABEL)
     tiles = ", ".join(f"{domain} {matrix.tiles_of(setting, domain)}" for domain in domains)
     headline = "foreground IoU (two-class mean)" if matrix.is_binary(setting) else "mIoU"
     return Table(setting, header, tuple(rows), f"{headline}; test tiles: {tiles}.")
@@ -94,7 +96,7 @@ def _difference_table(matrix: Matrix, setting: str) -> Table:
         if method != REFERENCE and gaps[0] is not None:
             rows.append((method, str(gaps[0].seeds), *(text for gap in gaps for text in _gap(gap))))
     header = ("method", "n", *(text for domain in columns for text in (domain or "average", "p")))
-    return Table(f"{setting}: difference to gate", header, tuple(rows))
+    return Table(f"{setting}{DIFFERENCE}", header, tuple(rows))
 
 
 _COST = ("weights (M)", "iteration (s)", "memory (GiB)")

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from cegate.page.charts import level_of
-
+LEVELS = 8
+"""Steps of the heat ramp above zero; level 0 is no heat."""
 NOTHING = "–"
 
 
-@dataclass(frozen=True)
-class GridCell:
+class GridCell(NamedTuple):
     """A number with a shade."""
 
     text: str
@@ -30,16 +31,21 @@ class Grid:
     """What the numbers are."""
     corner: str
     """What the header column holds."""
-    columns: Sequence[str]
+    columns: Sequence[str | int]
     rows: Sequence[tuple[str, Sequence[GridCell]]]
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: Sequence[str] = ()
     upright: bool = False
     """Long column names stand upright."""
 
 
-def share_cell(value: float | None, *, top: float = 1.0, title: str = "", small: str = "") -> GridCell:
-    """A share 0..1 in percent, shaded by its part of ``top``."""
-    return GridCell(percent_text(value), level_of(value, top), title, small)
+def level_of(value: float | None, top: float = 1.0) -> int:
+    """Heat level 0..LEVELS of a value, by its square root, so that small values are told apart."""
+    return max(1, min(LEVELS, math.ceil(LEVELS * math.sqrt(value / top) - 1e-9))) if value and top > 0 else 0
+
+
+def share_cell(value: float | None, title: str = "", small: str = "") -> GridCell:
+    """A share 0..1 in percent, shaded."""
+    return GridCell(percent_text(value), level_of(value), title, small)
 
 
 def percent_text(value: float | None) -> str:

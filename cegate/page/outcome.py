@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from cegate.configfile import SOURCE_DOMAIN, changed_values
 from cegate.engine.evaluator import percent
 from cegate.engine.results import Record
 from cegate.errors import CheckpointError
+from cegate.figures import chart_figure, domain_title, headline, run_charts, svg_uri
 from cegate.methods import METHODS
 from cegate.metrics import Confusion
-from cegate.page.charts import GREY, LineChart, line_chart
-from cegate.page.grids import Grid, GridCell, share_cell
+from cegate.page.grids import NOTHING, Grid, GridCell, share_cell
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain
 from cegate.page.stability import mean, spread
 from cegate.runfolder import FREE_ON_RESUME
@@ -26,54 +26,17 @@ from cegate.runfolder import FREE_ON_RESUME
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A score before and after, in percent; the numbers as text, the shares for the drawing."""
+    """A score of the stages *frozen* and *gate*, as shares."""
 
     name: str
-    before: str
-    after: str
-    change: str
-    better: bool | None
-    """Whether the change is for the better; ``None`` where there is none to speak of."""
-    before_share: float | None = None
-    after_share: float | None = None
+    frozen: float | None
+    gate: float | None
     note: str = ""
 
-
-@dataclass(frozen=True)
-class OutcomePart:
-    """Scores of the main run."""
-
-    rows: Sequence[ScoreRow]
-    classes: Sequence[tuple[str, Sequence[ScoreRow]]]
-    """(domain, IoU of every class)."""
-    compared: bool
-    """There is a before."""
-    method: str
-    """Word for what adapts the backbone."""
-
-
-@dataclass(frozen=True)
-class RunRow:
-    """One run in the table over runs."""
-
-    label: str
-    sibling: bool
-    """Takes part in mean and spread."""
-    cells: Sequence[tuple[str, str]]
-    """(mIoU after, change) of every domain."""
-
-
-@dataclass(frozen=True)
-class RunsPart:
-    """Several runs side by side."""
-
-    domains: Sequence[str]
-    rows: Sequence[RunRow]
-    summary: Sequence[RunRow]
-    """Mean and spread."""
-    notes: Sequence[str]
-    changed: bool
-    """Whether a run has a frozen baseline, so that cells have changes."""
+    @property
+    def change(self) -> float | None:
+        """Gate minus frozen."""
+        return None if self.frozen is None or self.gate is None else self.gate - self.frozen
 
 
 # --- what the run was -----------------------------------------------------------------------------------------------
@@ -96,13 +59,12 @@ def name_set(item: SetConfig) -> str:
 
 def describe_method(run: RunFiles) -> str:
     """What adapts the backbone, in words."""
-    config, sites = run.config, len(run.sites)
-    gate, kinds = config.gate, _listed(config.toolbox.kinds)
+    config, gate, sites = run.config, run.config.gate, len(run.sites)
     of = f"{gate.k} of {sites}" if sites else f"{gate.k}"
     words = {
         "fisher": f"the {of} sites with the largest Fisher score, chosen anew every {gate.interval} iterations",
         "random": f"{of} sites drawn at random, anew every {gate.interval} iterations",
-        "all": f"every {kinds} site on, all the time",
+        "all": f"every {_listed(config.toolbox.kinds)} site on, all the time",
         "fixed": f"{len(gate.sites)} fixed sites",
         "none": "no sites, the head alone learns",
     }
@@ -126,8 +88,7 @@ def method_of(config: Config) -> str:
 
 def lead(run: RunFiles) -> str:
     """The run in one sentence."""
-    data = run.config.data
-    targets = list(data.targets)
+    data, targets = run.config.data, list(run.config.data.targets)
     tested = f"tested on {_listed(targets)}, which training never saw" if targets else "tested on no other domain"
     if data.unlabelled is not None and run.config.adapt.method != "none":
         tested = f"adapted without labels to {name_set(data.unlabelled)}, tested on {_listed(targets) or 'nothing'}"
@@ -142,14 +103,12 @@ def facts(run: RunFiles) -> list[tuple[str, str]]:
     """(name, value) of what a reader asks first."""
     config, result = run.config, run.result or {}
     train, data = config.train, config.data
-    chosen = "chosen on the held-out source" if data.validation is not None else "the last one, nothing was held out"
+    chosen = "the best on validation" if data.validation is not None else "the last one, for there is no validation"
+    steps = f"{train.iterations:,} iterations of {data.batch_size} crops of {data.crop} px, seed {config.run.seed}"
     lines = [
         ("Method", describe_method(run)),
         ("Backbone", f"{config.model.backbone}, {config.model.head} head, {len(run.classes)} classes"),
-        (
-            "Schedule",
-            f"{train.iterations:,} iterations of {data.batch_size} crops of {data.crop} px, seed {config.run.seed}",
-        ),
+        ("Schedule", steps),
         ("Model shown", f"iteration {run.iteration:,}, {chosen}" if run.iteration is not None else "none measured yet"),
     ]
     if result.get("trained_parameters") is not None:
@@ -168,82 +127,76 @@ def warnings(run: RunFiles) -> list[str]:
     """What the reader must know before the numbers."""
     if run.result is not None:
         return []
-    path = run.folder.config_file
     return [
         f"The run has no result.json: it is unfinished, or older than that file. It reached iteration {run.reached} of "
         f"{run.config.train.iterations}; the numbers are those of its journal so far. "
-        f"Go on with: cegate train --config {path} --resume"
+        f"Go on with: cegate train --config {run.folder.config_file} --resume"
     ]
 
 
 def environment(run: RunFiles) -> list[tuple[str, str]]:
     """(name, value) of env.json."""
-    found = dict(run.environment)
+    found = {name: value for name, value in run.environment.items() if name != "data"}
     versions, backends = found.pop("versions", {}), found.pop("backends", {})
-    found.pop("data", None)
     lines = [("versions", ", ".join(f"{name} {version}" for name, version in versions.items()))] if versions else []
-    lines += [(name.replace("_", " "), _plain(value)) for name, value in found.items()]
+    lines += [(name.replace("_", " "), "none" if value is None else str(value)) for name, value in found.items()]
     return lines + [(f"backend {name}", str(state)) for name, state in backends.items()]
-
-
-def _plain(value: Any) -> str:
-    return "none" if value is None else str(value)
 
 
 def data_rows(run: RunFiles) -> list[tuple[str, str, str, str]]:
     """(role, where from, images, fingerprint) of every set of the run."""
     data, recorded = run.config.data, run.environment.get("data", {})
     sets = {"train": data.source, SOURCE_DOMAIN: data.validation, **data.targets, "unlabelled": data.unlabelled}
-    roles = {"train": "trained on", SOURCE_DOMAIN: "held-out source", "unlabelled": "adapted to, without labels"}
-    rows = []
-    for name, item in sets.items():
-        if item is not None:
-            known = recorded.get(name, {})
-            count, fingerprint = str(known.get("images", "–")), known.get("fingerprint", "–")[:12]
-            rows.append((roles.get(name, f"target {name}"), describe_set(item), count, fingerprint))
-    return rows
+    roles = {"train": "trained on", SOURCE_DOMAIN: "validation", "unlabelled": "adapted to, without labels"}
+    known = {name: recorded.get(name, {}) for name in sets}
+    return [
+        (
+            roles.get(name, f"target {name}"),
+            describe_set(item),
+            str(known[name].get("images", NOTHING)),
+            known[name].get("fingerprint", NOTHING)[:12],
+        )
+        for name, item in sets.items()
+        if item is not None
+    ]
 
 
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
-def domain_title(domain: str) -> str:
-    """A domain's name as readers understand it."""
-    return "source, held out" if domain == SOURCE_DOMAIN else domain
-
-
-def outcome_part(run: RunFiles) -> OutcomePart:
-    """mIoU and per-class IoU of every domain."""
-    rows, classes = [], []
+def score_rows(run: RunFiles) -> list[ScoreRow]:
+    """The leading score of every domain."""
+    rows = []
     for domain in run.domains:
-        old, new = run.before.get(domain), run.after.get(domain)
-        absent = (new or old)["absent"]
-        note = f"without {_listed(absent)}: absent" if absent else ""
-        rows.append(_score_row(domain_title(domain), _miou(old), _miou(new), note))
-        names = (new or old)["per_class"]
-        classes.append(
-            (domain_title(domain), [_score_row(name, _class_iou(old, name), _class_iou(new, name)) for name in names])
-        )
-    return OutcomePart(rows, classes, bool(run.before), method_of(run.config))
+        record = run.after.get(domain) or run.before[domain]
+        notes = [] if headline(record)[0] == "mIoU" else [f"mIoU {percent(record['mIoU'])}"]
+        notes += [f"without {_listed(record['absent'])}: absent"] if record["absent"] else []
+        scores = _score(run.before.get(domain)), _score(run.after.get(domain))
+        rows.append(ScoreRow(domain_title(domain), *scores, ", ".join(notes)))
+    return rows
 
 
-def _miou(record: Record | None) -> float | None:
-    return None if record is None else record["mIoU"]
+def class_rows(run: RunFiles) -> Iterator[tuple[str, list[ScoreRow]]]:
+    """(domain, IoU of every class)."""
+    for domain in run.domains:
+        found = [records.get(domain) for records in (run.before, run.after)]
+        names = next(record["per_class"] for record in reversed(found) if record)
+        iou = {name: [record and record["per_class"][name]["IoU"] for record in found] for name in names}
+        yield domain_title(domain), [ScoreRow(name, *shares) for name, shares in iou.items()]
 
 
-def _class_iou(record: Record | None, name: str) -> float | None:
-    return None if record is None else record["per_class"][name]["IoU"]
+def measure_of(run: RunFiles) -> str:
+    """What the leading scores are."""
+    return next((headline(record)[0] for record in {**run.before, **run.after}.values()), "mIoU")
 
 
-def _score_row(name: str, before: float | None, after: float | None, note: str = "") -> ScoreRow:
-    change = None if before is None or after is None else after - before
-    better = None if change is None or abs(change) < 0.0005 else change > 0
-    return ScoreRow(name, percent(before), percent(after), points(change), better, before, after, note)
+def _score(record: Record | None) -> float | None:
+    return record and headline(record)[1]
 
 
 def points(change: float | None) -> str:
     """A difference of shares in percentage points, with its sign."""
-    return "–" if change is None else f"{100 * change:+z.1f}".replace("-", "−")
+    return NOTHING if change is None else f"{100 * change:+z.1f}".replace("-", "−")
 
 
 # --- several runs ---------------------------------------------------------------------------------------------------
@@ -259,112 +212,81 @@ def differences(one: RunFiles, other: RunFiles) -> list[str]:
     return [key for key in changed_values(one.config, other.config) if key not in (*FREE_ON_RESUME, "run.seed")]
 
 
-def runs_part(runs: Sequence[RunFiles]) -> RunsPart | None:
-    """A table of all runs, with mean and spread over those of equal settings; ``None`` for a single run."""
+def runs_part(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
+    """A table of all runs, with mean and spread over those of equal settings; ``None`` for a single run.
+
+    A row is (label, whether it is averaged, (score, change) of every domain as text).
+    """
     if len(runs) < 2:
         return None
     domains = list(dict.fromkeys(domain for run in runs for domain in run.domains))
     same = [run for run in siblings(runs) if run.result]
-    scores = {run.label: [_miou(run.after.get(domain)) for domain in domains] for run in runs}
-    changes = {run.label: [_change(run, domain) for domain in domains] for run in runs}
-    rows = [RunRow(run.label, run in same, _cells(scores[run.label], changes[run.label])) for run in runs]
-    summary: list[RunRow] = []
+    table = {
+        run.label: [ScoreRow(d, _score(run.before.get(d)), _score(run.after.get(d))) for d in domains] for run in runs
+    }
+
+    def text(change: float | None) -> str:
+        return "" if change is None else points(change)
+
+    rows = [(run.label, run in same, [(percent(s.gate), text(s.change)) for s in table[run.label]]) for run in runs]
+    summary, notes = [], []
     if len(same) > 1:
-        by_domain = list(zip(*(scores[run.label] for run in same), strict=True))
-        change_by_domain = list(zip(*(changes[run.label] for run in same), strict=True))
-        summary.append(RunRow("mean", True, _cells(map(mean, by_domain), map(mean, change_by_domain))))
-        deviations = zip(map(spread, by_domain), map(spread, change_by_domain), strict=True)
-        summary.append(
-            RunRow("standard deviation", True, [(percent(a), "" if b is None else percent(b)) for a, b in deviations])
-        )
-        summary.append(RunRow("lowest to highest", True, [(_range(values), "") for values in by_domain]))
-    notes = [f"Mean and standard deviation (n − 1) over {len(same)} runs of equal settings."] if summary else []
+        columns = list(zip(*(table[run.label] for run in same), strict=True))
+        gates, changes = [[s.gate for s in c] for c in columns], [[s.change for s in c] for c in columns]
+        pairs = list(zip(gates, changes, strict=True))
+        known = [[score for score in column if score is not None] for column in gates]
+        ranges = [f"{percent(min(c))} to {percent(max(c))}" if c else NOTHING for c in known]
+        summary = [
+            ("mean", True, [(percent(mean(a)), text(mean(b))) for a, b in pairs]),
+            (
+                "standard deviation",
+                True,
+                [(percent(spread(a)), "" if spread(b) is None else percent(spread(b))) for a, b in pairs],
+            ),
+            ("lowest to highest", True, [(span, "") for span in ranges]),
+        ]
+        notes.append(f"Mean and standard deviation (n − 1) over {len(same)} runs of equal settings.")
     for run in runs[1:]:
         if changed := differences(runs[0], run):
             shown = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
             notes.append(f"{run.label} differs from {runs[0].label} in {shown}, so it is listed and not averaged.")
     notes += [f"{run.label} has no result.json, so it is not averaged." for run in runs if not run.result]
-    has_changes = any(change is not None for row in changes.values() for change in row)
-    return RunsPart([domain_title(domain) for domain in domains], rows, summary, notes, has_changes)
+    changed = any(score.change is not None for scores in table.values() for score in scores)
+    titles = [domain_title(domain) for domain in domains]
+    return {"domains": titles, "rows": rows, "summary": summary, "notes": notes, "changed": changed}
 
 
-def _change(run: RunFiles, domain: str) -> float | None:
-    old, new = _miou(run.before.get(domain)), _miou(run.after.get(domain))
-    return None if old is None or new is None else new - old
+# --- curves and confusion -------------------------------------------------------------------------------------------
 
 
-def _cells(scores: Sequence[float | None], changes: Sequence[float | None]) -> list[tuple[str, str]]:
+def curves(run: RunFiles) -> list[dict[str, str]]:
+    """Training loss, and the leading score of every domain."""
+    width = max((record["iteration"] for record in run.metrics), default=None)
+    charts = run_charts(run.metrics, method_of(run.config))
+    drawn = [chart_figure([chart], width=width, marker=run.iteration) for chart in charts]
     return [
-        (percent(score), "" if change is None else points(change))
-        for score, change in zip(scores, changes, strict=True)
+        {"src": svg_uri(figure), "alt": f"{chart.title}, over the iterations", "note": ""}
+        for chart, figure in zip(charts, drawn, strict=True)
     ]
-
-
-def _range(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return f"{percent(min(known))} to {percent(max(known))}" if known else "–"
-
-
-# --- curves ---------------------------------------------------------------------------------------------------------
-
-
-def curves(run: RunFiles) -> list[LineChart]:
-    """Training loss, and mIoU of every domain."""
-    records = run.metrics
-    if not records:
-        return []
-    width = max(record["iteration"] for record in records)
-    stages = {"before": "frozen backbone + head", "after": method_of(run.config)}
-
-    def loss(stage: str, key: str = "loss") -> list[tuple[int, float]]:
-        train = (record for record in records if record["split"] == "train" and record["stage"] == stage)
-        return [(record["iteration"], record[key]) for record in train if record.get(key) is not None]
-
-    def miou(stage: str, domain: str) -> list[tuple[int, float]]:
-        measured = (record for record in records if record["split"] == stage and record["domain"] == domain)
-        return [(record["iteration"], record["mIoU"]) for record in measured if record["mIoU"] is not None]
-
-    losses = [(stages[stage], GREY if stage == "before" else 0, loss(stage), stage == "before") for stage in stages]
-    losses.append(("mixed images", 1, loss("after", "mixed"), False))
-    domains = list(dict.fromkeys(record["domain"] for record in records if record["split"] in stages))
-    scores = []
-    for number, domain in enumerate(domains):
-        scores.append((domain_title(domain), number, miou("after", domain), False))
-        scores.append((f"{domain_title(domain)}, frozen backbone + head", number, miou("before", domain), True))
-    charts = []
-    if any(values for _, _, values, _ in losses):
-        charts.append(line_chart("Training loss", losses, width=width, low=0.0, marker=run.iteration))
-    if any(values for _, _, values, _ in scores):
-        note = "Dashed: frozen backbone + head." if run.before else ""
-        drawn = {"percent": True, "dots": True, "marker": run.iteration}
-        charts.append(line_chart("mIoU, %", scores, width=width, note=note, **drawn))
-    return charts
-
-
-# --- confusion ------------------------------------------------------------------------------------------------------
 
 
 def confusions(run: RunFiles) -> Iterator[tuple[str, Grid | None, str]]:
     """(domain, row-normalised confusion, empty) of every domain, or (domain, ``None``, why there is none)."""
     for domain in run.domains:
+        title = domain_title(domain)
         try:
             files = read_domain(run, domain)
         except CheckpointError as error:
-            yield domain_title(domain), None, str(error)
+            yield title, None, str(error)
             continue
         if files.confusion is None:
-            yield domain_title(domain), None, f"There is no {files.folder / 'confusion.npy'}; {how_to_evaluate(run)}"
-        else:
-            title = domain_title(domain)
-            yield title, confusion_grid(title, _about(files.metrics), files.confusion, run.classes), ""
-
-
-def _about(metrics: Mapping[str, Any] | None) -> str:
-    if metrics is None:
-        return ""
-    return (
-        f"mIoU {percent(metrics['mIoU'])}, {percent(metrics['aAcc'])} % of all pixels right, {metrics['images']} images"
-    )
+            yield title, None, f"There is no {files.folder / 'confusion.npy'}; {how_to_evaluate(run)}"
+            continue
+        about = ""
+        if (scores := files.metrics) is not None:
+            (what, value), right = headline(scores), f"{percent(scores['aAcc'])} % of all pixels right"
+            about = f"{what} {percent(value)}, {right}, {scores['images']} images"
+        yield title, confusion_grid(title, about, files.confusion, run.classes), ""
 
 
 def confusion_grid(title: str, about: str, matrix: np.ndarray, classes: Sequence[str]) -> Grid:
@@ -376,21 +298,18 @@ def confusion_grid(title: str, about: str, matrix: np.ndarray, classes: Sequence
         matrix: [K, K] int64 pixel counts, rows truth.
         classes: K names.
     """
-    truth = matrix.sum(axis=1)
+    totals = dict(zip(classes, matrix.sum(axis=1).tolist(), strict=True))
     rows = []
-    for name, counts, total in zip(classes, matrix.tolist(), truth.tolist(), strict=True):
+    for (name, total), counts in zip(totals.items(), matrix.tolist(), strict=True):
         cells = [
-            share_cell(count / total, title=f"{name} taken for {other}: {count:,} of {total:,} pixels")
+            share_cell(count / total, f"{name} taken for {other}: {count:,} of {total:,} pixels")
             if total
-            else GridCell("–", 0, f"no pixel is {name}")
+            else GridCell(NOTHING, 0, f"no pixel is {name}")
             for other, count in zip(classes, counts, strict=True)
         ]
         rows.append((name, cells))
     absent = Confusion(classes, matrix).scores().absent
-    not_true = [name for name, total in zip(classes, truth, strict=True) if not total and name not in absent]
-    notes = []
-    if absent:
-        notes.append(f"Absent, neither in truth nor predicted: {', '.join(absent)}.")
-    if not_true:
-        notes.append(f"Predicted, but not in the truth: {', '.join(not_true)}.")
+    not_true = [name for name, total in totals.items() if not total and name not in absent]
+    notes = [f"Absent, neither in truth nor predicted: {', '.join(absent)}."] if absent else []
+    notes += [f"Predicted, but not in the truth: {', '.join(not_true)}."] if not_true else []
     return Grid(title, about, "truth \\ predicted", classes, rows, notes, upright=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,25 +11,13 @@ from typing import Any
 import numpy as np
 
 from cegate.checkpoint import CONFIG_FILE
-from cegate.config import KINDS, Config
+from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.engine.results import Record, best_iteration, records_of
 from cegate.errors import CheckpointError, ConfigError
-from cegate.gate import site_key
+from cegate.figures import in_order
 from cegate.runfolder import RunFolder, read_json
-
-
-@dataclass(frozen=True)
-class Round:
-    """One choice of the gate."""
-
-    iteration: int
-    scores: Mapping[str, float]
-    """Site -> score as it was compared; empty where nothing was scored."""
-    mass: Mapping[str, float]
-    """Site -> Fisher mass before normalisation; empty where nothing was scored."""
-    active: frozenset[str]
-    """Sites that are on until the next round."""
+from cegate.sites import SiteId
 
 
 @dataclass(frozen=True)
@@ -57,9 +45,10 @@ class RunFiles:
     config_text: str
     environment: Mapping[str, Any]
     """env.json; empty if there is none."""
-    rounds: tuple[Round, ...]
+    rounds: Sequence[Record]
+    """Lines of gates.jsonl: the choices of the gate."""
     sites: tuple[str, ...]
-    """Every site that the files let one know of, in (kind, layer) order."""
+    """Every site that the files let one know of, in order."""
     result: Record | None
     """result.json; ``None`` for a run that is unfinished or older than that file."""
     iteration: int | None
@@ -77,12 +66,22 @@ class RunFiles:
     def reached(self) -> int:
         """The last iteration that the journals know of in the stage ``after``."""
         trained = (record["iteration"] for record in self.metrics if record.get("stage", record["split"]) == "after")
-        return max([0, *trained, *(choice.iteration for choice in self.rounds)])
+        return max([0, *trained, *(choice["iteration"] for choice in self.rounds)])
 
     @property
-    def choices(self) -> tuple[Round, ...]:
+    def choices(self) -> list[Record]:
         """Rounds that switched something on; none for a run without sites."""
-        return tuple(choice for choice in self.rounds if choice.active)
+        return [choice for choice in self.rounds if choice["active"]]
+
+    @property
+    def end(self) -> int:
+        """Iteration at which the last choice ends."""
+        return max(self.reached, *(choice["iteration"] + 1 for choice in self.choices), 1)
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers that have sites."""
+        return sorted({SiteId(site).layer for site in self.sites})
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -146,10 +145,6 @@ def _read(label: str, folder: RunFolder, config: Config) -> RunFiles:
         before = records_of(records, "before", best_iteration(records, "before", validated=validated))
     else:
         counts, before, after = result["iteration"], result["before"], result["after"]
-    rounds = tuple(
-        Round(record["iteration"], record["scores"], record.get("mass", {}), frozenset(record["active"]))
-        for record in folder.gates.records
-    )
     environment = folder.path / "env.json"
     return RunFiles(
         label=label,
@@ -157,8 +152,8 @@ def _read(label: str, folder: RunFolder, config: Config) -> RunFiles:
         config=config,
         config_text=folder.config_file.read_text(encoding="utf-8"),
         environment=read_json(environment) if environment.is_file() else {},
-        rounds=rounds,
-        sites=_sites(folder, config, rounds),
+        rounds=folder.gates.records,
+        sites=_sites(folder, config),
         result=result,
         iteration=counts,
         before=before,
@@ -166,18 +161,21 @@ def _read(label: str, folder: RunFolder, config: Config) -> RunFiles:
     )
 
 
-def _sites(folder: RunFolder, config: Config, rounds: Iterable[Round]) -> tuple[str, ...]:
+def _sites(folder: RunFolder, config: Config) -> tuple[str, ...]:
     """All scored sites. Without scores: the configured kinds on as many layers as choices or adapter speak of."""
-    scored = {site for choice in rounds for site in choice.scores}
-    if scored:
-        return tuple(sorted(scored, key=site_key))
-    chosen = {site for choice in rounds for site in choice.active}
-    if not chosen:
-        return ()
-    adapter = folder.adapter / CONFIG_FILE
-    features = read_json(adapter).get("features", []) if adapter.is_file() else []
-    depth = 1 + max(*features, *(site_key(site)[1] for site in chosen), 0)
-    return tuple(f"{kind}.{layer}" for kind in KINDS if kind in config.toolbox.kinds for layer in range(depth))
+    rounds = folder.gates.records
+    sites = {site for choice in rounds for site in choice["scores"]}
+    if not sites and (chosen := [SiteId(site) for choice in rounds for site in choice["active"]]):
+        adapter = folder.adapter / CONFIG_FILE
+        features = read_json(adapter).get("features", []) if adapter.is_file() else []
+        depth, streams = 1 + max(*features, *(place.layer for place in chosen), 0), {place.stream for place in chosen}
+        sites = {
+            SiteId.of(kind, layer, stream)
+            for kind in config.toolbox.kinds
+            for layer in range(depth)
+            for stream in streams
+        }
+    return tuple(in_order(sites))
 
 
 def read_domain(run: RunFiles, domain: str) -> DomainFiles:

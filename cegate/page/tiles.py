@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -14,18 +15,18 @@ import torch
 from PIL import Image
 
 from cegate.checkpoint import load_checkpoint
+from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import Item, SegmentationSet, open_set
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import percent, predict_logits
 from cegate.errors import CegateError, DataError
+from cegate.figures import domain_title, headline
 from cegate.metrics import Confusion
-from cegate.models.compute import Precision, pick_device, precision_of
-from cegate.models.segmenter import Segmenter, ValueRange
-from cegate.page.outcome import domain_title
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain
 from cegate.palette import default_palette
+from cegate.segmenter import Segmenter, ValueRange
 
 SIDE_PX = 512
 """Longest side of a picture."""
@@ -35,15 +36,14 @@ OTHER_COUNTS = 0.01
 """Share of the pixels that may be counted otherwise than by the evaluation (another device or precision)."""
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """One panel of a tile."""
 
     title: str
     source: str
     """data: URI."""
     alt: str
-    flat: bool
+    flat: bool = False
     """Areas of one colour; never to be smoothed."""
 
 
@@ -54,8 +54,7 @@ class Tile:
     name: str
     place: str
     """Such as "worst 1"."""
-    miou: str
-    """In percent."""
+    score: str
     mistake: str
     """The most frequent one."""
     pictures: Sequence[Picture] = ()
@@ -69,31 +68,23 @@ class DomainTiles:
     """Tiles of one domain."""
 
     domain: str
-    tiles: Sequence[Tile]
+    tiles: Sequence[Tile] = ()
     problem: str = ""
     """Why there are no tiles, or no pictures."""
 
-
-@dataclass(frozen=True)
-class TilesPart:
-    """Tiles of every domain, and the keys to their colours."""
-
-    domains: Sequence[DomainTiles]
-    classes: Sequence[tuple[str, str]]
-    """(name, '#RRGGBB')."""
-    confidence: Sequence[str]
-    """Colours from the least sure to the surest pixel."""
-    least: str
-    """The least that a pixel's confidence can be, 1 / classes."""
+    @property
+    def first(self) -> list[Tile]:
+        """The worst and the best tile, for the top of the page."""
+        return [tile for tile in self.tiles if tile.place.endswith(" 1") and tile.pictures]
 
     @property
-    def has_ignored(self) -> bool:
-        """Some pixels that are shown are not labelled."""
-        return any(tile.has_ignored for domain in self.domains for tile in domain.tiles)
+    def others(self) -> list[Tile]:
+        """The other tiles."""
+        return [tile for tile in self.tiles if tile not in self.first]
 
 
-def tiles_part(run: RunFiles, config: Config, count: int) -> TilesPart | None:
-    """Choose tiles by their mIoU in eval/<domain>/tiles.npz, and picture them.
+def tiles_part(run: RunFiles, config: Config, count: int) -> dict[str, Any] | None:
+    """Choose tiles by their score in eval/<domain>/tiles.npz, and picture them.
 
     Args:
         run: the run.
@@ -101,16 +92,23 @@ def tiles_part(run: RunFiles, config: Config, count: int) -> TilesPart | None:
         count: best and worst tiles of a domain, each; 0 for none.
 
     Returns:
-        The part; ``None`` where nothing is wanted or measured. What cannot be read is said in it, not raised.
+        Tiles of every domain, and the keys to those colours that are shown; ``None`` where nothing is wanted or
+        measured. What cannot be read is said in it, not raised.
     """
     if not count or not run.domains:
         return None
     open_model = cache(lambda: _Painter(run, config))
     domains = [_domain_tiles(run, config, domain, count, open_model) for domain in run.domains]
+    pictured = [tile for domain in domains for tile in domain.tiles if tile.pictures]
     palette = run.config.data.palette or default_palette(len(run.classes))
     colours = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in _confidence_palette(LEGEND_STEPS)]
-    least = f"{1 / max(len(run.classes), 1):.2f}"
-    return TilesPart(domains, list(zip(run.classes, palette, strict=True)), colours, least)
+    return {
+        "domains": domains,
+        "classes": list(zip(run.classes, palette, strict=True)) if pictured else [],
+        "has_ignored": any(tile.has_ignored for tile in pictured),
+        "confidence": colours if pictured else [],
+        "least": f"{1 / max(len(run.classes), 1):.2f}",
+    }
 
 
 def _domain_tiles(
@@ -123,15 +121,15 @@ def _domain_tiles(
         return DomainTiles(title, (), str(error))
     if files.tile_names is None:
         return DomainTiles(title, (), f"There is no {files.folder / 'tiles.npz'}; {how_to_evaluate(run)}")
-    chosen = choose_tiles(files.tile_confusion, count)
     tiles, problem = [], ""
     try:
         paint = open_model()
         open_tile = _opener(config, domain, run.classes, paint.segmenter.pixel_range)
     except CegateError as error:
         problem = f"No pictures: {error}"
-    for place, index in chosen:
-        name, counts = files.tile_names[index], files.tile_confusion[index]
+    scored = [headline(Confusion(run.classes, counts).scores().to_dict()) for counts in files.tile_confusion]
+    for place, index in choose_tiles([score for _, score in scored], count):
+        name, counts, (what, score) = files.tile_names[index], files.tile_confusion[index], scored[index]
         pictures, note, has_ignored = (), "", False
         if not problem:
             try:
@@ -140,24 +138,22 @@ def _domain_tiles(
                 has_ignored = bool((item.label == IGNORE).any())
             except CegateError as error:
                 note = f"No pictures: {error}"
-        miou = percent(Confusion(run.classes, counts).scores().mIoU)
-        tiles.append(Tile(name, place, miou, worst_mistake(counts, run.classes), pictures, note, has_ignored))
+        told = f"{what} {percent(score)} %", worst_mistake(counts, run.classes)
+        tiles.append(Tile(name, place, *told, pictures, note, has_ignored))
     return DomainTiles(title, tiles, problem)
 
 
-def choose_tiles(confusion: np.ndarray, count: int) -> Iterator[tuple[str, int]]:
+def choose_tiles(scores: Sequence[float | None], count: int) -> Iterator[tuple[str, int]]:
     """Pick the worst and the best tiles, none of them twice.
 
     Args:
-        confusion: [T, K, K] int64 pixel counts, rows truth. A tile without labelled pixels has no score.
+        scores: of each tile; ``None`` for one without labelled pixels, which is never picked.
         count: of each, or half of the tiles where there are fewer than twice as many.
 
     Yields:
         (place such as "worst 1", index of the tile); the worst first, then the best; ties by index.
     """
-    classes = [str(k) for k in range(confusion.shape[1])]
-    scores = [Confusion(classes, counts).scores().mIoU for counts in confusion]
-    order = sorted((score, index) for index, score in enumerate(scores) if not np.isnan(score))
+    order = sorted((score, index) for index, score in enumerate(scores) if score is not None)
     worst = order[: min(count, len(order) // 2)]
     best = order[len(worst) :][::-1][:count]
     for name, group in (("worst", worst), ("best", best)):
@@ -204,7 +200,7 @@ class _Painter:
     def __call__(self, item: Item, counts: np.ndarray) -> tuple[Sequence[Picture], str]:
         """Pictures, and a note where the recomputed counts are not those of the evaluation."""
         segmenter, data = self.segmenter, self.segmenter.config.data
-        image = torch.from_numpy(normalise(item.image[None], segmenter.mean, segmenter.std))
+        image = torch.from_numpy(normalise(item.image[None], segmenter.recipe.mean, segmenter.recipe.std))
         windows = {"crop": data.crop, "stride": data.stride, "fit": item.fit}
         logits = predict_logits(segmenter, image, precision=self.precision, **windows)
         sure, mask = (part[0].cpu().numpy() for part in logits.float().softmax(1).max(1))
@@ -217,12 +213,12 @@ class _Painter:
             if moved > OTHER_COUNTS
             else ""
         )
-        palette, k = segmenter.palette, len(segmenter.classes)
+        palette, k = segmenter.recipe.palette, len(segmenter.classes)
         pictures = (
-            Picture("image", photo(item.image), f"Image of {item.name}", flat=False),
-            Picture("truth", class_map(item.label, palette), f"True classes of {item.name}", flat=True),
-            Picture("prediction", class_map(mask, palette), f"Predicted classes of {item.name}", flat=True),
-            Picture("confidence", confidence_map(sure, k), f"Confidence of the prediction of {item.name}", flat=False),
+            Picture("image", photo(item.image), f"Image of {item.name}"),
+            Picture("truth", class_map(item.label, palette), f"True classes of {item.name}", True),
+            Picture("prediction", class_map(mask, palette), f"Predicted classes of {item.name}", True),
+            Picture("confidence", confidence_map(sure, k), f"Confidence of the prediction of {item.name}"),
         )
         return pictures, note
 

@@ -10,6 +10,7 @@ import jinja2
 
 from cegate import __version__
 from cegate.config import Config
+from cegate.engine.evaluator import percent
 from cegate.errors import CheckpointError
 from cegate.page import outcome
 from cegate.page.choice import gate_part, stability_part
@@ -53,26 +54,30 @@ def render_page(runs: Sequence[RunFiles], config: Config, *, tiles: int) -> str:
     parts: dict[str, Any] = {
         "title": main.label,
         "lead": outcome.lead(main),
-        "facts": outcome.facts(main),
         "warnings": outcome.warnings(main),
-        "outcome": outcome.outcome_part(main),
+        "tiles": tiles_part(main, config, tiles),
+        "measure": outcome.measure_of(main),
+        "method": outcome.method_of(main.config),
+        "compared": bool(main.before),
+        "scores": outcome.score_rows(main),
+        "classes": list(outcome.class_rows(main)),
+        "facts": outcome.facts(main),
         "runs": outcome.runs_part(runs),
         "gate": gate_part(main),
         "stability": stability_part(runs, outcome.siblings(runs)),
         "curves": outcome.curves(main),
         "confusions": list(outcome.confusions(main)),
-        "tiles": tiles_part(main, config, tiles),
         "data": outcome.data_rows(main),
         "environment": outcome.environment(main),
         "config_text": main.config_text,
-        "folders": [(run.label, str(run.folder.path)) for run in runs],
+        "folders": [str(run.folder.path) for run in runs],
         "version": __version__,
     }
     return _environment().get_template(TEMPLATE).render(parts)
 
 
 def _environment() -> jinja2.Environment:
-    return jinja2.Environment(
+    environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -80,3 +85,5 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"percent": percent, "points": outcome.points}
+    return environment

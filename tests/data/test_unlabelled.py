@@ -17,7 +17,7 @@ from cegate.config import IGNORE, AugmentConfig, SetConfig
 from cegate.data import datasets
 from cegate.data.datasets import open_set
 from cegate.data.rasters import Window, read_header
-from cegate.data.stream import PairStream, TrainStream
+from cegate.data.stream import TrainStream
 from cegate.data.transforms import draw_class_mask
 from cegate.errors import DataError
 
@@ -146,52 +146,3 @@ def test_every_class_is_pasted_sooner_or_later():
     label = np.arange(4, dtype=np.uint8).reshape(2, 2)
     masks = np.stack([draw_class_mask(label, np.random.default_rng(seed)) for seed in range(200)])
     assert np.all(masks.mean(0) > 0.35) and np.all(masks.mean(0) < 0.65)
-
-
-@pytest.fixture(scope="module")
-def pairs():
-    def open_pairs(seed: int = 0, warmup: int = 2) -> PairStream:
-        source, target = (
-            open_set(SetConfig(kind="generated", split=split, limit=limit, tile=48), name=split, labelled=labelled)
-            for split, limit, labelled in (("temperate", 5, True), ("monsoon", 3, False))
-        )
-        source, target = stream(source, purpose="train", seed=seed), stream(target, seed=seed)
-        return PairStream(source, target, warmup=warmup, seed=seed)
-
-    return open_pairs
-
-
-def test_the_target_joins_after_the_warmup_and_the_source_does_not_notice(pairs):
-    stream, early, late = pairs(), pairs().batch(1), pairs().batch(2)
-    assert early.target is None and early.pasted is None
-    assert late.target.image.shape == late.source.image.shape
-    assert late.pasted.shape == late.source.label.shape
-    assert all(torch.equal(pair.source.image, stream.source.batch(i).image) for i, pair in ((1, early), (2, late)))
-    assert {name for i in range(2, 5) for name in pairs().batch(i).target.names} == {
-        f"monsoon/{number:05d}" for number in range(3)
-    }
-
-
-def flat(pair):
-    batches = [batch for batch in (pair.source, pair.target) if batch is not None]
-    return [tensor for batch in batches for tensor in (batch.image, batch.label)] + [
-        tensor for tensor in (pair.pasted,) if tensor is not None
-    ]
-
-
-def test_a_pair_is_a_function_of_seed_and_iteration_for_any_number_of_workers(pairs):
-    whole = [flat(pairs().batch(iteration)) for iteration in range(1, 5)]
-    for workers in (0, 2):
-        for expected, got in zip(whole, pairs().loader(1, 5, workers), strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(expected, flat(got), strict=True))
-    other = pairs(seed=1).batch(3)
-    assert not torch.equal(other.target.image, pairs().batch(3).target.image)
-
-
-def test_the_slots_of_a_batch_paste_apart(pairs):
-    one = open_set(SetConfig(kind="generated", split="temperate", limit=1, tile=128), name="one")
-    still = AugmentConfig(resize=[1.0, 1.0], flip=False, photometric=False)
-    source = stream(one, purpose="train", crop=128, augment=still, batch_size=8)
-    pair = PairStream(source, pairs().target, warmup=0, seed=0).batch(0)
-    assert (pair.source.label == pair.source.label[:1]).all()
-    assert len({mask.numpy().tobytes() for mask in pair.pasted}) > 1

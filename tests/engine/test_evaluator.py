@@ -9,12 +9,21 @@ import torch
 
 import cegate
 from cegate.data.datasets import open_set
-from cegate.engine.evaluator import evaluate, evaluate_run, percent, predict_logits, table_of, write_evaluation
-from cegate.engine.trainer import Trainer, train
+from cegate.engine.evaluator import (
+    Tally,
+    evaluate,
+    evaluate_run,
+    percent,
+    predict_logits,
+    predictor_of,
+    table_of,
+    write_evaluation,
+)
+from cegate.engine.trainer import train
 from cegate.errors import CheckpointError, ConfigError
-from cegate.models.segmenter import Segmenter
-from cegate.models.sliding import slide
 from cegate.runfolder import RunFolder
+from cegate.scenes.mosaic import Mosaic, Pixels
+from cegate.segmenter import Segmenter
 
 
 @pytest.fixture
@@ -37,6 +46,20 @@ def test_result_is_the_same_for_any_number_of_windows_at_once(segmenter, arid):
     assert matrices[0].sum() == 40 * 40
 
 
+def test_the_loss_is_the_mean_over_valid_pixels_of_the_whole_image(segmenter, arid):
+    item = arid.read(0)
+    logits = predict_logits(segmenter, torch.from_numpy(item.image[None]), crop=32).double()
+    label = torch.from_numpy(item.label.astype(np.int64))
+    label[:11, 5:] = 255
+    shares = logits.softmax(1)[0].gather(0, label.where(label < 5, 0)[None])[0]
+    expected = -shares.log()[label != 255].mean().item()
+    tally = Tally(segmenter.classes, label)
+    predictor_of(segmenter, crop=32).run(Pixels(torch.from_numpy(item.image)), tally)
+    assert tally.loss == pytest.approx(expected, rel=1e-5)
+    assert tally.confusion.matrix.sum() == (label != 255).sum()
+    assert Tally(segmenter.classes, label).loss == 0
+
+
 def test_evaluation_leaves_mode_and_random_state(segmenter, arid):
     segmenter.train()
     state = torch.get_rng_state()
@@ -44,10 +67,11 @@ def test_evaluation_leaves_mode_and_random_state(segmenter, arid):
     assert segmenter.training and torch.equal(state, torch.get_rng_state())
 
 
-def test_confusion_counts_what_predict_predicts(segmenter, arid):
+@pytest.mark.parametrize("blend", ["none", "cosine"])
+def test_confusion_counts_what_predict_predicts(segmenter, arid, blend):
     item = arid.read(0)
-    mask = segmenter.predict((item.image * 255).round().astype(np.uint8))
-    found = evaluate(segmenter, arid, crop=32).confusion.matrix.numpy()
+    mask = segmenter.predict((item.image * 255).round().astype(np.uint8), blend=blend)
+    found = evaluate(segmenter, arid, crop=32, blend=blend).confusion.matrix.numpy()
     expected = np.zeros_like(found)
     np.add.at(expected, (item.label.ravel(), mask.ravel()), 1)
     assert np.array_equal(found, expected)
@@ -99,8 +123,7 @@ def test_table_names_absent_classes(segmenter, arid):
     assert percent(float("nan")) == percent(None) == "–" and percent(0.1234) == "12.3"
 
 
-def test_a_run_is_evaluated_as_it_was_in_training(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(Trainer, "_draw", lambda self: None)
+def test_a_run_is_evaluated_as_it_was_in_training(small, no_figures, tmp_path):
     config = small()
     result = train(config)
     run = RunFolder(result.path)
@@ -125,7 +148,10 @@ def test_windows_of_mask2former_are_averaged_as_shares(small, arid):
     pixels = (arid.read(0).image * 255).round().astype(np.uint8)
     image = model.normalise(pixels)[None]
     with torch.no_grad():
-        expected = slide(model.eval(), image, 32, log_shares=True)
-        assert not torch.allclose(expected, slide(model, image, 32), atol=1e-4)
-    torch.testing.assert_close(predict_logits(model, image, crop=32), expected)
-    np.testing.assert_allclose(model.predict_proba(pixels), expected[0].exp(), atol=1e-5)
+        of_shares, of_logits = (
+            torch.cat([rows.logits for rows in Mosaic(32, log_shares=on).rows(model.eval(), Pixels(image[0]))], 1)
+            for on in (True, False)
+        )
+    assert not torch.allclose(of_shares, of_logits, atol=1e-4)
+    torch.testing.assert_close(predict_logits(model, image, crop=32)[0], of_shares)
+    np.testing.assert_allclose(model.predict_proba(pixels, blend="none"), of_shares.exp(), atol=1e-5)

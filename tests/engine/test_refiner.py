@@ -10,7 +10,8 @@ import torch
 
 import cegate
 from cegate.checkpoint import load_checkpoint, load_state
-from cegate.engine.trainer import Trainer, train
+from cegate.engine.stage import Stage
+from cegate.engine.trainer import train
 from cegate.runfolder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -42,15 +43,15 @@ def test_the_baseline_is_the_frozen_backbone_and_the_refiner_learns_after_it(sma
 @pytest.mark.parametrize(("stage", "iteration"), [("before", 2), ("after", 0), ("after", 2)])
 def test_a_stopped_run_resumes_bit_by_bit(small, monkeypatch, stage, iteration):
     changes = {**REIN, "train__checkpoint_every": 1, "train__iterations": 3}
-    step = Trainer._step
+    step = Stage.step
 
     def step_until(self, batch):
-        if (self.stage, self.iteration) == (stage, iteration):
+        if (self.name, self.iteration) == (stage, iteration):
             raise RuntimeError("power cut")
         return step(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_until)
+        patch.setattr(Stage, "step", step_until)
         with pytest.raises(RuntimeError, match="power cut"):
             train(small("cut", **changes))
     cut, whole = train(small("cut", **changes), resume=True).path, train(small("whole", **changes)).path

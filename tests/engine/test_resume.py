@@ -13,7 +13,8 @@ import torch
 from cegate.checkpoint import load_state
 from cegate.data import datasets
 from cegate.engine import evaluator
-from cegate.engine.trainer import Trainer, train
+from cegate.engine.stage import Stage
+from cegate.engine.trainer import _Loop, train
 from cegate.errors import CheckpointError
 from cegate.metrics import Confusion
 from cegate.runfolder import folder_of, read_json
@@ -24,15 +25,15 @@ pytestmark = pytest.mark.usefixtures("no_figures")
 
 def run_until(monkeypatch, config, stage, iteration):
     """Train until the power fails in the middle of an iteration."""
-    step = Trainer._step
+    step = Stage.step
 
     def step_until(self, batch):
-        if (self.stage, self.iteration) == (stage, iteration):
+        if (self.name, self.iteration) == (stage, iteration):
             raise RuntimeError("power cut")
         return step(self, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step_until)
+        patch.setattr(Stage, "step", step_until)
         with pytest.raises(RuntimeError, match="power cut"):
             train(config)
 
@@ -80,15 +81,15 @@ def test_mask2former_with_its_random_points_resumes_bit_by_bit(small, monkeypatc
 
 
 def test_what_was_measured_survives_a_resume(small, monkeypatch):
-    config, step, seconds = small(train__baseline=True), Trainer._step, {}
+    config, step, seconds = small(train__baseline=True), Stage.step, {}
 
     def step_and_note(self, batch):
-        key = self.stage, self.iteration
+        key = self.name, self.iteration
         value = step(self, batch)
         seconds[key] = self.step_seconds[-1]  # of an iteration done twice, the one that counts
         return value
 
-    monkeypatch.setattr(Trainer, "_step", step_and_note)
+    monkeypatch.setattr(Stage, "step", step_and_note)
     run_until(monkeypatch, config, "after", 5)
     result = train(config, resume=True).path / "result.json"
     after = [value for (stage, _), value in seconds.items() if stage == "after"]
@@ -121,7 +122,7 @@ def test_what_counts_after_a_resume_is_of_one_model_even_if_numbers_come_out_oth
     config, scores, evaluate = (
         small(train__eval_every=2, train__checkpoint_every=3),
         Confusion.scores,
-        Trainer._evaluate,
+        _Loop._evaluate,
     )
     folder, values, current = folder_of(config), iter([0.3, 0.6, 0.2, 0.1]), {}
 
@@ -129,7 +130,7 @@ def test_what_counts_after_a_resume_is_of_one_model_even_if_numbers_come_out_oth
         current["mIoU"] = next(values)
         return evaluate(self)
 
-    monkeypatch.setattr(Trainer, "_evaluate", evaluate_as_told)
+    monkeypatch.setattr(_Loop, "_evaluate", evaluate_as_told)
     monkeypatch.setattr(Confusion, "scores", lambda self: replace(scores(self), **current))
     run_until(monkeypatch, config, "after", 5)
     assert [load_state(folder / f"checkpoints/{name}.pt").iteration for name in ("last", "best")] == [4, 4]
@@ -150,7 +151,7 @@ def test_resume_refuses_another_precision(small, monkeypatch):
 
 
 def test_interrupt_saves_and_says_how_to_go_on(small, monkeypatch):
-    step = Trainer._step
+    step = Stage.step
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 
     def step_and_interrupt(self, batch):
@@ -158,10 +159,10 @@ def test_interrupt_saves_and_says_how_to_go_on(small, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return step(self, batch)
 
-    monkeypatch.setattr(Trainer, "_step", step_and_interrupt)
+    monkeypatch.setattr(Stage, "step", step_and_interrupt)
     with pytest.raises(KeyboardInterrupt, match=r"after iteration 5 and saved.*--config \S+config.yaml --resume"):
         train(small())
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Stage, "step", step)
     assert load_state(small().run.work_dir / Path("checkpoints/last.pt")).iteration == 5
     assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
     assert train(small(), resume=True).after["arid"]["iteration"] in (4, 7)
@@ -172,5 +173,5 @@ def test_resume_refuses_another_configuration_and_other_data(small, monkeypatch)
     with pytest.raises(CheckpointError, match=r"other values of train\.lr; resume it with --config"):
         train(small(train__lr=0.5), resume=True)
     monkeypatch.setattr(datasets.GeneratedSet, "fingerprint", lambda self, version=2: "other")
-    with pytest.raises(CheckpointError, match="data of train, source, arid is not what"):
+    with pytest.raises(CheckpointError, match="data of train, validation, arid is not what"):
         train(small(), resume=True)

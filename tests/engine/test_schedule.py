@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from cegate.config import TrainConfig
-from cegate.engine.schedule import learning_rate, parameter_groups
+from cegate.configfile import read_config
+from cegate.engine.schedule import learning_rate, make_optimizer, parameter_groups
 
 
 @pytest.mark.parametrize("schedule", ["poly", "cosine", "constant"])
@@ -48,3 +49,30 @@ def test_norms_biases_embeddings_and_scalars_do_not_decay():
     decays = {id(p) for group in groups if group["weight_decay"] == 0.05 for p in group["params"]}
     assert decays == {id(net.linear.weight)}
     assert sum(len(group["params"]) for group in groups) == len(list(net.parameters()))
+
+
+def test_steps_are_torchs_and_those_of_mfnets_fifty_epochs():
+    config = TrainConfig(iterations=10, lr=0.3, schedule="steps", milestones=[3, 7], gamma=0.5)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 7], gamma=0.5)
+    for iteration in range(10):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(config, iteration))
+        optimizer.step(), schedule.step()
+    mfnet = read_config("mfnet/vaihingen").train
+    rates = {learning_rate(mfnet, n): n for n in reversed(range(0, 50_000, 500))}
+    assert {n: pytest.approx(rate) for rate, n in rates.items()} == {0: 1e-2, 24_000: 1e-3, 34_000: 1e-4, 44_000: 1e-5}
+
+
+@pytest.mark.parametrize("schedule", ["poly", "cosine"])
+def test_a_horizon_beyond_the_last_iteration_stops_the_fall_early(schedule):
+    short = TrainConfig(iterations=30, lr=1.0, schedule=schedule, horizon=40)
+    long = TrainConfig(iterations=40, lr=1.0, schedule=schedule)
+    assert [learning_rate(short, n) for n in range(30)] == [learning_rate(long, n) for n in range(30)]
+
+
+def test_sgd_lets_everything_decay_and_holds_shared_weights_once():
+    layer = nn.Linear(2, 3)
+    config = TrainConfig(optimizer="sgd", lr=0.01, momentum=0.8, weight_decay=5e-4)
+    (group,) = make_optimizer(config, [layer, layer]).param_groups
+    assert len(group["params"]) == 2
+    assert (group["weight_decay"], group["momentum"], group["lr"]) == (5e-4, 0.8, 0.01)

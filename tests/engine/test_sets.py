@@ -59,7 +59,7 @@ def test_scores_are_those_of_the_masks_that_predict_gives(deep, tmp_path, no_fig
     result = train(deep())
     run = RunFolder(result.path)
     (evaluation,) = evaluate_run(run, run.config())
-    mask = cegate.load(run.path, "cpu").predict(tmp_path / "north/images/a.tif")
+    mask = cegate.load(run.path, "cpu").predict(tmp_path / "north/images/a.tif", blend="none")
     with rasterio.open(tmp_path / "north/masks/a.tif") as src:
         label = src.read(1)
     assert (label != IGNORE).all()

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
+import cegate
 from cegate import bench, cli
+from cegate.backbone.vit import build_vit, weight_hash
 from cegate.configfile import to_yaml
 from cegate.matrix import runner
-from cegate.matrix.cells import configure, name_settings, plan_cells, read_configs
+from cegate.matrix.cells import WEIGHTS, configure, name_settings, plan_cells, read_configs
+from cegate.runfolder import write_json, write_text
 
 from .conftest import draw_tiles
 
@@ -166,6 +170,31 @@ def test_runs_of_another_configuration_are_not_mixed_in(capsys, tiny, tmp_path):
     assert capsys.readouterr().out.startswith("done")
 
 
+def test_a_moved_weight_file_does_not_make_another_cell(capsys, tiny, tmp_path):
+    shipped = Path(cegate.__file__).parent / "weights" / "tiny.safetensors"
+    old, moved, other = (tmp_path / name / "vit.safetensors" for name in ("old", "moved", "other"))
+    for path in (old, moved, other):
+        path.parent.mkdir()
+        path.write_bytes(shipped.read_bytes())
+    weights = load_file(other)
+    save_file({**weights, "pos_embed": weights["pos_embed"] + 1}, other)
+    output = tmp_path / "o"
+    settings = name_settings([str(tiny)])
+    configs = read_configs(settings, ["gate"], [(WEIGHTS, str(old))])
+    (cell,) = plan_cells(settings, ["gate"], [0], output)
+    write_text(cell.folder / "config.yaml", to_yaml(configure(cell, configs["tiny", "gate"])))
+    digest = weight_hash(build_vit("tiny", weights=str(old), image_size=32))
+    write_json(cell.folder / "env.json", {"backbone_sha256": digest})
+    write_json(cell.folder / "result.json", {})
+    argv = ["--settings", str(tiny), "--methods", "gate", "--seeds", "0", "--output", str(output), "--dry_run"]
+    old.unlink()
+    assert bench.main([*argv, f"--{WEIGHTS}", str(moved)]) == cli.GOOD
+    assert capsys.readouterr().out.startswith("done")
+    assert "with other values of model.weights" in refused(capsys, *argv, f"--{WEIGHTS}", str(other))
+    (cell.folder / "result.json").unlink()  # a run that goes on keeps its place
+    assert "with other values of model.weights" in refused(capsys, *argv, f"--{WEIGHTS}", str(moved))
+
+
 def read_tiny(tiny: Path):
     settings = name_settings([str(tiny)])
     return settings, read_configs(settings, ["gate"], [])
@@ -177,6 +206,16 @@ def test_tables_only_needs_nothing_but_the_folder(capsys, write_cell, tmp_path):
     assert bench.main(["--tables_only", "--output", str(tmp_path)]) == cli.GOOD
     out = capsys.readouterr().out
     assert "## x" in out and str(tmp_path / "table.csv") in out
+
+
+def test_the_table_of_every_setting_is_shown(capsys, write_cell, tmp_path):
+    for setting in ("a", "b", "c"):
+        for method in ("gate", "lora"):
+            write_cell(setting, method, 0, {"north": draw_tiles(0.8, seed=len(method))})
+    assert bench.main(["--tables_only", "--output", str(tmp_path)]) == cli.GOOD
+    titles = [line for line in capsys.readouterr().out.splitlines() if line.startswith("## ")]
+    assert titles == ["## All settings: 3 settings", "## a", "## b", "## c"]
+    assert "## a: difference to gate" in (tmp_path / "table.md").read_text()
 
 
 def test_a_cell_that_cannot_be_read_makes_the_exit_code_1(capsys, write_cell, tmp_path):

@@ -115,3 +115,15 @@ def test_other_values_than_the_method_s_are_noted_once_for_all_settings(write_ce
         f"lora differs from gate seed 0 in train.lr (0.0003, not {lr}): x, y, z (seed 1).",
         f"gate differs from gate seed 0 in train.iterations (7, not {iterations}): y (seed 1).",
     ]
+
+
+def test_a_moved_weight_file_is_no_change_where_the_backbone_is_the_same(write_cell):
+    cells = [
+        write_cell("x", "gate", 0, {"north": draw_tiles(0.8)}, model__weights="/old/vit.pth"),
+        write_cell("x", "gate", 1, {"north": draw_tiles(0.8)}, model__weights="/new/vit.pth"),
+    ]
+    results, _ = read_cells(cells)
+    assert "model.weights" in changed_settings(results)[0]  # nothing tells what was in them
+    for cell in cells:
+        (cell.folder / "env.json").write_text(json.dumps({"gpu": None, "backbone_sha256": "ab"}))
+    assert changed_settings(read_cells(cells)[0]) == []

@@ -207,6 +207,23 @@ def test_the_rest_is_estimated_from_what_was_done_here(tmp_path):
     ]
 
 
+def test_the_bar_ends_where_the_work_ends(tmp_path):
+    bench = Bench(tmp_path, "gate", "random", seeds=(0, 1))
+    display = Display(Console(file=StringIO(), width=200), total=5, done=1)
+    one, two, three, four = bench.cells
+    display.started(one, "cpu")
+    display.started(two, "cpu")
+    display.progress([(one, 0.5, 0.0, 9.0), (two, 0.25, 0.0, 9.0)], waiting=2.0, slots=2)
+    assert display.shares[0] == pytest.approx(1.75 / 5)
+    display.finished(one, 10.0, 1.0, left=3)
+    assert display.shares == pytest.approx([2.25 / 5, 0.25])
+    display.failed(two, "it broke", left=2)
+    display.skipped(three, "another bench is running it")
+    display.started(four, "cpu")
+    display.finished(four, 10.0, 1.0, left=0)
+    assert display.shares == [1.0]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(4.4, "4 s"), (89, "89 s"), (95, "2 min"), (3700, "1 h 02 min"), (90000, "1 d 1 h")]
 )

@@ -123,3 +123,16 @@ def write_run(
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """`write_run` below the test's own folder."""
     return lambda name="run", **more: write_run(tmp_path / name, **more)
+
+
+@pytest.fixture
+def drawn() -> None:
+    """Ask for it where a test looks at the pictures that matplotlib makes."""
+
+
+@pytest.fixture(autouse=True)
+def _pictures_cost_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests read the page; its figures are built, not rendered."""
+    if "drawn" not in request.fixturenames:
+        for part in ("choice", "outcome"):
+            monkeypatch.setattr(f"cegate.page.{part}.svg_uri", lambda figure: "data:image/svg+xml,<svg/>")

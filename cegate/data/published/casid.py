@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,12 +13,9 @@ from cegate.config import IGNORE
 from cegate.data.prepared import Counts
 from cegate.data.published.downloads import Member, find, list_members
 from cegate.data.published.labels import Label, image_reader, read_table
-from cegate.data.published.plan import BANDS, Options, Piece, Plan, expected_counts, pair
+from cegate.data.published.plan import BANDS, Options, Piece, Plan, Published, expected_counts, pair
 from cegate.data.rasters import read_codes, read_header
 from cegate.errors import DataError
-
-if TYPE_CHECKING:
-    from cegate.data.published.catalogue import Published
 
 DOMAINS = ("SubMs", "TemMs", "TroMs", "TroRf")
 _CLASSES, _PARTS = 5, ("train", "test")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,77 +12,19 @@ from rich.table import Table
 from cegate.data.prepared import Counts
 from cegate.data.published.casid import plan_casid
 from cegate.data.published.downloads import Member
-from cegate.data.published.plan import Options, Plan, Planner, plan_pairs, plan_tiles
+from cegate.data.published.plan import Options, Plan, Published, Setting, plan_pairs, plan_tiles
 from cegate.errors import ConfigError, nearest
 
-PLANNERS: dict[str, Planner] = {"pairs": plan_pairs, "tiles": plan_tiles, "casid": plan_casid}
+PLANNERS: dict[str, Callable[[Published, Sequence[Member], Options], Plan]] = {
+    "pairs": plan_pairs,
+    "tiles": plan_tiles,
+    "casid": plan_casid,
+}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """An option of `cegate data prepare` that some sets take."""
-
-    default: str | int
-    help: str
-    accepted: tuple[str, ...] = ()
-    """Values it takes; empty: any."""
-
-    def parse(self, name: str, text: str) -> str | int:
-        """The value of a text.
-
-        Raises:
-            ConfigError: it is none of the accepted ones, or no number where one is needed.
-        """
-        if self.accepted and text not in self.accepted:
-            accepted = ", ".join(self.accepted)
-            raise ConfigError(f"--{name}={text} is none of {accepted}{nearest(text, self.accepted)}")
-        if isinstance(self.default, str):
-            return text
-        if not text.isdecimal():
-            raise ConfigError(f"--{name}={text} is not accepted; expected a whole number of 0 or more")
-        return int(text)
-
-
-@dataclass(frozen=True)
-class Published:
-    """A data set of the field."""
-
-    name: str
-    title: str
-    origin: str
-    """Where it comes from."""
-    licence: str
-    layout: str
-    """What a download looks like."""
-    classes: tuple[str, ...]
-    palette: tuple[str, ...]
-    """One "#RRGGBB" per class."""
-    stored: Mapping[int, str]
-    """Value in the prepared labels -> class name or "ignore"."""
-    splits: Mapping[str, Counts]
-    """Published numbers with default options."""
-    settings: Mapping[str, Setting]
-    row: Mapping[str, Any] = field(repr=False)
-    """Of the table: how its files are found and read."""
-
-    def plan(self, members: Sequence[Member], options: Options) -> Plan:
-        """What the files of a download become."""
-        return PLANNERS[self.row["plan"]](self, members, options)
-
-    def parse_options(self, given: Mapping[str, str]) -> dict[str, str | int]:
-        """Every option of this set, the given ones parsed.
-
-        Raises:
-            ConfigError: an option that the set does not take, or a value that the option does not.
-        """
-        for name in given:
-            if name not in self.settings:
-                taken = ", ".join(f"--{option}" for option in self.settings) or "none"
-                raise ConfigError(f"{self.name} does not take --{name}; options of this set: {taken}")
-        return {
-            name: setting.parse(name, given[name]) if name in given else setting.default
-            for name, setting in self.settings.items()
-        }
+def plan_of(published: Published, members: Sequence[Member], options: Options) -> Plan:
+    """What the files of a download become."""
+    return PLANNERS[published.row["plan"]](published, members, options)
 
 
 def _published(name: str, row: Mapping[str, Any]) -> Published:

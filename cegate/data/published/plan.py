@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cegate.data.prepared import SECOND, Counts
 from cegate.data.published.downloads import Member, find
 from cegate.data.published.labels import ReadImage, ReadLabel, image_reader, label_reader, read_bands
 from cegate.errors import ConfigError, DataError, nearest
-
-if TYPE_CHECKING:
-    from cegate.data.published.catalogue import Published
 
 Options = Mapping[str, str | int]
 Box = tuple[int, int, int, int]
@@ -22,6 +19,69 @@ Box = tuple[int, int, int, int]
 BANDS = {"RGB": ("red", "green", "blue"), "IRRG": ("infrared", "red", "green")}
 BANDS |= {"RGBIR": (*BANDS["RGB"], "infrared")}
 """What the bands of a band set are."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option of `cegate data prepare` that some sets take."""
+
+    default: str | int
+    help: str
+    accepted: tuple[str, ...] = ()
+    """Values it takes; empty: any."""
+
+    def parse(self, name: str, text: str) -> str | int:
+        """The value of a text.
+
+        Raises:
+            ConfigError: it is none of the accepted ones, or no number where one is needed.
+        """
+        if self.accepted and text not in self.accepted:
+            accepted = ", ".join(self.accepted)
+            raise ConfigError(f"--{name}={text} is none of {accepted}{nearest(text, self.accepted)}")
+        if isinstance(self.default, str):
+            return text
+        if not text.isdecimal():
+            raise ConfigError(f"--{name}={text} is not accepted; expected a whole number of 0 or more")
+        return int(text)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A data set of the field."""
+
+    name: str
+    title: str
+    origin: str
+    """Where it comes from."""
+    licence: str
+    layout: str
+    """What a download looks like."""
+    classes: tuple[str, ...]
+    palette: tuple[str, ...]
+    """One "#RRGGBB" per class."""
+    stored: Mapping[int, str]
+    """Value in the prepared labels -> class name or "ignore"."""
+    splits: Mapping[str, Counts]
+    """Published numbers with default options."""
+    settings: Mapping[str, Setting]
+    row: Mapping[str, Any] = field(repr=False)
+    """Of the table: how its files are found and read."""
+
+    def parse_options(self, given: Mapping[str, str]) -> dict[str, str | int]:
+        """Every option of this set, the given ones parsed.
+
+        Raises:
+            ConfigError: an option that the set does not take, or a value that the option does not.
+        """
+        for name in given:
+            if name not in self.settings:
+                taken = ", ".join(f"--{option}" for option in self.settings) or "none"
+                raise ConfigError(f"{self.name} does not take --{name}; options of this set: {taken}")
+        return {
+            name: setting.parse(name, given[name]) if name in given else setting.default
+            for name, setting in self.settings.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -206,6 +266,3 @@ def _tiles(members: Sequence[Member], template: str, numbers: str) -> dict[str, 
 
 def _gaps(tiles: Iterable[str], files: Mapping[str, object], template: str) -> list[str]:
     return [template.format(tile=tile) for tile in tiles if tile not in files]
-
-
-Planner = Callable[["Published", Sequence[Member], Options], Plan]

@@ -30,9 +30,9 @@ from cegate.data.prepared import (
     read_manifest,
     write_manifest,
 )
-from cegate.data.published.catalogue import Published
+from cegate.data.published.catalogue import plan_of
 from cegate.data.published.downloads import list_members
-from cegate.data.published.plan import Box, Options, Piece, Plan, crop_boxes
+from cegate.data.published.plan import Box, Options, Piece, Plan, Published, crop_boxes
 from cegate.data.rasters import read_header, write_image, write_mask
 from cegate.errors import DataError
 
@@ -97,7 +97,7 @@ def prepare(
     """
     console = console or Console()
     members = list_members(roots)
-    plan = published.plan(members, options)
+    plan = plan_of(published, members, options)
     closed = [m for m in members if m.inner is not None and m.name.lower().endswith(".zip")]
     unpack = f"unpack {closed[0].file}, a zip in a zip is not looked into; " if closed else ""
     where = f"{unpack}{published.name} comes from {published.origin}; the layout is {published.layout}"

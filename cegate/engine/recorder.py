@@ -1,0 +1,323 @@
+"""A recorder writes: journals, checkpoints, evaluations, adapter and result of a run. It computes nothing."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rasterio
+import timm
+import torch
+import yaml
+
+from cegate import __version__, ops
+from cegate.checkpoint import (
+    STAGES,
+    State,
+    copy_checkpoint,
+    keep_newest,
+    load_state,
+    restore,
+    save_adapter,
+    save_state,
+)
+from cegate.config import Config
+from cegate.configfile import SOURCE_DOMAIN, changed_values, read_config, to_yaml
+from cegate.data.datasets import SegmentationSet
+from cegate.engine import evaluator, results
+from cegate.engine.evaluator import Evaluation, percent
+from cegate.engine.gating import Round
+from cegate.engine.results import Result, domain_title, stage_title
+from cegate.engine.runtime import peak_memory
+from cegate.engine.sets import Sets
+from cegate.engine.stage import NotFiniteError, Numerics, Stage
+from cegate.errors import CheckpointError, TrainingError
+from cegate.gate import GatePlan
+from cegate.runfolder import FREE_ON_RESUME, RunFolder, read_json, write_json
+from cegate.segmenter import Segmenter
+
+log = logging.getLogger(__name__)
+
+
+class Recorder:
+    """What a run leaves in its folder.
+
+    Args:
+        run: the folder, locked.
+        config: the run.
+        sets: the data.
+        numerics: how the run computes.
+        backbone_sha256: `weight_hash` of the backbone as it was loaded.
+    """
+
+    def __init__(self, run: RunFolder, config: Config, sets: Sets, numerics: Numerics, backbone_sha256: str) -> None:
+        self.run, self.config, self.sets, self.numerics = run, config, sets, numerics
+        self.backbone_sha256 = backbone_sha256
+        self.peak_memory: int | None = None  # bytes
+        self.started, self.elapsed_before = time.monotonic(), 0.0
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the run has worked in all."""
+        return self.elapsed_before + time.monotonic() - self.started
+
+    # starting and resuming ------------------------------------------------------------------------------------------
+
+    def open(self) -> State | None:
+        """The state to go on from; the journals lose what comes after it, which is going to be written again.
+
+        Raises:
+            CheckpointError: the state is damaged, or of other data, another configuration, seed or precision.
+        """
+        path, environment = self.run.path / "env.json", self._environment()
+        state = load_state(self.run.last) if self.run.last.is_file() else None
+        with self.run.writing():
+            if state is None:
+                write_json(path, environment)
+            else:
+                self._refuse_changes(state, read_json(path), environment)
+                self.peak_memory, self.elapsed_before = state.peak_memory_bytes, state.elapsed_seconds
+                title = stage_title(state.stage, self.config.run.method)
+                log.info("going on from iteration %d of stage %s", state.iteration, title)
+                self._number_again(state)
+            position = (-1, -1) if state is None else state.position
+
+            def is_past(record: dict[str, Any]) -> bool:
+                stage = record.get("stage", record["split"])
+                return (STAGES.index(stage), record["iteration"]) <= position
+
+            self.run.metrics.keep(is_past)
+            self.run.gates.keep(lambda record: (STAGES.index("after"), record["iteration"]) < position)
+        return state
+
+    def _number_again(self, state: State) -> None:
+        """Make the numbered checkpoint whose copy was lost between the two writes."""
+        train = self.config.train
+        due = state.iteration % train.checkpoint_every == 0 or state.iteration == train.iterations
+        numbered = self._numbered(state.iteration)
+        if state.stage == "after" and due and train.keep_checkpoints and not numbered.is_file():
+            copy_checkpoint(self.run.last, numbered)
+            keep_newest(self.run.checkpoints, train.keep_checkpoints)
+
+    def _numbered(self, iteration: int) -> Path:
+        return self.run.checkpoints / f"iter_{iteration}.pt"
+
+    def _environment(self) -> dict[str, Any]:
+        device = self.numerics.device
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        return {
+            "versions": {
+                "cegate": __version__,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "numpy": np.__version__,
+                "rasterio": rasterio.__version__,
+            },
+            "platform": platform.platform(),
+            "device": str(device),
+            "gpu": gpu,
+            "threads": torch.get_num_threads(),
+            "precision": self.numerics.name,
+            "seed": self.config.run.seed,
+            "backends": ops.backends(),
+            "backbone_sha256": self.backbone_sha256,
+            "data": {
+                name: {"images": len(data), "fingerprint": data.fingerprint()} for name, data in self._data().items()
+            },
+        }
+
+    def _data(self) -> dict[str, SegmentationSet]:
+        sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
+        if self.sets.unlabelled is not None:
+            sets[self.sets.unlabelled.name] = self.sets.unlabelled
+        return sets
+
+    def _refuse_changes(self, state: State, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        path, recorded = self.run.path, before.get("data", {})
+        changed = [
+            name
+            for name, data in self._data().items()
+            if name in recorded and not data.has_fingerprint(recorded[name]["fingerprint"])
+        ]
+        if changed:
+            raise CheckpointError(
+                f"the data of {', '.join(map(domain_title, changed))} is not what {path} was started with; put the "
+                "files back or start a run of another name"
+            )
+        if before["precision"] != now["precision"]:
+            raise CheckpointError(
+                f"{path} was started with {before['precision']} on {before['gpu'] or before['device']}; "
+                f"here run.precision={self.config.run.precision} is {now['precision']}, which gives other numbers: "
+                "go on on such a device, or start a run of another name"
+            )
+        if other := _changed_keys(state, self.config):
+            raise CheckpointError(
+                f"{self.run.last} is of a run with other values of {', '.join(other)}; put back the checkpoint of this "
+                "run, or start a run of another name"
+            )
+        if now["gpu"] is None and before.get("threads", now["threads"]) != now["threads"]:
+            log.warning(
+                "the run was started with %d threads and goes on with %d: sums come out in another order, so last "
+                "digits differ; set OMP_NUM_THREADS=%d for the same numbers",
+                *(before["threads"], now["threads"], before["threads"]),
+            )
+
+    # while it trains ------------------------------------------------------------------------------------------------
+
+    def plan(self, plan: GatePlan) -> None:
+        """The plan of a gate that never changes."""
+        with self.run.writing():
+            self.run.gates.append({"iteration": 0, "scores": {}, "active": list(plan.active)})
+
+    def round(self, iteration: int, chosen: Round) -> None:
+        """A scoring round."""
+        with self.run.writing():
+            self.run.gates.append(chosen.record(iteration))
+
+    def loss(self, stage: Stage, line: Mapping[str, Any]) -> None:
+        """A line of losses."""
+        record = {"iteration": stage.iteration, "split": "train", "stage": stage.name, "domain": SOURCE_DOMAIN}
+        with self.run.writing():
+            self.run.metrics.append({**record, **line})
+        title = stage_title(stage.name, self.config.run.method)
+        log.debug("%s iteration %d: loss %.4f, lr %.2e", title, stage.iteration, line["loss"], line["lr"])
+
+    def save(self, stage: Stage, *, numbered: bool = False) -> None:
+        """Save the state as the last one and, where numbered ones are kept, under the number of its iteration."""
+        self.peak_memory = max(self.peak_memory or 0, peak_memory(self.numerics.device))
+        state = State(
+            **stage.state(),
+            elapsed_seconds=self.elapsed,
+            peak_memory_bytes=self.peak_memory,
+            value_range=stage.network.recipe.value_range,
+            backbone_sha256=self.backbone_sha256,
+            classes=list(stage.network.classes),
+            config=to_yaml(self.config),
+        )
+        keep = self.config.train.keep_checkpoints
+        with self.run.writing():
+            save_state(self.run.last, state)
+            if numbered and keep and stage.name == "after":
+                copy_checkpoint(self.run.last, self._numbered(stage.iteration))
+            keep_newest(self.run.checkpoints, keep if stage.name == "after" else 0)
+
+    def not_finite(self, error: NotFiniteError) -> TrainingError:
+        """Keep the names of a batch with a bad loss; what to tell the user."""
+        path = self.run.path / "nan_batch.json"
+        with self.run.writing():
+            write_json(
+                path,
+                {"iteration": error.iteration, "names": error.names, "not_finite": error.bad, "loss": error.losses},
+            )
+        return TrainingError(
+            f"{error} (batch saved in {path}); look at these files, lower train.lr, set train.clip, or use "
+            "run.precision=fp32"
+        )
+
+    # evaluations ----------------------------------------------------------------------------------------------------
+
+    def is_evaluated(self, stage: Stage) -> bool:
+        """Whether the journal holds the evaluation of this iteration."""
+        found = results.records_of(self.run.metrics.records, stage.name, stage.iteration)
+        return bool(found) and found.keys() == {dataset.name for dataset in self.sets.evaluated}
+
+    def forget_evaluation(self, stage: Stage) -> None:
+        """Drop what an evaluation that was cut off has written."""
+        place = (stage.name, stage.iteration)
+        with self.run.writing():
+            self.run.metrics.keep(lambda record: (record["split"], record["iteration"]) != place)
+
+    def evaluated(self, stage: Stage, evaluations: Sequence[Evaluation]) -> str:
+        """Keep the model if it is the best so far, and the numbers; the mIoU as text.
+
+        The state was saved just before, and the journal is written last. So nothing that is kept is ever younger than
+        what a resume goes on from, and what the journal holds is kept; a run that ends in here is evaluated again.
+        """
+        place = {"iteration": stage.iteration, "split": stage.name}
+        records = [{**place, "domain": item.domain, "loss": item.loss, **item.scores.to_dict()} for item in evaluations]
+        with self.run.writing():
+            if self._best_iteration(stage.name, records) in (None, stage.iteration):
+                self._keep_best(stage, evaluations)
+            self.run.metrics.append(*records)
+        text = ", ".join(f"{domain_title(item.domain)} {percent(item.scores.mIoU)}" for item in evaluations)
+        title = stage_title(stage.name, self.config.run.method)
+        log.info("%s iteration %d: mIoU %s", title, stage.iteration, text or "not measured")
+        return text or "–"
+
+    def _best_iteration(self, stage: str, records: Sequence[results.Record] = ()) -> int | None:
+        """The iteration of a stage that counts, by the journal and further records."""
+        known = [*self.run.metrics.records, *records]
+        return results.best_iteration(known, stage, validated=self.sets.validation is not None)
+
+    def _keep_best(self, stage: Stage, evaluations: Sequence[Evaluation]) -> None:
+        name = "before" if stage.name == "before" else "best"
+        copy_checkpoint(self.run.last, self.run.checkpoints / f"{name}.pt")
+        for item in evaluations if stage.name == "after" else ():
+            evaluator.write_evaluation(self.run.eval / item.domain, item, iteration=stage.iteration)
+
+    # the end --------------------------------------------------------------------------------------------------------
+
+    def finish(self, stage: Stage) -> Result:
+        """Load the model that counts into the network, and write its adapter; the numbers of the run."""
+        network, best = stage.network, self.run.checkpoints / "best.pt"
+        state, records = load_state(best), self.run.metrics.records
+        restore(network, state, best, backbone_sha256=self.backbone_sha256)
+        network.eval()
+        after = results.records_of(records, "after", state.iteration)
+        before = results.records_of(records, "before", self._best_iteration("before"))
+        scores = {domain_title(domain): record["mIoU"] for domain, record in after.items()}
+        with self.run.writing():
+            save_adapter(self.run.adapter, network, self.backbone_sha256, scores)
+        if self.sets.validation is None:
+            why = "the last one: there is no validation set"
+        elif after[SOURCE_DOMAIN]["mIoU"] is None:
+            why = "the last one: the validation set has no label"
+        else:
+            why = "chosen on the validation set"
+        notes = [f"The model of iteration {state.iteration} counts, {why}."]
+        if unseen := stage.unseen_classes():
+            notes.append(
+                f"No crop of data.source showed a pixel of {', '.join(unseen)}: what is never seen is not learned "
+                "(look at its masks and label_map)."
+            )
+            log.warning(notes[-1])
+        return Result(self.run.path, before, after, tuple(notes), self.config.run.method, state.iteration)
+
+    def complete(self, result: Result, stage: Stage) -> None:
+        """Write result.json, by which others know that the run is complete."""
+        counts, steps, scorings = _learned(stage.network), stage.step_seconds, stage.score_seconds
+        record = {
+            "iteration": result.iteration,
+            "before": result.before,
+            "after": result.after,
+            "trained_parameters": sum(counts.values()) - counts["head"],
+            "head_parameters": counts["head"],
+            "step_seconds": statistics.median(steps) if steps else None,
+            "score_seconds": statistics.median(scorings) if scorings else None,
+            "peak_memory_bytes": self.peak_memory,
+        }
+        with self.run.writing():
+            write_json(self.run.result, record)
+
+
+def _learned(network: Segmenter) -> dict[str, int]:
+    """Part -> its weights; of a part whose sites are switched, those of the sites that are on."""
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.learning_modules().items()}
+    sites = network.toolbox.counts()
+    return counts | {"toolbox": sum(sites[site] for site in network.toolbox.plan.on)}
+
+
+def _changed_keys(state: State, config: Config) -> list[str]:
+    """Keys whose values are not those that a state was made with, but for those that a resume may change."""
+    if not state.config:
+        return []
+    return [
+        key for key in changed_values(read_config(yaml.safe_load(state.config)), config) if key not in FREE_ON_RESUME
+    ]

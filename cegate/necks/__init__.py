@@ -1,0 +1,1 @@
+"""What turns the features of a backbone into those of a head."""

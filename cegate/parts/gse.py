@@ -1,0 +1,43 @@
+"""The geospatial semantic extractor: a small convolutional net whose maps ask the backbone's features what they know
+(CrossEarth, section 3.2; kernel sizes and widths are not published)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS = (64, 128, 256, 512)
+"""Channels after the first four convolutions; the fifth has the backbone's width."""
+
+
+class GSE(nn.Module):
+    """Five 3 x 3 convolutions with ReLU, the first four of stride 2: images [B, bands, H, W] -> queries [B, h w, C].
+
+    Args:
+        bands: of the images, which are those that the backbone sees.
+        channels: C, the backbone's width.
+        widths: channels after each but the last convolution; stride 2 for each.
+    """
+
+    deployed = True
+
+    def __init__(self, bands: int, channels: int, widths: Sequence[int] = WIDTHS) -> None:
+        super().__init__()
+        strided = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise([bands, *widths])]
+        self.layers = nn.ModuleList([*strided, nn.Conv2d(widths[-1], channels, 3, padding=1)])
+
+    def no_weight_decay(self) -> set[str]:
+        """Every kernel decays."""
+        return set()
+
+    def forward(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Queries on the token grid, [B, h w, C], row by row; resized bilinearly where tokens are not of 16 px."""
+        x = images
+        for layer in self.layers:
+            x = layer(x).relu()
+        if x.shape[-2:] != grid:
+            x = F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
+        return x.flatten(2).mT

@@ -1,0 +1,182 @@
+"""Masks of image files."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from cegate.data.rasters import MASK_SUFFIXES, SUFFIXES, is_georeferenced
+from cegate.errors import DataError
+from cegate.recipe import Recipe
+from cegate.runfolder import writable_folder
+from cegate.scenes.predictor import Predictor
+from cegate.scenes.reader import open_reader
+from cegate.scenes.sink import open_mask_file
+
+
+class Segmenting(Protocol):
+    """What masks are made with: a segmenter."""
+
+    @property
+    def recipe(self) -> Recipe: ...
+    def predictor(self, *, stride: int | None = None, blend: str = "cosine") -> Predictor: ...
+
+
+class Written(NamedTuple):
+    """A mask that was written."""
+
+    mask: Path
+    image: Path
+    without_data: float
+    """Share of its pixels, 0..1, that were not predicted because the image has no data there; they are 255."""
+
+
+def find_images(inputs: Sequence[str]) -> list[Path]:
+    """Image files that are named by files, folders (not below them) or globs, each once, in order.
+
+    Of a folder, files whose names begin with a dot are left out: what a killed process left, or a system's notes.
+
+    Raises:
+        DataError: an input names no image.
+    """
+    found: dict[Path, None] = {}
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            images = sorted(file for file in path.iterdir() if _is_image(file))
+        else:
+            matches = glob.glob(name, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+            images = [path] if path.is_file() else sorted(map(Path, matches))
+        if not images:
+            raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
+        found.update(dict.fromkeys(images))
+    return list(found)
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
+
+
+def _suffix_for(image: Path) -> str:
+    try:
+        return ".tif" if is_georeferenced(image) else ".png"
+    except DataError:  # there will be no mask; why is said when its turn comes
+        return ".tif" if image.suffix.lower() in (".tif", ".tiff") else ".png"
+
+
+def plan_outputs(
+    images: Sequence[Path], output: Path, *, overwrite: bool = False, keep: bool = False
+) -> dict[Path, Path]:
+    """Decide where each mask goes, before any work is done.
+
+    Args:
+        images: image files.
+        output: a .png or .tif file for one image, else a folder. In a folder a mask is named after its image: a .tif
+            for a georeferenced image, a .png for others.
+        overwrite: existing masks may be replaced.
+        keep: images that have a mask already are left out.
+
+    Returns:
+        Image -> mask file.
+
+    Raises:
+        DataError: a mask exists, would replace an image, or two images want the same name; or output has a suffix that
+            is no mask's and is no folder yet.
+        CheckpointError: nothing can be written there.
+    """
+    if output.suffix.lower() in MASK_SUFFIXES and not output.is_dir():
+        if len(images) != 1:
+            raise DataError(f"--output {output} is one file for {len(images)} images; give a folder")
+        masks = {images[0]: output}
+    elif re.search("[A-Za-z]", output.suffix) and not output.is_dir():
+        raise DataError(
+            f"--output {output}: a mask cannot be written as {output.suffix}; give a .png or .tif file, or a folder "
+            "(make one of that name first if you mean it)"
+        )
+    else:
+        masks = {image: output / f"{image.stem}{_suffix_for(image)}" for image in images}
+    taken: dict[Path, Path] = {}
+    for image, mask in masks.items():
+        if mask in taken:
+            raise DataError(f"{taken[mask]} and {image} would both be written to {mask}; predict them into two folders")
+        if mask.resolve() in {other.resolve() for other in images}:
+            raise DataError(f"the mask of {image} would replace the image {mask}; give another --output")
+        if mask.exists() and not (overwrite or keep):
+            raise DataError(
+                f"{mask} exists; give another --output, --overwrite to replace it, or --keep to leave its image out"
+            )
+        taken[mask] = image
+    for folder in {mask.parent for mask in masks.values()}:
+        writable_folder(folder, "--output")
+    return {image: mask for image, mask in masks.items() if not (keep and mask.exists())}
+
+
+def predict_files(
+    segmenter: Segmenting,
+    masks: dict[Path, Path],
+    progress: Callable[[float], None] = lambda done: None,
+    *,
+    all_pixels: bool = False,
+    stride: int | None = None,
+    blend: str = "cosine",
+) -> Iterator[Written]:
+    """Segment images and write their masks: single-band class indices with the palette as colour table.
+
+    A georeferenced image's coordinate system and transform go into a .tif. Each mask is whole or absent, and is written
+    while its image is read: what is held of either does not grow with its height. An image that cannot be used does not
+    stop the others.
+
+    Args:
+        segmenter: the model.
+        masks: image -> mask file, see `plan_outputs`.
+        progress: told how many of the images are done, with the share of the one that is being segmented.
+        all_pixels: predict also where an image says that it has no data.
+        stride, blend: see `cegate.scenes.mosaic.Mosaic`.
+
+    Yields:
+        Masks as they are written.
+
+    Raises:
+        DataError: a mask cannot be written: at once; those before it stay, and so does an older one in its place. Or,
+            at the end: images that cannot be read, take more memory than there is, or do not fit the model. Each is
+            named with its reason in either.
+        ConfigError: stride or blend does not fit.
+    """
+    predictor, recipe = segmenter.predictor(stride=stride, blend=blend), segmenter.recipe
+    failed: list[str] = []
+    for done, (image, mask) in enumerate(masks.items()):
+        try:
+            with (
+                _memory_errors_named(image),
+                open_reader(image, recipe, all_pixels=all_pixels) as reader,
+                open_mask_file(mask, reader.size, like=image, palette=recipe.palette) as sink,
+            ):
+                predictor.run(reader, sink, lambda share, done=done: progress(done + share))
+        except DataError as error:
+            failed.append(str(error))
+            progress(done + 1)
+            continue
+        except OSError as error:
+            reason = f"{mask} cannot be written ({error.strerror or error}); give another --output"
+            raise DataError("; ".join([reason, *failed])) from error
+        yield Written(mask, image, sink.without_data)
+    if failed:
+        raise DataError(f"{len(failed)} of {len(masks)} images have no mask: {'; '.join(failed)}")
+
+
+@contextmanager
+def _memory_errors_named(image: Path) -> Iterator[None]:
+    """Turn what says that memory is used up, on the host or a GPU, into a DataError that names the image."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:120] or type(error).__name__
+        raise DataError(f"{image}: out of memory ({reason}); cut it into parts that are less wide") from error

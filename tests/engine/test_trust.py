@@ -1,0 +1,280 @@
+"""Nothing lost, nothing silently wrong: what comes from outside while a run trains, and what its labels do not say."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+
+from cegate.checkpoint import load_state, save_state
+from cegate.configfile import to_yaml
+from cegate.data import stream
+from cegate.data.stream import WorkerLostError
+from cegate.engine import recorder
+from cegate.engine.stage import Stage
+from cegate.engine.trainer import train
+from cegate.errors import CheckpointError, TrainingError
+from cegate.runfolder import folder_of, read_json, write_json
+from cegate.train import main
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+SHORT = {"data__validation": "null", "train__iterations": 4, "train__checkpoint_every": 2, "train__eval_every": 4}
+
+
+def at_step(monkeypatch, iteration: int, what, stage: str = "after") -> None:
+    """Do something before a step."""
+    step = Stage.step
+
+    def step_and_more(self, data):
+        if (self.name, self.iteration) == (stage, iteration):
+            what(self)
+        return step(self, data)
+
+    monkeypatch.setattr(Stage, "step", step_and_more)
+
+
+# --- signals, workers, folders --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def default_signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_sigterm_saves_as_ctrl_c_does_and_leaves_the_handler_as_found(small, monkeypatch, default_signals, tmp_path):
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda stage: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(
+            KeyboardInterrupt, match=r"interrupted after iteration 3 and saved; go on with: .* --resume"
+        ):
+            train(small("cut", **SHORT))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert load_state(tmp_path / "cut/checkpoints/last.pt").iteration == 3
+    cut, whole = train(small("cut", **SHORT), resume=True).path, train(small("whole", **SHORT)).path
+    assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def test_an_interrupt_ends_an_evaluation_between_two_images(small, monkeypatch, default_signals, tmp_path):
+    two = {**SHORT, "data__targets": "{arid: {kind: generated, split: arid, limit: 2, tile: 40}}"}
+    config, confusion, seen = small("cut", **two), recorder.evaluator.Confusion.update, []
+
+    def update_and_interrupt(self, *args):
+        seen.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return confusion(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder.evaluator.Confusion, "update", update_and_interrupt)
+        with pytest.raises(KeyboardInterrupt, match="after iteration 4 and saved"):
+            train(config)
+    assert len(seen) == 1
+    cut, whole = train(config, resume=True).path, train(small("whole", **two)).path
+    assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def kill_a_worker(number: int):
+    import multiprocessing
+
+    def kill(stage) -> None:
+        worker = multiprocessing.active_children()[0]
+        os.kill(worker.pid, number)
+        worker.join(10) if number == signal.SIGKILL else None
+
+    return kill
+
+
+def test_a_killed_worker_is_one_line_and_what_is_done_is_saved(small, monkeypatch, tmp_path):
+    config = small("cut", **SHORT, data__workers=1)
+    with monkeypatch.context() as patch:
+        step = Stage.step
+
+        def step_and_kill(self, data):
+            loss = step(self, data)
+            if self.iteration == 2:
+                kill_a_worker(signal.SIGKILL)(self)
+            return loss
+
+        patch.setattr(Stage, "step", step_and_kill)
+        patch.setattr(stream, "PATIENCE_S", 20)
+        with pytest.raises(
+            WorkerLostError, match=r"a data worker was killed.*fewer data\.workers.*saved; go on with: "
+        ) as error:
+            train(config)
+    assert "\n" not in str(error.value)
+    assert load_state(tmp_path / "cut/checkpoints/last.pt").iteration >= 2
+    cut, whole = train(config, resume=True).path, train(small("whole", **SHORT)).path
+    assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def test_a_stopped_worker_is_not_waited_for_without_end(small, monkeypatch):
+    import multiprocessing
+
+    monkeypatch.setattr(stream, "PATIENCE_S", 2)
+    batches = stream.fetch(lambda number: torch.tensor(number), range(50), 1)
+    try:
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGSTOP)
+        with pytest.raises(WorkerLostError, match=r"a data worker gave nothing for 2 s"):
+            list(batches)
+    finally:
+        os.kill(worker.pid, signal.SIGCONT)
+
+
+def test_errors_that_are_not_of_a_worker_stay_what_they_are():
+    assert stream.worker_lost(RuntimeError("CUDA error")) is None
+    assert stream.worker_lost(ValueError("DataLoader worker (pid 1) is killed")) is None
+    lost = stream.worker_lost(RuntimeError("DataLoader worker (pid 1) is killed by signal: Bus error. It is possible"))
+    assert "was killed (Bus error), as when memory or /dev/shm runs out" in str(lost)
+
+
+def test_a_folder_that_goes_away_ends_the_run_and_is_not_made_anew(small, monkeypatch, tmp_path):
+    at_step(monkeypatch, 3, lambda stage: shutil.rmtree(tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"run was removed or moved while it was trained in, so the run stops"):
+        train(small(**SHORT))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_the_checkpoint_before_it_serves(small, monkeypatch, tmp_path, capsys):
+    config = small("cut", **SHORT)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda stage: limit_files(patch, 20_000))
+        assert main(["--config", str(tmp_path / "config.yaml")]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert re.search(r"last\.pt could not be written \(No space left on device\), the one before it is whole", line)
+    assert [file.name for file in (tmp_path / "cut/checkpoints").glob(".*")] == []
+    assert load_state(tmp_path / "cut/checkpoints/last.pt").iteration == 2
+    cut, whole = train(config, resume=True).path, train(small("whole", **SHORT)).path
+    assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+def limit_files(patch: pytest.MonkeyPatch, size: int) -> None:
+    """No checkpoint has room for more bytes."""
+    from cegate import checkpoint
+
+    put = checkpoint._Signed._put
+
+    def put_what_fits(self, data):
+        self.room = getattr(self, "room", size) - len(data)
+        if self.room < 0:
+            self.file.write = lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        put(self, data)
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            return self.file.write(data)
+
+    begin = checkpoint._Signed.__init__
+    patch.setattr(checkpoint._Signed, "__init__", lambda self, file: begin(self, File(file)))
+    patch.setattr(checkpoint._Signed, "_put", put_what_fits)
+
+
+# --- what a resume goes on from -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(small) -> Path:
+    return train(small(**SHORT)).path
+
+
+def test_a_checkpoint_of_another_seed_or_configuration_is_refused_by_name(small, finished):
+    last = finished / "checkpoints/last.pt"
+    for changes, keys in (({"run__seed": 3}, r"run\.seed"), ({"train__lr": 0.5, "gate__k": 3}, r"gate\.k, train\.lr")):
+        save_state(last, with_config(load_state(last), to_yaml(small(**SHORT, **changes))))
+        with pytest.raises(CheckpointError, match=rf"last\.pt is of a run with other values of {keys}; put back"):
+            train(small(**SHORT), resume=True)
+    save_state(last, with_config(load_state(last), to_yaml(small(**SHORT, data__workers=1))))
+    train(small(**SHORT), resume=True)
+    save_state(last, with_config(load_state(last), ""))  # an older version kept none
+    train(small(**SHORT), resume=True)
+
+
+def with_config(state, text: str):
+    state.config = text
+    return state
+
+
+def test_another_number_of_threads_is_warned_of(small, finished, caplog):
+    environment = read_json(finished / "env.json")
+    write_json(finished / "env.json", environment | {"threads": 7})
+    train(small(**SHORT), resume=True)
+    threads = torch.get_num_threads()
+    assert f"started with 7 threads and goes on with {threads}: sums come out in another order" in caplog.text
+    assert "set OMP_NUM_THREADS=7" in caplog.text
+
+
+def test_a_numbered_checkpoint_lost_before_its_copy_is_made_again(small, finished):
+    numbered = finished / "checkpoints/iter_4.pt"
+    assert numbered.read_bytes() == (finished / "checkpoints/last.pt").read_bytes()
+    numbered.rename(finished / "checkpoints/iter_2.pt")
+    train(small(**SHORT), resume=True)
+    assert [file.name for file in (finished / "checkpoints").glob("iter_*")] == ["iter_4.pt"]
+
+
+def test_times_add_up_over_a_resume(small, monkeypatch, caplog):
+    config = small("cut", **SHORT)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda stage: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(config)
+    last = folder_of(config) / "checkpoints/last.pt"
+    state = load_state(last)
+    assert 0 < state.elapsed_seconds < 600
+    state.elapsed_seconds = 5000.0
+    save_state(last, state)
+    train(config, resume=True)
+    assert 5000 < load_state(last).elapsed_seconds < 5600
+    assert re.search(r"finished in 5\d\d\d s", caplog.text)
+
+
+# --- labels that say nothing ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masks(tmp_path):
+    """Writes a set whose masks are full of one value."""
+
+    def write(value: int) -> str:
+        for number in range(3):
+            for folder, count in (("images", 3), ("masks", 1)):
+                path = tmp_path / f"set/{folder}/{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.random.default_rng(number).integers(0, 255, (count, 40, 40), dtype=np.uint8)
+                with rasterio.open(path, "w", driver="PNG", width=40, height=40, count=count, dtype="uint8") as file:
+                    file.write(pixels if count == 3 else np.full_like(pixels, value))
+        return f"{{root: {tmp_path / 'set'}}}"
+
+    return write
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+@pytest.mark.parametrize("method", ["none", "random", "all"])
+def test_a_set_that_is_all_ignored_does_not_train(small, masks, method):
+    source = {"data__source": masks(255), "data__targets": "{}"}
+    with pytest.raises(
+        TrainingError, match=r"no pixel of the 8 crops of the first 4 iterations has a label.*label_map"
+    ):
+        train(small(**{**SHORT, **source, "gate__method": method}))
+
+
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+def test_a_class_that_is_never_seen_is_named_at_the_end(small, masks, finished):
+    source = {"data__source": masks(2), "data__targets": "{}", "gate__method": "none"}
+    (_, note) = train(small("one", **{**SHORT, **source})).notes
+    assert note.startswith("No crop of data.source showed a pixel of background, building, road, water:")
+    assert len(train(small(**SHORT), resume=True).notes) == 1

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from rasterio.control import GroundControlPoint
+from rasterio.transform import from_origin
+
+from cegate import cli, predict
+from cegate.backbone.vit import weight_hash
+from cegate.checkpoint import save_adapter
+from cegate.data.rasters import OpenImage
+from cegate.errors import DataError
+from cegate.scenes import sink
+from cegate.scenes.files import find_images, plan_outputs, predict_files
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 30, 44), dtype=np.uint8)
+    place = {"crs": "EPSG:32633", "transform": from_origin(500000, 5000000, 0.5, 0.5)}
+    for name, driver, extra in (("a.png", "PNG", {}), ("b.tif", "GTiff", place), ("c.tif", "GTiff", {})):
+        with rasterio.open(
+            folder / name, "w", driver=driver, count=3, height=30, width=44, dtype="uint8", **extra
+        ) as out:
+            out.write(pixels)
+    return folder
+
+
+def test_georeferenced_input_gives_a_geotiff_and_the_rest_png(images, segmenter, tmp_path):
+    masks = plan_outputs(find_images([str(images)]), tmp_path / "out")
+    assert [written.mask.name for written in predict_files(segmenter, masks)] == ["a.png", "b.tif", "c.png"]
+    with rasterio.open(images / "b.tif") as src, rasterio.open(tmp_path / "out/b.tif") as mask:
+        assert (mask.crs, mask.transform, mask.shape) == (src.crs, src.transform, src.shape)
+        assert mask.nodata == 255
+        assert np.array_equal(mask.read(1), segmenter.predict(images / "b.tif"))
+        assert "#{:02X}{:02X}{:02X}".format(*mask.colormap(1)[1][:3]) == segmenter.recipe.palette[1]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.png", "b.tif", "c.png"]
+
+
+def test_one_image_goes_into_the_file_that_is_named(images, segmenter, tmp_path):
+    masks = plan_outputs([images / "b.tif"], tmp_path / "mask.png")
+    written = list(predict_files(segmenter, masks))
+    assert written == [(tmp_path / "mask.png", images / "b.tif", 0)]
+    with pytest.raises(DataError, match="one file for 2 images"):
+        plan_outputs([images / "a.png", images / "b.tif"], tmp_path / "mask.png")
+
+
+def test_inputs_are_files_folders_and_globs_each_once(images):
+    assert [path.name for path in find_images([str(images / "*.tif"), str(images)])] == ["b.tif", "c.tif", "a.png"]
+    with pytest.raises(DataError, match=r"nowhere\*\.png names no image"):
+        find_images([str(images / "nowhere*.png")])
+
+
+def test_nothing_is_overwritten_unasked(images, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").write_bytes(b"mine")
+    with pytest.raises(DataError, match=r"a\.png exists; .*--overwrite"):
+        plan_outputs(find_images([str(images)]), tmp_path / "out")
+    assert plan_outputs([images / "a.png"], tmp_path / "out", overwrite=True)
+    with pytest.raises(DataError, match="would replace the image"):
+        plan_outputs(find_images([str(images)]), images, overwrite=True)
+
+
+def test_a_mask_that_cannot_be_written_leaves_the_older_one(images, segmenter, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/b.tif").write_bytes(b"older")
+
+    class FullDisk(sink.MaskFile):
+        def write(self, rows):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sink, "MaskFile", FullDisk)
+    (images / "aa_broken.png").write_text("no picture")
+    masks = plan_outputs([images / "aa_broken.png", images / "b.tif"], tmp_path / "out", overwrite=True)
+    with pytest.raises(DataError, match=r"out/b\.tif cannot be written \(No space left on device\).*aa_broken\.png"):
+        list(predict_files(segmenter, masks))
+    assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [b"older"]
+
+
+def test_images_of_one_name_are_told_apart(images, tmp_path):
+    (images / "deep").mkdir()
+    twin = images / "deep" / "a.png"
+    twin.write_bytes((images / "a.png").read_bytes())
+    with pytest.raises(DataError, match="would both be written to"):
+        plan_outputs([images / "a.png", twin], tmp_path / "out")
+
+
+def test_images_that_cannot_be_used_are_named_after_the_others_are_done(images, segmenter, tmp_path):
+    (images / "aa_broken.tif").write_bytes(b"no picture")
+    (images / "two_bands.tif").write_bytes(two_bands(images / "b.tif"))
+    masks = plan_outputs(find_images([str(images)]), tmp_path / "out")
+    told = []
+    predicted = predict_files(segmenter, masks, told.append)
+    assert [written.mask.name for written in islice(predicted, 3)] == ["a.png", "b.tif", "c.png"]
+    why = r"2 of 5 images have no mask: .*aa_broken\.tif.*two_bands\.tif has 2 bands, the model reads"
+    with pytest.raises(DataError, match=why):
+        next(predicted)
+    assert plan_outputs(find_images([str(images)]), tmp_path / "out", keep=True).keys() == {
+        images / "aa_broken.tif",
+        images / "two_bands.tif",
+    }
+    assert told == sorted(told) and {1, 2, 3, 4, 5} <= set(told)
+
+
+def test_an_image_that_goes_before_its_turn_stops_no_other(images, segmenter, tmp_path):
+    predicted = predict_files(segmenter, plan_outputs(find_images([str(images)]), tmp_path / "out"))
+    assert next(predicted).mask.name == "a.png"
+    (images / "b.tif").unlink()
+    assert next(predicted).mask.name == "c.png"
+    with pytest.raises(DataError, match=r"1 of 3 images have no mask: .*b\.tif: no such file"):
+        next(predicted)
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (MemoryError("Unable to allocate 3.00 TiB"), r"b\.tif: out of memory \(Unable to allocate 3.00 TiB\); cut it"),
+        (MemoryError(), r"out of memory \(MemoryError\)"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB"), r"CUDA out of memory. Tried to allo"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate"), "DefaultCPUAllocator"),
+        (rasterio.errors.RasterioIOError("Read failed. See previous exception"), r"b\.tif: cannot be read as a raster"),
+    ],
+    ids=["numpy", "bare", "gpu", "torch", "gdal"],
+)
+def test_what_goes_wrong_with_one_image_stops_no_other(images, segmenter, tmp_path, monkeypatch, error, why):
+    read = OpenImage.read
+
+    def fail(self, bands=None, *, window=None):
+        if str(self._path).endswith("b.tif"):
+            raise error
+        return read(self, bands, window=window)
+
+    monkeypatch.setattr(OpenImage, "read", fail)
+    predicted = predict_files(segmenter, plan_outputs(find_images([str(images)]), tmp_path / "out"))
+    assert [written.mask.name for written in islice(predicted, 2)] == ["a.png", "c.png"]
+    with pytest.raises(DataError, match=why) as caught:
+        next(predicted)
+    assert "\n" not in str(caught.value)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["a.png", "c.png"]
+
+
+def test_our_own_bugs_keep_their_traceback(images, segmenter, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(OpenImage, "read", fail)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        next(predict_files(segmenter, {images / "a.png": tmp_path / "a.png"}))
+
+
+def test_an_output_that_is_no_mask_and_no_folder_is_refused(images, tmp_path):
+    for name in ("map.jpg", "map.geojson", "map.TIF.bak"):
+        with pytest.raises(DataError, match=rf"{name}: a mask cannot be written as \.\w+; give a \.png or \.tif file"):
+            plan_outputs([images / "a.png"], tmp_path / name)
+        assert not (tmp_path / name).exists()
+    (tmp_path / "v1.old").mkdir()
+    assert plan_outputs([images / "a.png"], tmp_path / "v1.old")[images / "a.png"].parent == tmp_path / "v1.old"
+    assert plan_outputs([images / "a.png"], tmp_path / "masks_0.5")
+
+
+def test_what_a_killed_process_left_is_no_image(images):
+    (images / ".a.x1y2z3w4.tif").write_bytes((images / "b.tif").read_bytes())
+    (images / "folder.tif").mkdir()
+    assert [path.name for path in find_images([str(images)])] == ["a.png", "b.tif", "c.tif"]
+
+
+def test_windows_of_the_command_are_those_of_python(images, segmenter, tmp_path, capsys):
+    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
+    for number, windows in enumerate(({}, {"stride": 5}, {"blend": "none"}, {"stride": 5, "blend": "linear"})):
+        options = {"adapter": tmp_path / "adapter", "input": images / "b.tif", "output": tmp_path / f"{number}.tif"}
+        argv = [word for key, value in (options | windows).items() for word in (f"--{key}", str(value))]
+        assert predict.main(argv) == cli.GOOD
+        with rasterio.open(tmp_path / f"{number}.tif") as mask:
+            assert np.array_equal(mask.read(1), segmenter.predict(images / "b.tif", **windows))
+    capsys.readouterr()
+    wrong = {
+        "--stride 0": "--stride 0 is no step in pixels; give a whole number of 1 or more",
+        "--stride 33": "stride=33 does not fit windows of 32 px; use 1..32",
+        "--blend cosin": "--blend cosin is unknown; use none, linear, cosine",
+    }
+    for words, message in wrong.items():
+        options = ["--adapter", tmp_path / "adapter", "--input", images / "b.tif", "--output", tmp_path / "m.tif"]
+        assert predict.main([*map(str, options), *words.split()]) == cli.USAGE
+        assert message in capsys.readouterr().err
+
+
+def two_bands(path: Path) -> bytes:
+    with rasterio.open(path) as src, rasterio.MemoryFile() as memory:
+        with memory.open(driver="GTiff", count=2, height=30, width=44, dtype="uint8") as out:
+            out.write(src.read([1, 2]))
+        return memory.read()
+
+
+def test_ground_control_points_are_kept(images, segmenter, tmp_path):
+    points = [GroundControlPoint(row, column, 10 + column, 50 - row) for row, column in ((0, 0), (0, 44), (30, 0))]
+    with (
+        rasterio.open(images / "b.tif") as src,
+        rasterio.open(
+            images / "gcp.tif",
+            "w",
+            driver="GTiff",
+            count=3,
+            height=30,
+            width=44,
+            dtype="uint8",
+            gcps=points,
+            crs="EPSG:4326",
+        ) as out,
+    ):
+        out.write(src.read())
+    (written,) = predict_files(segmenter, plan_outputs([images / "gcp.tif"], tmp_path / "out"))
+    with rasterio.open(written.mask) as mask:
+        found, crs = mask.gcps
+    assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
+    assert crs == "EPSG:4326"
+
+
+@pytest.mark.parametrize(("rows", "columns", "share"), [(15, 44, "50.0 %"), (30, 44, "100.0 %"), (1, 1, "under 0.1 %")])
+def test_images_without_data_in_places_are_named(images, segmenter, tmp_path, capsys, rows, columns, share):
+    with rasterio.open(images / "b.tif", "r+") as image:
+        pixels = image.read()
+        pixels[:, :rows, :columns] = 255
+        image.write(pixels)
+        image.nodata = 255
+    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
+    options = ["--adapter", tmp_path / "adapter", "--input", images, "--output", tmp_path / "out"]
+    assert predict.main([str(option) for option in options]) == cli.GOOD
+    said = capsys.readouterr()
+    assert f"no data, and 255 in the mask: {share} of {images / 'b.tif'}; --all_pixels predicts wherever" in said.err
+    assert said.out.splitlines() == [str(tmp_path / "out" / name) for name in ("a.png", "b.tif", "c.png")]
+    assert predict.main([str(option) for option in [*options, "--overwrite", "--all_pixels"]]) == cli.GOOD
+    assert "no data" not in capsys.readouterr().err
+    with rasterio.open(tmp_path / "out/b.tif") as mask:
+        assert mask.read_masks(1).all()
+
+
+def test_a_reader_that_leaves_ends_the_command_quietly(images, segmenter, tmp_path, monkeypatch, capfd):
+    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(write, "w"))
+    options = {"--adapter": tmp_path / "adapter", "--input": images, "--output": tmp_path / "out"}
+    assert predict.main([str(part) for option in options.items() for part in option]) == cli.GOOD
+    assert "Traceback" not in capfd.readouterr().err
