@@ -99,7 +99,9 @@ def _refuse_other_rasters(opened: SegmentationSet, source: SegmentationSet) -> N
 
 
 def _spell(opened: SegmentationSet) -> str:
-    return " and ".join(f"{count} bands of {what}" for count, what in zip(opened.channels, _RASTERS, strict=False))
+    return " and ".join(
+        f"{count} band{'s' * (count != 1)} of {what}" for count, what in zip(opened.channels, _RASTERS, strict=False)
+    )
 
 
 def _refuse_other_bands(data: DataConfig) -> None:
