@@ -351,6 +351,11 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "frozen_sites": list(plan.frozen),
         "head": config.model.head,
         "tune": config.model.tune,
+        "resample": config.model.resample,
+        "normalize": config.model.normalize,
+        "official_relpos": config.model.official_relpos,
+        "injector": asdict(config.injector),
+        "modal": asdict(config.modal),
         **segmenter.recipe.to_mapping(),
         "seed": config.run.seed,
     }
@@ -472,7 +477,7 @@ def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str |
             "palette": description["palette"],
             "crop": description["crop"],
             "stride": description["stride"],
-            "source": {"bands": description["bands"]},
+            "source": {"bands": description["bands"], "second": _second_of(description)},
         },
         "model": {
             "backbone": description["backbone"],
@@ -482,15 +487,24 @@ def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str |
             "features": description["features"],
             "head": description["head"],
             "tune": description.get("tune", "frozen"),
+            **{key: description[key] for key in ("resample", "normalize", "official_relpos") if key in description},
         },
         "toolbox": description["toolbox"],
-        "refiner": description.get("refiner", {}),
+        **{name: description.get(name, {}) for name in ("refiner", "injector", "modal")},
         "gate": {"method": "none"},
     }
     try:
         return read_config(mapping)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def _second_of(description: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``data.source.second`` of what an adapter folder says."""
+    if (second := description.get("second")) is None:
+        return None
+    missing = "allow" if "second" in second.get("dispensable", ()) else "error"
+    return {key: value for key, value in second.items() if key != "dispensable"} | {"missing": missing}
 
 
 def load_checkpoint(run: RunFolder, which: str, config: Config, device: str | torch.device) -> Segmenter:

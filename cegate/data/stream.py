@@ -128,7 +128,7 @@ class TrainStream:
         index = self._index(iteration * self.batch_size + slot)
         rng = np.random.default_rng([*self._key, _CHANGES, iteration, slot])
         image, label = augment_from(self.dataset, index, rng, crop=self.crop, cfg=self.augment)
-        image, label = fill_up(normalise(image, self.mean, self.std), label, self.crop)
+        image, label = fill_up(normalise(image, self.mean, self.std), label, self.crop, len(self.dataset.second_bands))
         return image, label, self.dataset.item_name(index)
 
     def _index(self, draw: int) -> int:
