@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import shutil
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -97,14 +98,16 @@ def save_state(path: Path, state: State) -> None:
     """
     # plain text: a safe reader takes no class of ours
     sites = {name: [str(site) for site in getattr(state, name)] for name in ("active", "frozen", "ever_active")}
+    around = sys.exception()
     with _whole(path) as aside, aside.open("wb") as file:
         sink = _Signed(file)
         try:
             torch.save({**vars(state), **sites}, sink)
-        except Exception:
-            if sink.failure is not None:  # torch's writer hides what went wrong below it
-                raise sink.failure from None
-            raise
+        except Exception as error:  # torch's writer hides what went wrong below it
+            cause = sink.failure or error
+            while cause.__context__ not in (None, around):
+                cause = cause.__context__
+            raise cause from None
         sink.sign()
 
 

@@ -100,7 +100,7 @@ def read_config(
     else:
         path = find_config(source)
         mapping, where = read_mapping(path), f"{path}: "
-    before = _build(mapping, where)
+    before, problems = _build(mapping)
     decided = METHODS.get(before.run.method, {})
     mapping = functools.reduce(_put, [(k, v) for k, v in decided.items() if _get(mapping, k) is None], mapping)
     given = [(key, _typed(key, text)) for key, text in overrides]
@@ -108,7 +108,9 @@ def read_config(
         method = _get(_put({}, pair), "run.method")
         # in place of what the file's method had decided
         mapping = functools.reduce(_put, METHODS.get(str(method), {}).items(), mapping)
-    config = _build(functools.reduce(_put, given, mapping))
+    config, found = _build(functools.reduce(_put, given, mapping))
+    _refuse(where, [problem for problem in problems if problem in found])  # an override may have mended one
+    _refuse("", found)
     _refuse("", list(_idle_roots(config, before, overrides, training)))
     config = _with_roots(config)
     if config.modal.single:
@@ -120,11 +122,9 @@ def read_config(
     return config
 
 
-def _build(mapping: Mapping[str, Any], where: str = "") -> Config:
+def _build(mapping: Mapping[str, Any]) -> tuple[Config, list[str]]:
     reader = Reader(_suggest)
-    config = reader.read(Config, mapping)
-    _refuse(where, reader.problems)
-    return config
+    return reader.read(Config, mapping), reader.problems
 
 
 def _typed(key: str, text: str) -> Text:
@@ -149,7 +149,8 @@ def _idle_roots(config: Config, before: Config, overrides: Sequence[tuple[str, s
     """
     roots = {f"--{key}.root": item.root for key, item in _sets(config) if item.root}
     for key, text in overrides:
-        name, old = key.removeprefix("data.roots."), before.data.roots.get(key.removeprefix("data.roots."))
+        name = key.removeprefix("data.roots.")
+        old = (before.data.roots or {}).get(name)
         used = name == key or any(f"${{{name}}}" in root for root in roots.values())
         below = [option for option, root in roots.items() if old and root.startswith(old)]
         if not used and old != text and (below or (roots and not training)):

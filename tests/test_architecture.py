@@ -93,7 +93,9 @@ def test_the_gate_sees_names_and_numbers_only():
     assert set(imports(ROOT / "gate.py")) == {"errors", "sites"}
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "gate", "configfile", "cli", "recipe", "sites", "methods"])
+@pytest.mark.parametrize(
+    "module", ["config", "errors", "sites", "fields", "yamltext", "methods", "gate", "configfile", "cli", "recipe"]
+)
 def test_what_help_needs_does_not_import_torch(module):
     import subprocess
     import sys

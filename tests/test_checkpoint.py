@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -288,3 +290,86 @@ def test_a_journal_survives_a_cut_line_and_is_strict_json(tmp_path):
     path.write_text("oops\n{}\n")
     with pytest.raises(CheckpointError, match=r"metrics\.jsonl line 1 is no JSON"):
         Journal(path)
+
+
+@pytest.mark.parametrize("room", [0, 100, 5_000, 60_000], ids=str)
+def test_a_full_disk_is_named_and_the_old_checkpoint_stays(segmenter, tmp_path, monkeypatch, room):
+    path = tmp_path / "last.pt"
+    with pytest.raises(CheckpointError, match=r"\(No space left on device\), there was none before it; make room"):
+        save_on_a_disk_of(room, path, state_of(segmenter), monkeypatch)
+    assert not list(tmp_path.iterdir())
+    save_state(path, state_of(segmenter))
+    good = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"last\.pt could not be .* the one before it is whole") as error:
+        save_on_a_disk_of(room, path, state_of(trained()), monkeypatch)
+    assert isinstance(error.value.__cause__, OSError) and "\n" not in str(error.value)
+    assert path.read_bytes() == good and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def save_on_a_disk_of(room: int, path: Path, state: State, monkeypatch) -> None:
+    """Save where so many bytes fit, below torch's own writer."""
+    from cegate.checkpoint import _Signed
+
+    class Disk:
+        def __init__(self, file) -> None:
+            self.file, self.room = file, room
+
+        def write(self, data) -> int:
+            if len(data) > self.room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self.room -= len(data)
+            return self.file.write(data)
+
+    begin = _Signed.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(_Signed, "__init__", lambda self, file: begin(self, Disk(file)))
+        save_state(path, state)
+
+
+def test_a_flipped_bit_anywhere_is_refused(segmenter, tmp_path):
+    path = tmp_path / "last.pt"
+    save_state(path, state_of(segmenter))
+    good = path.read_bytes()
+    rng = np.random.default_rng(0)
+    ends = [0, 1, len(good) - 1, *(len(good) - 78 - np.arange(30)), *(len(good) - np.arange(1, 79, 7))]
+    for place in [*rng.integers(0, len(good), 40).tolist(), *ends]:
+        bad = bytearray(good)
+        bad[place] ^= 1 << int(rng.integers(8))
+        path.write_bytes(bad)
+        with pytest.raises(CheckpointError, match=r"last\.pt is damaged or no checkpoint"):
+            load_state(path)
+    for cut in (len(good) - 1, len(good) - 78, len(good) // 2, 0):
+        path.write_bytes(good[:cut])
+        with pytest.raises(CheckpointError, match=r"last\.pt is damaged or no checkpoint"):
+            load_state(path)
+    path.write_bytes(good)
+    assert load_state(path).iteration == 3
+
+
+def as_format_1(state: State) -> dict:
+    """What older versions wrote with plain `torch.save`."""
+    new = ("tasks", "task_weights", "class_pixels", "elapsed_seconds", "config")
+    old = {name: value for name, value in vars(state).items() if name not in new}
+    return old | {"objective": state.tasks.get("dacs", {}), "format_version": 1}
+
+
+def test_a_checkpoint_of_an_older_version_is_read_and_its_weights_are_checked(segmenter, tmp_path):
+    path, seen = tmp_path / "last.pt", {"mixed": [1.5], "confident": []}
+    torch.save(as_format_1(state_of(segmenter, tasks={"dacs": {"seen": seen}})), path)
+    state = load_state(path)
+    assert state.tasks == {"dacs": {"seen": seen}} and state.config == "" and state.task_weights == {}
+    restore(cegate.build(MAPPING), state, path)
+    good = path.read_bytes()
+    weights = max((segmenter.head.state_dict().values()), key=torch.Tensor.numel).numpy().tobytes()
+    place = good.index(weights) + len(weights) // 2
+    path.write_bytes(good[:place] + bytes([good[place] ^ 4]) + good[place + 1 :])
+    with pytest.raises(CheckpointError, match=r"damaged .*\(the checksum of its record .*data/\d+ is another\)"):
+        load_state(path)
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_by_what_it_holds(segmenter, tmp_path):
+    state = state_of(segmenter)
+    state.styles = {}
+    save_state(tmp_path / "last.pt", state)
+    with pytest.raises(CheckpointError, match=r"holds styles, which this cegate .* does not know; use the version"):
+        load_state(tmp_path / "last.pt")

@@ -143,7 +143,7 @@ def test_an_empty_value_does_not_hide_that_of_the_base(tmp_path):
 
 def read_text(tmp_path, text: str, **options) -> Config:
     path = tmp_path / "mine.yaml"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return read_config(path, **options)
 
 
@@ -192,7 +192,7 @@ def test_a_key_says_what_type_a_text_has(tmp_path, text, key, value):
 @given(
     st.lists(st.text("019_+-.:eExXo~'\"#&*!|>%@` ,[]{}nullyesof=<é漢", min_size=1, max_size=8), min_size=1, max_size=3)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_any_text_survives_the_file(texts):
     source = dataclasses.replace(Config().data.source, root=texts[0], label_map=dict.fromkeys(texts, texts[0]))
     data = dataclasses.replace(Config().data, roots={"a": texts[0]}, source=source)
@@ -236,6 +236,14 @@ def test_yaml_that_cannot_be_meant_is_refused_with_file_and_line(tmp_path, text,
     line = str(error.value)
     assert line.startswith(str(tmp_path / "mine.yaml")) and message in line
     assert len(line) < 500 + len(str(tmp_path))
+
+
+def test_an_override_mends_a_value_of_the_file(tmp_path):
+    assert read_text(tmp_path, "train: {lr: -1, iterations: x}", overrides=[("train", "{lr: 1, iterations: 3}")])
+    with pytest.raises(ConfigError, match=r"mine\.yaml: train\.iterations=x is not accepted; expected an integer$"):
+        read_text(tmp_path, "train: {lr: -1, iterations: x}", overrides=[("train.lr", "1"), ("gate.k", "0")])
+    with pytest.raises(ConfigError, match=r"^gate\.k=0 is out of range; use 1 to"):
+        read_text(tmp_path, "train: {lr: -1}", overrides=[("train.lr", "1"), ("gate.k", "0")])
 
 
 def test_a_repetition_on_the_command_line_is_refused_within_a_mapping_alone():
@@ -469,7 +477,7 @@ def call(argv) -> str:
     return err.getvalue()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=3))
 def test_no_key_and_value_ends_in_a_traceback(pairs):
     texts = [(key, value if isinstance(value, str) else shown(value)) for key, value in pairs]
@@ -482,7 +490,7 @@ def test_no_key_and_value_ends_in_a_traceback(pairs):
             assert read_config(configfile.parse_yaml(to_yaml(config))) == config
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text("ab: \n-[]{},&*!|>'\"#%@`?<01~.\t\0") | st.binary(max_size=40))
 def test_no_file_ends_in_a_traceback(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "odd.yaml"

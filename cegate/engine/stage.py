@@ -101,7 +101,7 @@ class Stage:
         self.stream = StepStream(crops, {t.name: draw for t in self.tasks if (draw := t.draws()) is not None})
         self.iteration = 0
         self.is_whole = True
-        """False within a step or a scoring: then a state would be half old, half new."""
+        """False from a scoring, or the begin of a step, to the step's end: a state would be half old, half new."""
         self.class_pixels = torch.zeros(256, dtype=torch.int64)
         self.loss_sum, self.loss_count = 0.0, 0
         self.step_seconds: list[float] = []
@@ -196,7 +196,6 @@ class Stage:
         chosen = self.gate.choose(self.iteration, mass)
         self.network.toolbox.apply(chosen.plan)
         self.score_seconds.append(time.perf_counter() - started)
-        self.is_whole = True
         return chosen
 
     def measure(self, progress: Callable[[int], None] | None = None) -> dict[str, float]:

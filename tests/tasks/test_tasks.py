@@ -49,7 +49,7 @@ class DrawNoise:
 
 
 class Restore(Task):
-    """Restores the features of the clean image from those with pixels dropped: a part, a view, draws, a state."""
+    """Restores features of the clean image from those of one with holes: a part, a view, draws, a state."""
 
     name = "restore"
 
