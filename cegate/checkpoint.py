@@ -42,6 +42,11 @@ NEEDED_KEYS = (
     *("crop", "stride", "seed"),
 )
 
+SECTIONS = ("toolbox", "refiner", "injector", "modal")
+"""Of the configuration, those whose parts are built anew from an adapter folder; older folders lack the later ones."""
+MODEL_WORDS = ("head", "tune", "resample", "normalize", "official_relpos")
+"""Of the section model, what an adapter folder has as it is."""
+
 
 @dataclass
 class State:
@@ -345,17 +350,10 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "image_size": config.model.image_size or config.data.crop,
         "patch_size": segmenter.backbone.patch,
         "features": segmenter.layers,
-        "toolbox": asdict(config.toolbox),
-        "refiner": asdict(config.refiner),
+        **{name: asdict(getattr(config, name)) for name in SECTIONS},
         "active_sites": list(plan.active),
         "frozen_sites": list(plan.frozen),
-        "head": config.model.head,
-        "tune": config.model.tune,
-        "resample": config.model.resample,
-        "normalize": config.model.normalize,
-        "official_relpos": config.model.official_relpos,
-        "injector": asdict(config.injector),
-        "modal": asdict(config.modal),
+        **{word: getattr(config.model, word) for word in MODEL_WORDS},
         **segmenter.recipe.to_mapping(),
         "seed": config.run.seed,
     }
@@ -369,6 +367,7 @@ def _card(description: Mapping[str, Any], weights: Mapping[str, Tensor], results
     count = sum(weight.numel() for weight in weights.values())
     refiner = description["refiner"]
     tokens = f", {refiner['tokens']} rein tokens a layer" if refiner["method"] == "rein" else ""
+    tokens += ", geospatial queries" if description["injector"]["method"] == "gse" else ""
     backbone = "a tuned backbone, " if description["tune"] == "full" else ""
     parts = f"{backbone}{len(sites)} sites{tokens} and a {description['head']} head"
     without = "was tuned from" if backbone else "is not included; its"
@@ -485,12 +484,9 @@ def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str |
             "image_size": description["image_size"],
             "patch_size": description["patch_size"],
             "features": description["features"],
-            "head": description["head"],
-            "tune": description.get("tune", "frozen"),
-            **{key: description[key] for key in ("resample", "normalize", "official_relpos") if key in description},
+            **{word: description[word] for word in MODEL_WORDS if word in description},
         },
-        "toolbox": description["toolbox"],
-        **{name: description.get(name, {}) for name in ("refiner", "injector", "modal")},
+        **{name: description[name] for name in SECTIONS if name in description},
         "gate": {"method": "none"},
     }
     try:

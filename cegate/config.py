@@ -272,8 +272,9 @@ class GateConfig:
     layer, by its number of weights, or not at all."""
     estimator: Literal["per_sample", "batch"] = "per_sample"
     """Square every sample's gradient (Fisher), or the batch's mean gradient."""
-    loss: Literal["task", "nll"] = "task"
-    """log-likelihood of a sample: minus its training loss, or minus its mean pixel cross entropy."""
+    loss: Literal["task", "nll", "all"] = "task"
+    """log-likelihood of a sample: minus its segmentation loss (all: and that of its restoration, see mim), or minus its
+    mean pixel cross entropy."""
     inactive: Literal["off", "frozen"] = "off"
     """An inactive site is skipped, or keeps contributing what it has learned."""
     sites: list[str] = field(default_factory=list)

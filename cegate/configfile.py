@@ -542,6 +542,12 @@ def _adapt_problems(config: Config, training: bool) -> Iterator[str]:
 
 def _gate_problems(config: Config, training: bool) -> Iterator[str]:
     gate = config.gate
+    if gate.loss == "all" and config.mim.method == "none":
+        yield "gate.loss=all adds the restoration of masked images, but mim.method is none; use task, or set mim.method"
+    if gate.loss == "all" and config.injector.method != "none" and config.injector.at == "blocks":
+        yield "gate.loss=all needs injector.at=outputs: at blocks masked images take a pass of their own"
+    if gate.loss == "all" and config.data.source.second is not None:
+        yield "gate.loss=all takes images without a second raster; use gate.loss=task"
     if gate.method == "fixed" and not gate.sites:
         yield "gate.sites is empty; gate.method 'fixed' needs sites such as [spatial.7, semantic.0]"
     if training and gate.method != "fixed" and gate.sites:  # runs that ignored them can still be read

@@ -268,6 +268,7 @@ def _config(
         "image_size": crop,
         "features": list(features or (7, 11, 15, 23)),
         "head": "mask2former",
+        "resample": "plain",
     }
     config: dict[str, Any] = {"data": data, "model": model, "gate": {"method": "none"}}
     if found.kind == "rein":

@@ -48,7 +48,6 @@ def open_sets(config: Config) -> tuple[Config, Sets]:
     if config.adapt.method != "none":
         like = source.value_range
         unlabelled = open_set(data.unlabelled, name=UNLABELLED_DOMAIN, classes=classes, labelled=False, like=like)
-        _refuse_other_rasters(data, [unlabelled])
     sets = Sets(source, validation, targets, unlabelled)
     for opened in (source, *sets.evaluated, unlabelled):
         if opened is not None:
@@ -68,7 +67,6 @@ def open_evaluated(
     """
     validation = data.validation and open_set(data.validation, name=SOURCE_DOMAIN, classes=classes, like=value_range)
     targets = [open_set(cfg, name=name, classes=classes, like=value_range) for name, cfg in data.targets.items()]
-    _refuse_other_rasters(data, [*([validation] if validation is not None else []), *targets])
     return validation, targets
 
 
