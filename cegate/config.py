@@ -33,6 +33,16 @@ LowHigh = Annotated[
     list[float], Meets(lambda ends: len(ends) == 2 and ends[0] < ends[1], "[low, high] with low < high")
 ]
 Bands = Annotated[list[Annotated[int, Range(1, 65535)]], Meets(bool, "one or more band numbers counted from 1")]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Head = Literal["linear", "mask2former", "unetformer"]
+Tune = Literal["frozen", "full"]
+Resample = Literal["timm", "plain"]
+Patch = Annotated[int, Range(1, 256)]
+FourLayers = Annotated[
+    list[Annotated[int, Range(0, 999)]],
+    Meets(lambda layers: len(layers) == 4 and layers == sorted(set(layers)), "four increasing 0-based layers"),
+]
 Colour = Annotated[str, Pattern(r"#[0-9a-fA-F]{6}", "'#RRGGBB'", "six hexadecimal digits behind '#'")]
 
 
@@ -48,7 +58,7 @@ class RunConfig:
     """Folder of the run; default runs/<name>."""
     method: Annotated[str, OneOf(METHODS.keys)] | None = None
     """What adapts the backbone, in a word that sets toolbox.kinds, gate.method, refiner.method and model.tune."""
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    seed: Seed = 0
     """Seed of weights, data stream and Fisher probes."""
     deterministic: bool = False
     """Use only deterministic torch algorithms."""
@@ -56,7 +66,7 @@ class RunConfig:
         "auto"
     )
     """auto, cpu, cuda or cuda:<index>."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """auto is bf16 on a GPU that has it and fp32 elsewhere."""
     speed: Literal["auto", "eager"] = "auto"
     """auto compiles where that pays; eager runs every operation as it is written."""
@@ -186,21 +196,15 @@ class ModelConfig:
     """auto (timm's hub, or the shipped file for tiny), none (random), or the path of a .pth or .safetensors file."""
     image_size: Side | None = None
     """Side in pixels that fixes the position grid; default data.crop."""
-    patch_size: Annotated[int, Range(1, 256)] | None = None
+    patch_size: Patch | None = None
     """Resample the patch embedding to this size; default: the backbone's own."""
-    features: (
-        Annotated[
-            list[Annotated[int, Range(0, 999)]],
-            Meets(lambda layers: len(layers) == 4 and layers == sorted(set(layers)), "four increasing 0-based layers"),
-        ]
-        | None
-    ) = None
+    features: FourLayers | None = None
     """Four 0-based layers that the head sees; default 1/3, 1/2, 2/3 and all of the depth."""
-    head: Literal["linear", "mask2former", "unetformer"] = "linear"
+    head: Head = "linear"
     """linear (fast) or mask2former (the paper's)."""
-    tune: Literal["frozen", "full"] = "frozen"
+    tune: Tune = "frozen"
     """The backbone keeps its weights, or learns too (full fine-tuning)."""
-    resample: Literal["timm", "plain"] = "timm"
+    resample: Resample = "timm"
     """Positions and patches of another size: as timm resamples them, or bicubic as CrossEarth's files are made."""
     official_relpos: bool = False
     """SAM: interpolate the tables of relative positions as the official code does."""
