@@ -283,8 +283,9 @@ def _config(
 
 def _write_adapter(found: Converted, config: Mapping[str, Any], folder: Path, file: Path) -> None:
     """Build the model, load every weight strictly, and write what one shares."""
+    from cegate.adapter_folder import save_adapter
     from cegate.backbone.vit import weight_hash
-    from cegate.checkpoint import load_trained, save_adapter
+    from cegate.checkpoint import load_trained
     from cegate.configfile import read_config
     from cegate.segmenter import build
 

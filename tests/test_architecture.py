@@ -26,6 +26,7 @@ FLOORS = [
     ("adapters",),
     ("segmenter",),
     ("checkpoint",),
+    ("adapter_folder",),
     ("api", "tasks"),
     ("engine",),
     ("matrix", "page"),
