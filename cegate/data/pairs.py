@@ -58,7 +58,7 @@ def find_pairs(root: Path, images: str, masks: str | None, name: str, only: Sequ
         mask = None if masks is None else root / masks
         if mask is not None and not mask.is_file():
             raise DataError(f"set {name!r}: no masks match {mask}; check root={str(root)!r} and masks={masks!r}")
-        keys = sorted(found if only is None else _chosen(found, only, root, name), key=_natural)
+        keys = sorted(found if only is None else _chosen(found, only, root, name), key=natural)
         return [Pair(_pair_name(key, found[key]), found[key], mask) for key in keys]
     found = [_find(root, pattern, key, name, dead) for pattern, key in ((images, "images"), (masks, "masks"))]
     _tell_dead(dead)
@@ -77,13 +77,13 @@ def find_pairs(root: Path, images: str, masks: str | None, name: str, only: Sequ
     ):
         if lonely:
             files = by_image if kind == "image" else by_mask
-            first = files[min(lonely, key=_natural)]
+            first = files[min(lonely, key=natural)]
             other = "mask" if kind == "image" else "image"
             raise DataError(
                 f"set {name!r}: {len(lonely)} of {len(files)} {kind}s have no {other} in {root / pattern}, "
                 f"first {first}; add the missing files or narrow the globs images={images!r}, masks={masks!r}"
             )
-    keys = sorted(by_image, key=_natural)
+    keys = sorted(by_image, key=natural)
     return [Pair(_pair_name(key, by_image[key]), by_image[key], by_mask[key]) for key in keys]
 
 
@@ -188,8 +188,8 @@ def find_files(root: Path, pattern: str, dead: set[Path] | None = None) -> Itera
     """
     parts = _parts(pattern)
     fixed = next((k for k, part in enumerate(parts[:-1]) if _wildcards(part)), len(parts) - 1)
-    expression = re.compile(_expression("/".join(parts)))
-    spelled = [re.compile(_expression(part)) for part in parts if part.startswith(".")]
+    expression = re.compile(expression_of("/".join(parts)))
+    spelled = [re.compile(expression_of(part)) for part in parts if part.startswith(".")]
     depth = None if "**" in parts else len(parts)
 
     def walk(folder: Path, names: tuple[str, ...], above: tuple[str, ...]) -> Iterator[Path]:
@@ -238,7 +238,7 @@ def _find(root: Path, pattern: str, key: str, name: str, dead: set[Path]) -> dic
     """Files that match a glob, by the text of its wildcards."""
     if Path(pattern).is_absolute() or not _parts(pattern):
         raise ConfigError(f"set {name!r}: {key}={pattern!r} is not a glob below root {root}")
-    expression = re.compile(_expression("/".join(_parts(pattern))))
+    expression = re.compile(expression_of("/".join(_parts(pattern))))
     files: dict[tuple[str, ...], Path] = {}
     for path in find_files(root, pattern, dead):
         part = tuple(text or "" for text in expression.fullmatch(path.relative_to(root).as_posix()).groups())
@@ -262,7 +262,7 @@ def _wildcards(pattern: str) -> list[str]:
     return re.findall(r"\*\*|\*|\?|\[[^]]*\]", pattern)
 
 
-def _expression(pattern: str) -> str:
+def expression_of(pattern: str) -> str:
     """A glob as a regular expression with one group per wildcard."""
     groups = {"**/": "(?:(.+)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
 
@@ -274,6 +274,6 @@ def _expression(pattern: str) -> str:
     return "".join(translate(token) for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]*\]|[^*?\[]+|\[", pattern))
 
 
-def _natural(key: Sequence[str]) -> list[list[tuple[int, str]]]:
+def natural(key: Sequence[str]) -> list[list[tuple[int, str]]]:
     """Sorts 'a2' before 'a10'."""
     return [[(int(t), "") if t.isdecimal() else (-1, t) for t in re.split(r"(\d+)", text)] for text in key]

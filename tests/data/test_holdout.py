@@ -108,5 +108,5 @@ def test_a_list_of_names_chooses(folder):
     (folder / "train.txt").write_text("\n")
     with pytest.raises(DataError, match="names nothing"):
         open_set(cfg, name="source", classes=CLASSES)
-    with pytest.raises(DataError, match="nowhere.txt cannot be read"):
+    with pytest.raises(DataError, match=r"nowhere\.txt cannot be read"):
         open_set(SetConfig(root=str(folder), split="nowhere.txt"), name="source", classes=CLASSES)
