@@ -107,7 +107,7 @@ class SetConfig:
     """Glob of the masks below root (folder). Pairs are formed by the part of the name that the two globs leave open."""
     split: str | None = None
     """loveda: Train/Urban, Train/Rural, Val/Urban or Val/Rural. prepared: a part of the set, such as train or IRRG/val.
-    generated: the climate."""
+    generated: the climate. folder: a .txt below root, or elsewhere, with the names of its images, one a line."""
     label_map: dict[str, str | int] | None = None
     """Mask value or '#RRGGBB' -> class name, class index or 'ignore'; default: values are class indices."""
     bands: Bands | None = None
@@ -131,9 +131,12 @@ class SetConfig:
     second: SecondConfig | None = None
     """A second raster of every image (elevation, SAR, infrared); default: none. generated: elevation in metres."""
     val_fraction: Annotated[float, Range(0, 0.9, above=True)] | None = None
-    """Share of the pairs that is held out of training as data.validation."""
+    """Share of the source that is held out of training as data.validation: a whole place where images know theirs, else
+    whole folders, else neighbours by name; run.seed decides which."""
     attribute: str | None = None
-    """Masks as vector files: the attribute that holds the class."""
+    """Masks as vector files (.gpkg, .geojson, .shp): the attribute that holds the class, a value of label_map or a
+    class name; default: every feature is class 1. Where features overlap the later counts; where there is none, or
+    one without value, the pixel is class 0, or what label_map says of ''."""
 
 
 @dataclass(frozen=True)
