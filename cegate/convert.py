@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 USAGE = cli.Usage(
     "cegate convert FILE",
     "Turn a released mmsegmentation checkpoint of Rein, CrossEarth or Earth-Adapter, or one that MFNet's published "
-    "code has saved, into an adapter folder that every command takes, or a DINOv2 backbone into weights at the size that those were trained with. Nothing in a file is "
-    "run, and no key goes unaccounted for: conversion.json lists all of them.",
+    "code has saved, into an adapter folder that every command takes, or a DINOv2 backbone into weights at the size "
+    "that those were trained with. Nothing in a file is run, and no key goes unaccounted for: conversion.json lists "
+    "all of them.",
     (
         cli.Option("out", "New adapter folder; for a backbone, a .safetensors file.", "PATH"),
         cli.Option(
