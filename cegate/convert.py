@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 USAGE = cli.Usage(
     "cegate convert FILE",
     "Turn a released mmsegmentation checkpoint of Rein, CrossEarth or Earth-Adapter, or one that MFNet's published "
-    "code has saved, into an adapter folder that every command takes, or a DINOv2 backbone into weights at the size that those were trained with. Nothing in a file is "
-    "run, and no key goes unaccounted for: conversion.json lists all of them.",
+    "code has saved, into an adapter folder that every command takes, or a DINOv2 backbone into weights at the size "
+    "that those were trained with. Nothing in a file is run, and no key goes unaccounted for: conversion.json lists "
+    "all of them.",
     (
         cli.Option("out", "New adapter folder; for a backbone, a .safetensors file.", "PATH"),
         cli.Option(
@@ -268,6 +269,7 @@ def _config(
         "image_size": crop,
         "features": list(features or (7, 11, 15, 23)),
         "head": "mask2former",
+        "resample": "plain",
     }
     config: dict[str, Any] = {"data": data, "model": model, "gate": {"method": "none"}}
     if found.kind == "rein":
@@ -282,8 +284,9 @@ def _config(
 
 def _write_adapter(found: Converted, config: Mapping[str, Any], folder: Path, file: Path) -> None:
     """Build the model, load every weight strictly, and write what one shares."""
+    from cegate.adapter_folder import save_adapter
     from cegate.backbone.vit import weight_hash
-    from cegate.checkpoint import load_trained, save_adapter
+    from cegate.checkpoint import load_trained
     from cegate.configfile import read_config
     from cegate.segmenter import build
 

@@ -65,8 +65,8 @@ class MFNet:
     """A converted checkpoint."""
 
     weights: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {part: {} for part in PARTS})
-    """``modal`` (MMAdapter or MMLoRA), ``fusion`` (DFM), ``head`` (UNetFormer) and ``vit`` (the frozen encoder, by timm's
-    names; empty where there is none) -> state dict."""
+    """``modal`` (MMAdapter or MMLoRA), ``fusion`` (DFM), ``head`` (UNetFormer) and ``vit`` (the frozen encoder, by
+    timm's names; empty where there is none) -> state dict."""
     report: dict[str, str] = field(default_factory=dict)
     """Key of the checkpoint -> what became of it: ``part.name``, 'the same again' or 'not used'."""
 

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from cegate.checkpoint import load_adapter
+    from cegate.adapter_folder import load_adapter
     from cegate.compute import pick_device
     from cegate.scenes import files
     from cegate.scenes.mosaic import BLENDS

@@ -26,11 +26,12 @@ FLOORS = [
     ("adapters",),
     ("segmenter",),
     ("checkpoint",),
+    ("adapter_folder",),
     ("api", "tasks"),
     ("engine",),
     ("matrix", "page"),
     ("cli",),
-    ("train", "evaluate", "predict", "inspect", "bench", "report", "convert"),
+    ("train", "evaluate", "predict", "inspect", "bench", "report", "convert", "init"),
     ("__main__",),
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -104,7 +104,8 @@ class OpenSecond:
 
     def __init__(self, path: Path, src: rasterio.DatasetReader, image: Header, bands: Sequence[int]) -> None:
         if max(bands) > src.count:
-            raise DataError(f"{path} has {src.count} bands, of which {list(bands)} are to be read as second raster")
+            has = f"{src.count} band{'s' * (src.count != 1)}"
+            raise DataError(f"{path} has {has}, of which {list(bands)} are to be read as second raster")
         self.path, self.bands, self._image = path, tuple(bands), image
         try:
             self.fit = fit_of(image, header_of(src))

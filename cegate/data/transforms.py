@@ -271,10 +271,14 @@ def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 
     Args:
         image: [..., C, H, W] float32, 0..1.
-        mean: C means on 0..1.
-        std: C standard deviations on 0..1.
+        mean: C means on 0..1, or fewer: the channels after them are a second raster's and stay on 0..1.
+        std: as many standard deviations on 0..1.
     """
-    mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (mean, std))
+    lacking = image.shape[-3] - len(mean)
+    mean, std = (
+        np.asarray((*values, *(rest,) * lacking), np.float32).reshape(-1, 1, 1)
+        for values, rest in ((mean, 0.0), (std, 1.0))
+    )
     centred = image - mean
     centred /= std
     return centred

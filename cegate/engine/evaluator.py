@@ -215,7 +215,7 @@ def evaluate_run(
         writable_folder(output, "--output")
     device = pick_device(config.run.device)
     segmenter = load_checkpoint(run, checkpoint, config, device)
-    validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range)
+    validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range, seed=config.run.seed)
     sets = [*([validation] if validation is not None else []), *targets]
     for dataset in sets:
         dataset.check()

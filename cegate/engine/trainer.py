@@ -110,7 +110,9 @@ def _describe_rasters(config: Config, segmenter: Segmenter) -> list[str]:
     if second is not None:
         without = " or ".join(second.dispensable) or "neither"
         bands = ", ".join(map(str, second.bands))
-        lines.insert(0, f"second raster: {second.name}, band {bands}, scaled by {second.scale}; learns to miss {without}")
+        lines.insert(
+            0, f"second raster: {second.name}, band {bands}, scaled by {second.scale}; learns to miss {without}"
+        )
     if "fusion" in counts:
         lines.append(f"neck: {modal.fusion} with {counts['fusion']:,} weights")
     return lines

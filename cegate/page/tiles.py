@@ -177,7 +177,9 @@ def _opener(config: Config, domain: str, classes: Sequence[str], like: ValueRang
     source = config.data.validation if domain == SOURCE_DOMAIN else config.data.targets.get(domain)
     if source is None:
         raise DataError(f"the configuration has no set for the domain {domain}; give --data.targets.{domain}.root DIR")
-    dataset: SegmentationSet = open_set(source, name=domain, classes=classes, like=like)
+    dataset: SegmentationSet = open_set(
+        source, name=domain, classes=classes, like=like, seed=config.run.seed, held_out=domain == SOURCE_DOMAIN
+    )
     indices = {dataset.item_name(index): index for index in range(len(dataset))}
 
     def read(name: str) -> Item:

@@ -244,9 +244,7 @@ def open_second_pixels(
     yield values.shape[1:], _scaled(read, low_high, "the second raster", learned)
 
 
-def _scaled(
-    read: Pixels, low_high: np.ndarray | None, name: str, learned: SecondRecipe
-) -> Pixels:
+def _scaled(read: Pixels, low_high: np.ndarray | None, name: str, learned: SecondRecipe) -> Pixels:
     if low_high is not None:
         return lambda part: scaled(read(part), low_high, epsilon=epsilon_of(learned.scale))
     if "second" not in learned.dispensable:

@@ -154,7 +154,7 @@ def test_the_papers_numbers_stand_beside_ours(write_matrix, tmp_path):
     assert table_under(page, "dg/casid_sub2tem")["lora"][paper] == "–"
     assert table_under(page, "CASID Sub: 3 settings")["lora"][paper] == "57.2"
     assert "All settings" not in page  # they are the group
-    assert "published in arXiv:2511.20302 with DINOv2-L" in page
+    assert "rein and crossearth are of arXiv:2410.22629" in page
 
 
 @pytest.mark.usefixtures("no_picture")
@@ -249,7 +249,9 @@ def test_cells_are_found_in_order_and_runs_moved_aside_are_not(write_cell, tmp_p
 
 
 def test_figures_of_the_other_paper_stand_beside_its_settings(write_cell):
-    cells = [write_cell("mfnet/potsdam", "mfnet_lora", seed, {"potsdam": draw_tiles(0.7, seed=seed)}) for seed in (0, 1)]
+    cells = [
+        write_cell("mfnet/potsdam", "mfnet_lora", seed, {"potsdam": draw_tiles(0.7, seed=seed)}) for seed in (0, 1)
+    ]
     results, problems = read_cells(cells)
     text = to_markdown(make_tables(Matrix(results)), [])
     assert not problems and "paper, SAM ViT-L" in text and "85.7" in text

@@ -82,7 +82,7 @@ def test_what_is_predicted_from_is_what_was_trained_on(model, scene, scale, tmp_
     expected = EvalStream(dataset, mean=recipe.mean, std=recipe.std).batch(0).image[0]
     found, _ = read(recipe, *scene)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6, equal_nan=True)
-    assert found[3].isnan().any() and 0 <= found[3][~found[3].isnan()].min()
+    assert found[3].isnan().any() and found[3][~found[3].isnan()].min() >= 0
     heights = expected[3].numpy()  # as an array they are scaled already
     again, _ = read(recipe, scene[0], np.where(np.isnan(heights), np.nan, heights * 30 + 200))
     assert scale != "tile" or torch.allclose(again, found, atol=1e-5, equal_nan=True)
@@ -124,7 +124,9 @@ def test_rasters_that_do_not_fit_are_refused_in_a_line(model, scene, write_scene
     image, dsm = scene
     both = build()
     far = {"crs": "EPSG:32633", "transform": from_origin(600000, 5000000, 1, 1)}
-    with rasterio.open(tmp_path / "far.tif", "w", driver="GTiff", dtype="float32", count=1, height=9, width=9, **far) as f:
+    with rasterio.open(
+        tmp_path / "far.tif", "w", driver="GTiff", dtype="float32", count=1, height=9, width=9, **far
+    ) as f:
         f.write(np.ones((1, 9, 9), np.float32))
     write_scene("empty.tif", np.full((1, *SIZE), -9999, np.float32), nodata=-9999)
     flat = cegate.build({"data": {"classes": ["a", "b"], "crop": 16}, "model": {"weights": "none"}})
@@ -133,13 +135,21 @@ def test_rasters_that_do_not_fit_are_refused_in_a_line(model, scene, write_scene
         two_bands.recipe.to_mapping() | {"second": {"name": "sar", "bands": [1, 2]}}
     )
     for who, given, message in (
-        (both, {"image": image}, r"never learned to do without the second raster \(dsm\); give it, or train with modal"),
+        (
+            both,
+            {"image": image},
+            r"never learned to do without the second raster \(dsm\); give it, or train with modal",
+        ),
         (both, {"second": dsm}, "never learned to do without the image"),
         (model, {}, "neither an image nor a second raster"),
         (flat, {"image": image, "second": dsm}, "learned from images alone, it has no use for a second raster"),
         (both, {"image": image, "second": tmp_path / "far.tif"}, r"far\.tif does not overlap the image"),
         (both, {"image": image, "second": tmp_path / "none.tif"}, r"none\.tif"),
-        (both, {"image": image, "second": tmp_path / "empty.tif"}, r"empty\.tif: no pixel of the second raster is known"),
+        (
+            both,
+            {"image": image, "second": tmp_path / "empty.tif"},
+            r"empty\.tif: no pixel of the second raster is known",
+        ),
         (two_bands, {"image": image, "second": dsm}, r"1\.tif has 1 bands, of which \[1, 2\] are to be read"),
         (both, {"image": image, "second": np.zeros((9, 9))}, "has 9x9 pixels, the image 30x40"),
         (both, {"image": image, "second": np.full(SIZE, np.nan)}, "no pixel of the second raster is known"),
