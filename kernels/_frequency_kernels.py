@@ -132,8 +132,8 @@ if HAS_TRITON:
     @triton.jit
     def _mix_kernel(
         x_ptr, y_ptr, hidden_ptr, filtered_ptr, columns_ptr, bias_ptr, leave_ptr, scale_ptr,
-        tokens, height, width, rows, tiles, kept, channels, d, x_batch_stride, x_token_stride, hidden_stride, y_batch_stride,
-        BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+        tokens, height, width, rows, tiles, kept, channels, d, x_batch_stride, x_token_stride, hidden_stride,
+        y_batch_stride, BM: tl.constexpr, BC: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     ):  # fmt: skip
         """Completes hidden with the filtered experts, gates them, and y = x + scale * (mixed leave)."""
         pid = tl.num_programs(0) - 1 - tl.program_id(0)
