@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,11 +15,12 @@ from cegate.compute import precision_of
 from cegate.engine.sets import open_sets
 from cegate.engine.stage import Numerics, Stage
 from cegate.engine.team import open_team
-from cegate.engine.trainer import train
-from cegate.errors import ConfigError
+from cegate.engine.trainer import describe, train
+from cegate.errors import CheckpointError, ConfigError
 from cegate.gate import GatePlan
 from cegate.runfolder import RunFolder
 from cegate.segmenter import build
+from cegate.style.statistics import StyleStatistics
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -144,3 +146,45 @@ def test_all_of_the_loss_is_scored_sample_by_sample(make):
 def test_a_loss_that_cannot_be_scored_is_refused(make, method, changes, message):
     with pytest.raises(ConfigError, match=message):
         make(method, **changes)
+
+
+def test_what_a_run_would_do_is_said_before_it_begins(make):
+    told = describe(make("crossearth")).splitlines()
+    assert (
+        "styles: the source's own, by colour statistics (style.weights is not given); in 100 % of the iterations, "
+        in ("".join(told))
+    )
+    assert "masked images: 70 % of blocks of 8 px, linear, mse" in told
+    assert any(line.startswith("injector: gse at outputs, ") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"style__weights": "{}/other.safetensors"},
+            CheckpointError,
+            r"other\.safetensors is no pair of style networks",
+        ),
+        ({"style__weights": "{}"}, CheckpointError, r"there is no \S+checkpoint_stylepredictor\.pth; give the folder"),
+        (
+            {"style__statistics": "{}/hundred.npz"},
+            CheckpointError,
+            r"hundred\.npz is of embeddings of 100 numbers, but",
+        ),
+        ({"style__statistics": "{}/none.npz"}, CheckpointError, r"none\.npz cannot be read"),
+        ({"style__ratio": 1.5}, ConfigError, r"style\.ratio=1\.5 is out of range; use 0 to 1"),
+        ({"mim__ratio": -0.1}, ConfigError, r"mim\.ratio=-0\.1 is out of range; use 0 to 1"),
+        ({"style__block": 33}, ConfigError, r"style\.block=33 is larger than data\.crop=32; use at most the crop"),
+        ({"mim__block": 64}, ConfigError, r"mim\.block=64 is larger than data\.crop=32; use at most the crop"),
+        ({"injector__heads": 3}, ConfigError, r"injector\.width=16 is no multiple of injector\.heads=3"),
+        ({"injector__at": "blocks", "injector__chain": True}, ConfigError, r"injector\.chain=true goes with"),
+        ({"mim__method": "none"}, ConfigError, r"run\.method=crossearth means mim\.method=restore, but it is none"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_makes_no_folder(make, tmp_path, changes, error, message):
+    safetensors.torch.save_file({"encoder.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    StyleStatistics(np.zeros(100), np.eye(100)).save(tmp_path / "hundred.npz")
+    with pytest.raises(error, match=message) as raised:
+        train(make("crossearth", "run", **{key: str(value).format(tmp_path) for key, value in changes.items()}))
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
