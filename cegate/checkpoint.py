@@ -42,9 +42,9 @@ NEEDED_KEYS = (
     *("crop", "stride", "seed"),
 )
 
-SECTIONS = ("toolbox", "refiner", "injector")
+SECTIONS = ("toolbox", "refiner", "injector", "modal")
 """Of the configuration, those whose parts are built anew from an adapter folder; older folders lack the later ones."""
-MODEL_WORDS = ("head", "tune", "resample")
+MODEL_WORDS = ("head", "tune", "resample", "normalize", "official_relpos")
 """Of the section model, what an adapter folder has as it is."""
 
 
@@ -476,7 +476,7 @@ def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str |
             "palette": description["palette"],
             "crop": description["crop"],
             "stride": description["stride"],
-            "source": {"bands": description["bands"]},
+            "source": {"bands": description["bands"], "second": _second_of(description)},
         },
         "model": {
             "backbone": description["backbone"],
@@ -493,6 +493,14 @@ def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str |
         return read_config(mapping)
     except ConfigError as error:
         raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def _second_of(description: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``data.source.second`` of what an adapter folder says."""
+    if (second := description.get("second")) is None:
+        return None
+    missing = "allow" if "second" in second.get("dispensable", ()) else "error"
+    return {key: value for key, value in second.items() if key != "dispensable"} | {"missing": missing}
 
 
 def load_checkpoint(run: RunFolder, which: str, config: Config, device: str | torch.device) -> Segmenter:

@@ -15,11 +15,6 @@ from cegate.sites import PAPER_KINDS, kinds
 
 IGNORE = 255
 
-# TODO when toolbox, gate, dispatch, adapters, page and summary take kinds from `cegate.sites`: these three go
-Kind = str
-KINDS = PAPER_KINDS
-Method = str
-
 # bounds end where a number is surely a slip of the keyboard; memory ends earlier
 Count = Annotated[int, Range(1, 10**9)]
 Length = Annotated[int, Range(0, 10**9)]
@@ -75,7 +70,7 @@ class SecondConfig:
     bands: Bands | None = None
     """1-based bands to read; default: all but alpha, of a grey picture stored three times the first."""
     scale: Literal["tile", "scene", "fixed"] = "tile"
-    """Mapped to 0..1 by the smallest and largest value of the tile, of the whole file, or by value_range."""
+    """Mapped to 0..1 by the smallest and largest value under the image, of the whole file, or by value_range."""
     value_range: LowHigh | None = None
     """[low, high] mapped to 0..1 (fixed), in the raster's unit."""
     align: bool = True
@@ -202,8 +197,10 @@ class ModelConfig:
     """The backbone keeps its weights, or learns too (full fine-tuning)."""
     resample: Literal["timm", "plain"] = "timm"
     """Positions and patches of another size: as timm resamples them, or bicubic as CrossEarth's files are made."""
+    normalize: Literal["pretrained", "unit"] = "pretrained"
+    """Pixels as the backbone was pretrained (mean and deviation of each band), or 0..1 as they are."""
     official_relpos: bool = False
-    """SAM: interpolate the tables of relative positions as the official code does."""
+    """SAM without its relative positions, which MFNet's published code never loads."""
 
 
 @dataclass(frozen=True)
@@ -398,8 +395,10 @@ class ModalConfig:
     """Leave the second raster of every set out: the same modules for the image alone."""
     exchange: bool = True
     """Whether the modalities learn of each other within the blocks."""
+    official_norm: bool = False
+    """BatchNorm in the second raster's pyramid (dfm), as in the published code."""
     dropout: Annotated[float, Range(0, 0.9)] = 0.0
-    """Share of training samples that lose one of the two rasters."""
+    """Share of training samples that lose one of the two rasters, so that the model serves without it."""
 
 
 _TERM = r"(ce|dice|focal)"

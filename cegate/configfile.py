@@ -39,7 +39,7 @@ NOT_YET: dict[str, tuple[str, ...]] = {
     "data.<set>.val_fraction": (),
     "data.<set>.attribute": (),
     "train.loss": (),
-    "evaluate": (),
+    "evaluate.tta": (),
 }
 """Section or key that nothing serves yet -> the words among its values that nothing serves; none: every value but the
 default. Who builds one takes it out; until then it is refused, and help does not show it."""
@@ -505,6 +505,20 @@ def _model_problems(config: Config, training: bool) -> Iterator[str]:
     for key, section in (("style", config.style), ("mim", config.mim)):
         if section.method != "none" and section.block > config.data.crop:
             yield f"{key}.block={section.block} is larger than data.crop={config.data.crop}; use at most the crop"
+    second = config.data.source.second
+    if second is not None:
+        alone = [f"{key}.method" for key in ("style", "mim", "injector") if getattr(config, key).method != "none"]
+        if alone:
+            yield f"data.source.second does not go with {', '.join(alone)}, which know one raster; leave out either"
+        if not config.modal.dropout and second.missing == "error":
+            for key, item in _sets(config):
+                if item.second is not None and item.second.missing == "allow":
+                    yield (
+                        f"{key}.second.missing=allow needs a model that learns to do without: set modal.dropout above "
+                        "0, or data.source.second.missing=allow"
+                    )
+    elif training and config.modal.dropout and not config.modal.single:
+        yield f"modal.dropout={config.modal.dropout} needs data.source.second, the second raster of every image"
     if training and config.run.method in OF_TWO_RASTERS and config.data.source.second is None:
         yield f"run.method={config.run.method} needs data.source.second, the second raster of every image"
 

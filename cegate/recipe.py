@@ -10,6 +10,19 @@ from cegate.config import IGNORE
 
 
 @dataclass(frozen=True)
+class SecondRecipe:
+    """How a second raster becomes further channels, 0..1, NaN where it is unknown; as `cegate.config.SecondConfig`."""
+
+    name: str
+    bands: tuple[int, ...]
+    scale: str = "tile"
+    value_range: Sequence[float] | None = None
+    align: bool = True
+    dispensable: tuple[str, ...] = ()
+    """Which of "image" and "second" the model learned to do without."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How pixels become what the backbone takes, how windows go over an image, and what the classes are.
 
@@ -37,6 +50,18 @@ class Recipe:
     """fp32, bf16, fp16 or auto, as ``run.precision``."""
     pixel_size_m: float | None = None
     """Ground sample distance that was trained on, in metres; None: unknown or mixed."""
+    second: SecondRecipe | None = None
+    """The second raster, of a model of two."""
+
+    @property
+    def further(self) -> int:
+        """Channels of the second raster, which come last."""
+        return 0 if self.second is None else len(self.second.bands)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of every channel; a second raster is 0..1 as it is."""
+        return (*self.mean, *(0.0,) * self.further), (*self.std, *(1.0,) * self.further)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain lists and numbers, for a file."""
@@ -48,4 +73,10 @@ class Recipe:
         known = {field.name for field in fields(cls)} & mapping.keys()
         given = {key: mapping[key] for key in known}
         tuples = {key: tuple(given[key]) for key in ("classes", "palette", "bands", "mean", "std")}
+        if given.get("second") is not None:
+            second = {
+                key: tuple(v) if key != "value_range" and isinstance(v, list) else v
+                for key, v in given["second"].items()
+            }
+            given["second"] = SecondRecipe(**second)
         return cls(**{**given, **tuples})

@@ -22,6 +22,7 @@ from cegate.config import IGNORE, SecondConfig, SetConfig
 from cegate.data import climates, generator, prepared
 from cegate.data.pairs import Pair, find_pairs
 from cegate.data.preflight import check_labels
+from cegate.data.published.catalogue import find_published
 from cegate.data.rasters import (
     Header,
     LabelMap,
@@ -47,11 +48,6 @@ from cegate.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
 
-LOVEDA_CLASSES: tuple[str, ...] = ("background", "building", "road", "water", "barren", "forest", "agricultural")
-"""Train ids of LoveDA; files hold them plus one, and 0 where there is no data."""
-LOVEDA_PALETTE: tuple[str, ...] = ("#FFFFFF", "#FF0000", "#FFFF00", "#0000FF", "#9F81B7", "#00FF00", "#FFC380")
-LOVEDA_ORIGIN = "https://zenodo.org/record/5706578 (Train.zip and Val.zip)"
-LOVEDA_LAYOUT = "{Train,Val}/{Urban,Rural}/{images_png,masks_png}/<n>.png, images of 1024x1024"
 LOVEDA_SPLITS: tuple[str, ...] = ("Train/Urban", "Train/Rural", "Val/Urban", "Val/Rural")
 CACHE_BYTES = 256 * 2**20
 LARGE_PX = 2**24
@@ -581,19 +577,20 @@ def _open_loveda(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bo
     if cfg.split not in LOVEDA_SPLITS:
         hint = nearest(cfg.split or "", LOVEDA_SPLITS)
         raise ConfigError(f"set {name!r}: split={cfg.split!r} is none of {', '.join(LOVEDA_SPLITS)}{hint}")
-    classes = classes or LOVEDA_CLASSES
-    stored = {"0": "ignore"} | {str(k + 1): class_name for k, class_name in enumerate(LOVEDA_CLASSES)}
+    loveda = find_published("loveda")
+    classes = classes or loveda.classes
+    stored = {str(value): meaning for value, meaning in loveda.stored.items()}
     labels = _labels(cfg, name, classes, default=stored, labelled=labelled)
     masks = f"{cfg.split}/masks_png/*.png" if labelled else None
     root = _root(cfg, name)
     if not (root / cfg.split / "images_png").is_dir():
         raise DataError(
-            f"set {name!r}: {root} has no {cfg.split}/images_png; LoveDA comes from {LOVEDA_ORIGIN}, "
-            f"unpacked it is {LOVEDA_LAYOUT}"
+            f"set {name!r}: {root} has no {cfg.split}/images_png; LoveDA comes from {loveda.origin}, "
+            f"unpacked it is {loveda.layout}"
         )
     pairs = find_pairs(root, f"{cfg.split}/images_png/*.png", masks, name)
     opened = FileSet(cfg, name, classes, labels, pairs[: cfg.limit])
-    opened.palette = _palette(classes, LOVEDA_CLASSES, LOVEDA_PALETTE)
+    opened.palette = _palette(classes, loveda.classes, loveda.palette)
     return opened
 
 

@@ -89,7 +89,7 @@ class Step:
         for leader, names in calls.items():
             assert leader in names and self.views[leader].beside is None, f"views {names} are beside none that leads"
             images = [self.views[name].images for name in names]
-            whole = self.network.whole_patches(images[0] if len(images) == 1 else torch.cat(images), 0.0)
+            whole = self.network.whole_images(images[0] if len(images) == 1 else torch.cat(images))
             features = self.network.encode(whole, plain=self.views[leader].plain)
             for name, part in zip(names, features.split([len(batch) for batch in images]), strict=True):
                 self.features[name] = part
@@ -98,7 +98,7 @@ class Step:
         """Semantic loss of each sample of a view, [B]."""
         shown, network = self.views[view], self.network
         weights = None if shown.weights is None else network.whole_patches(shown.weights, 0.0)
-        features = network.neck(self.features[view], network.whole_patches(shown.images, 0.0))
+        features = network.neck(self.features[view], network.whole_images(shown.images))
         return network.loss_of(features, network.whole_patches(shown.labels, IGNORE), weights)
 
 

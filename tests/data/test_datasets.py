@@ -15,11 +15,13 @@ from rasterio.transform import from_origin
 
 from cegate.config import SetConfig
 from cegate.data import climates, datasets, generator, pairs
-from cegate.data.datasets import LOVEDA_CLASSES, open_set
+from cegate.data.datasets import open_set
+from cegate.data.published.catalogue import CATALOGUE
 from cegate.data.rasters import Window, read_header, read_image
 from cegate.errors import ConfigError, DataError
 
 CLASSES = ("field", "road", "water")
+LOVEDA_CLASSES = CATALOGUE["loveda"].classes
 
 
 def write(path: Path, array: np.ndarray) -> Path:
