@@ -14,7 +14,7 @@ from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
 from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
-from cegate.engine.pictures import draw_run
+from cegate.engine.pictures import draw_run, draw_tasks
 from cegate.engine.progress import Reporter, logging_to
 from cegate.engine.recorder import Recorder
 from cegate.engine.results import Result, domain_title, stage_title
@@ -266,3 +266,4 @@ def _draw(run: RunFolder, stage: Stage, recorder: Recorder) -> None:
         backbone_sha256=recorder.backbone_sha256,
         precision=stage.numerics.precision,
     )
+    draw_tasks(run, stage, checkpoints / "best.pt")

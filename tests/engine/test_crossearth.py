@@ -18,6 +18,8 @@ from cegate.engine.team import open_team
 from cegate.engine.trainer import describe, train
 from cegate.errors import CheckpointError, ConfigError
 from cegate.gate import GatePlan
+from cegate.masks import BlockMask
+from cegate.parts.restore import build_decoder
 from cegate.runfolder import RunFolder
 from cegate.segmenter import build
 from cegate.style.statistics import StyleStatistics
@@ -77,6 +79,32 @@ def test_a_run_cut_in_a_styled_iteration_goes_on_to_the_same_bytes_and_is_shared
     with torch.no_grad():
         assert torch.equal(loaded(image), trained(image))
         assert not torch.equal(loaded(image), build(config).eval()(image))
+
+
+def test_pictures_show_what_is_styled_masked_and_restored_by_the_weights_that_count(make, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("cegate.figures.draw_images", lambda columns, path: seen.update(columns, path=path))
+    config = make("crossearth", gate__samples=3)
+    path = train(config).path
+    assert seen.pop("path") == path / "figures/restored.png"
+    assert {title: np.shape(images) for title, images in seen.items()} == dict.fromkeys(
+        ("image", "styled", "masked", "restored"), (3, 3, 32, 32)
+    )
+    hidden = ~BlockMask(0.7, 8).draw((32, 32), 0, 3, range(3)).numpy()
+    kept = np.broadcast_to(~hidden, (3, 3, 32, 32))
+    image, masked, restored = (np.stack(seen[title]) for title in ("image", "masked", "restored"))
+    assert 0 <= image.min() and image.max() <= 1
+    np.testing.assert_allclose(masked[kept], image[kept], atol=1e-6)
+    state = load_state(path / "checkpoints/best.pt")
+    network, decoder = load_checkpoint(RunFolder(path), "best", config, "cpu").eval(), build_decoder("linear", 128, 3)
+    decoder.load_state_dict(
+        {key.removeprefix("mim.decoder."): v for key, v in state.task_weights.items() if ".decoder." in key}
+    )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.recipe.mean, network.recipe.std))
+    with torch.no_grad():
+        x = ((torch.from_numpy(masked) - mean) / std).float()
+        expected = decoder(network.encode(x, plain=True).maps, (32, 32)) * std + mean
+    np.testing.assert_allclose(restored, expected.numpy(), atol=1e-4)
 
 
 def test_what_is_switched_off_is_as_if_it_were_not_there(make):
