@@ -31,11 +31,15 @@ from cegate.config import (
     FourLayers,
     GateConfig,
     Head,
+    InjectorConfig,
+    ModalConfig,
     ModelConfig,
+    Normalize,
     Patch,
     RefinerConfig,
     Resample,
     RunConfig,
+    SecondConfig,
     Seed,
     SetConfig,
     Side,
@@ -78,8 +82,11 @@ class Description:
     head: Head
     seed: Seed
     refiner: RefinerConfig = field(default_factory=RefinerConfig)
+    injector: InjectorConfig = field(default_factory=InjectorConfig)
+    modal: ModalConfig = field(default_factory=ModalConfig)
     tune: Tune = "frozen"
     resample: Resample = "timm"
+    normalize: Normalize = "pretrained"
     official_relpos: bool = False
     cegate_version: str = "unknown"
     """That wrote it."""
@@ -90,6 +97,10 @@ class Description:
         return GatePlan(self.active_sites, self.frozen_sites)
 
 
+SECTIONS = ("toolbox", "refiner", "injector", "modal")
+"""Of the configuration, those whose parts are built anew."""
+MODEL_WORDS = ("head", "tune", "resample", "normalize", "official_relpos")
+"""Of the section model, what is kept as it is."""
 NEEDED_KEYS = ("crop", "stride", "value_range", "ignore")
 """Keys that a `Recipe` may do without, but not a file: a default would change what is predicted."""
 
@@ -130,15 +141,11 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "backbone_sha256": backbone_sha256,
         "image_size": config.model.image_size or config.data.crop,
         "patch_size": segmenter.backbone.patch,
-        "resample": config.model.resample,
-        "official_relpos": config.model.official_relpos,
+        **{word: getattr(config.model, word) for word in MODEL_WORDS},
         "features": segmenter.layers,
-        "toolbox": asdict(config.toolbox),
-        "refiner": asdict(config.refiner),
+        **{name: asdict(getattr(config, name)) for name in SECTIONS},
         "active_sites": list(plan.active),
         "frozen_sites": list(plan.frozen),
-        "head": config.model.head,
-        "tune": config.model.tune,
         **segmenter.recipe.to_mapping(),
         "seed": config.run.seed,
     }
@@ -152,6 +159,7 @@ def _card(description: Mapping[str, Any], weights: Mapping[str, Tensor], results
     count = sum(weight.numel() for weight in weights.values())
     refiner = description["refiner"]
     tokens = f", {refiner['tokens']} rein tokens a layer" if refiner["method"] == "rein" else ""
+    tokens += ", geospatial queries" if description["injector"]["method"] == "gse" else ""
     backbone = "a tuned backbone, " if description["tune"] == "full" else ""
     parts = f"{backbone}{len(sites)} sites{tokens} and a {description['head']} head"
     without = "was tuned from" if backbone else "is not included; its"
@@ -354,7 +362,7 @@ def _config_of(description: Description, recipe: Recipe, weights: str) -> Config
             palette=list(recipe.palette),
             crop=recipe.crop,
             stride=recipe.stride,
-            source=SetConfig(bands=list(recipe.bands)),
+            source=SetConfig(bands=list(recipe.bands), second=_second_of(recipe)),
         ),
         model=ModelConfig(
             backbone=description.backbone,
@@ -362,12 +370,19 @@ def _config_of(description: Description, recipe: Recipe, weights: str) -> Config
             image_size=description.image_size,
             patch_size=description.patch_size,
             features=list(description.features),
-            head=description.head,
-            tune=description.tune,
-            resample=description.resample,
-            official_relpos=description.official_relpos,
+            **{word: getattr(description, word) for word in MODEL_WORDS},
         ),
-        toolbox=description.toolbox,
-        refiner=description.refiner,
+        **{name: getattr(description, name) for name in SECTIONS},
         gate=GateConfig(method="none"),
+    )
+
+
+def _second_of(recipe: Recipe) -> SecondConfig | None:
+    """``data.source.second`` of a model of two rasters."""
+    second = recipe.second
+    if second is None:
+        return None
+    given = {key: getattr(second, key) for key in ("name", "scale", "value_range", "align")}
+    return SecondConfig(
+        bands=list(second.bands), missing="allow" if "second" in second.dispensable else "error", **given
     )

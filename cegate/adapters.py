@@ -52,6 +52,11 @@ class Adapter:
     weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """``toolbox.<site>.<weight>`` and ``head.<weight>``; empty once a model holds them."""
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes in the order of their indices."""
+        return self.recipe.classes
+
 
 def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with weights by name: missing, left over, of another shape, no numbers; one entry for each, keys
@@ -245,7 +250,7 @@ class AdapterBank(nn.Module):
         return indices
 
     def _compile(self, toolbox: Toolbox, samples: int, gates: Tensor, indices: list[int] | None) -> Call:
-        plan = dispatch.compile_gates(gates, adapters=indices)
+        plan = dispatch.compile_gates(gates, adapters=indices, kinds=toolbox.rows)
         if gates.ndim == 3 and len(gates) != samples:
             raise ValueError(f"gates are of {len(gates)} samples, the batch has {samples}")
         if plan.layers != toolbox.depth:

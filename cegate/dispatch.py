@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cegate import native
-from cegate.config import KINDS
+from cegate.sites import PAPER_KINDS
 
 
 class PythonDispatchPlan:
@@ -71,7 +71,7 @@ DispatchPlan = PythonDispatchPlan if native.EXTENSION is None else native.EXTENS
 
 
 def compile_gates(
-    gates: Tensor | Sequence, *, adapters: Sequence[int] | None = None, kinds: Sequence[str] = KINDS
+    gates: Tensor | Sequence, *, adapters: Sequence[int] | None = None, kinds: Sequence[str] = PAPER_KINDS
 ) -> DispatchPlan:
     """Compile gates into a dispatch plan.
 

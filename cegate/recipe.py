@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from cegate.config import IGNORE, Colour, Positive, Precision, Side
+from cegate.config import IGNORE, Colour, Positive, Precision, Scale, Side, Word
 from cegate.errors import ConfigError, shown
 from cegate.fields import Meets, Range, read_fields
 
@@ -23,6 +23,19 @@ Deviation = Annotated[float, Range(1e-6, 10)]
 LowHigh = Annotated[
     list[float], Meets(lambda ends: len(ends) == 2 and ends[0] <= ends[1], "[low, high] with low < high")
 ]
+
+
+@dataclass(frozen=True)
+class SecondRecipe:
+    """How a second raster becomes further channels, 0..1, NaN where it is unknown; as `cegate.config.SecondConfig`."""
+
+    name: Word
+    bands: BandNumbers
+    scale: Scale = "tile"
+    value_range: LowHigh | None = None
+    align: bool = True
+    dispensable: tuple[Literal["image", "second"], ...] = ()
+    """Which of "image" and "second" the model learned to do without."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,18 @@ class Recipe:
     """fp32, bf16, fp16 or auto, as ``run.precision``."""
     pixel_size_m: Positive | None = None
     """Ground sample distance that was trained on, in metres; None: unknown or mixed."""
+    second: SecondRecipe | None = None
+    """The second raster, of a model of two."""
+
+    @property
+    def further(self) -> int:
+        """Channels of the second raster, which come last."""
+        return 0 if self.second is None else len(self.second.bands)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of every channel; a second raster is 0..1 as it is."""
+        return (*self.mean, *(0.0,) * self.further), (*self.std, *(1.0,) * self.further)
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain lists and numbers, for a file."""

@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cegate.config import Method
-from cegate.matrix import published
+from cegate.matrix import published, published_mfnet
 from cegate.matrix.published import Group
 from cegate.matrix.reading import CellResult
 from cegate.matrix.statistics import Difference, Mean
@@ -73,7 +72,7 @@ def _average_table(matrix: Matrix, average: Group) -> Table:
 
 def _score_table(matrix: Matrix, setting: str) -> Table:
     domains = matrix.domains_of(setting)
-    paper = published.SETTINGS.get(setting, {})
+    label, paper = _published(matrix, setting)
     rows = []
     for method in matrix.methods_of(setting):
         scores = [_score(matrix, setting, method, domain) for domain in domains]
@@ -82,10 +81,24 @@ def _score_table(matrix: Matrix, setting: str) -> Table:
         seeds = str(len(matrix.of_setting(setting, method)))
         cost = _cost(matrix, [setting], method)
         rows.append((method, seeds, *scores, average, validation, *cost, _paper(paper, method)))
-    header = ("method", "n", *domains, "average", "validation", *_COST, published.LABEL)
+    header = ("method", "n", *domains, "average", "validation", *_COST, label)
     tiles = ", ".join(f"{domain} {matrix.tiles_of(setting, domain)}" for domain in domains)
     headline = "foreground IoU (two-class mean)" if matrix.is_binary(setting) else "mIoU"
     return Table(setting, header, tuple(rows), f"{headline}; test tiles: {tiles}.")
+
+
+def _published(matrix: Matrix, setting: str) -> tuple[str, Mapping[str, float]]:
+    """Title of the column of a paper's figures, and method -> figure."""
+    if setting in published_mfnet.SETTINGS:
+        return published_mfnet.column(setting, matrix.of_setting(setting)[0].config.model.backbone)
+    return published.LABEL, published.SETTINGS.get(setting, {})
+
+
+def _notes_on_papers(tables: Iterable[Table]) -> list[str]:
+    """What a reader must know of the columns of papers that there are."""
+    titles = [title for table in tables for title in table.header]
+    papers = (published, published_mfnet)
+    return [paper.NOTE for paper in papers if any(title.startswith(paper.LABEL) for title in titles)]
 
 
 def _difference_table(matrix: Matrix, setting: str) -> Table:
@@ -103,7 +116,7 @@ def _difference_table(matrix: Matrix, setting: str) -> Table:
 _COST = ("weights (M)", "iteration (s)", "memory (GiB)")
 
 
-def _cost(matrix: Matrix, settings: Sequence[str], method: Method) -> tuple[str, str, str]:
+def _cost(matrix: Matrix, settings: Sequence[str], method: str) -> tuple[str, str, str]:
     weights, seconds, peak = matrix.costs(settings, method)
     return (
         f"{weights / 1e6:.2f}",
@@ -112,7 +125,7 @@ def _cost(matrix: Matrix, settings: Sequence[str], method: Method) -> tuple[str,
     )
 
 
-def _score(matrix: Matrix, setting: str, method: Method, domain: str) -> str:
+def _score(matrix: Matrix, setting: str, method: str, domain: str) -> str:
     text = _mean(matrix.mean([setting], method, domain))
     if matrix.is_binary(setting):
         text += f" ({100 * matrix.two_class_mean(setting, method, domain).value:.1f})"
@@ -138,7 +151,7 @@ def _signed(share: float) -> str:
     return f"{100 * share:+z.2f}".replace("-", "−")
 
 
-def _paper(numbers: Mapping[Method, float], method: Method) -> str:
+def _paper(numbers: Mapping[str, float], method: str) -> str:
     return f"{numbers[method]:.1f}" if method in numbers else NONE
 
 
@@ -165,8 +178,8 @@ def to_markdown(tables: Iterable[Table], notes: Sequence[str], *, figure: str | 
     tables = list(tables)
     lines = ["# Methods compared", "", HOW_TO_READ, ""]
     lines += [f"* {note}" for note in notes] + [""] * bool(notes)
-    if any(published.LABEL in table.header for table in tables):
-        lines += [published.NOTE, ""]
+    for note in _notes_on_papers(tables):
+        lines += [note, ""]
     if figure is not None:
         lines += [f"![difference to gate]({figure})", ""]
     return "\n".join([*lines, *map(markdown_table, tables)])
@@ -187,7 +200,7 @@ def markdown_table(table: Table) -> str:
 def to_latex(tables: Iterable[Table]) -> str:
     """The tables in the manner of booktabs, for \\input; ``\\usepackage{booktabs}`` is all they need."""
     tables = list(tables)
-    notes = [HOW_TO_READ, *([published.NOTE] if any(published.LABEL in table.header for table in tables) else [])]
+    notes = [HOW_TO_READ, *_notes_on_papers(tables)]
     parts = ["% made by cegate bench; needs \\usepackage{booktabs}", *(f"% {note}" for note in notes)]
     for table in tables:
         head, *body = (f"{' & '.join(map(_tex, row))} \\\\" for row in (table.header, *table.rows))
