@@ -178,8 +178,9 @@ def write_mfnet(
     Raises:
         CheckpointError: no whole MFNet, or of another encoder.
     """
+    from cegate.adapter_folder import save_adapter
     from cegate.backbone.vit import weight_hash
-    from cegate.checkpoint import load_trained, save_adapter, trained_weights
+    from cegate.checkpoint import load_trained, trained_weights
     from cegate.configfile import read_config
     from cegate.runfolder import write_json, written_aside
     from cegate.segmenter import build

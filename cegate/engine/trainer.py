@@ -14,7 +14,7 @@ from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
 from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
-from cegate.engine.pictures import draw_run
+from cegate.engine.pictures import draw_run, draw_tasks
 from cegate.engine.progress import Reporter, logging_to
 from cegate.engine.recorder import Recorder
 from cegate.engine.results import Result, domain_title, stage_title
@@ -25,6 +25,7 @@ from cegate.engine.team import Team, open_team
 from cegate.errors import ConfigError
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run
 from cegate.segmenter import Segmenter, build, starting_plan
+from cegate.tasks.crossearth import check_style
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
             "run.deterministic=true: torch has no deterministic form of mask2former's sampling on a GPU; use "
             "model.head=linear, run.device=cpu, or leave it out"
         )
+    check_style(config)  # no folder is made for a run that cannot begin
     config, sets = open_sets(config)
     segmenter = build(config)
     with (
@@ -88,6 +90,7 @@ def describe(config: Config) -> str:
             f"toolbox: {len(counts)} sites with {sum(counts.values()):,} weights; "
             f"training {trained.get(gate.method, f'{len(starting_plan(config, segmenter.toolbox).active)} sites')}",
             *_describe_refiner(config, segmenter),
+            *_describe_crossearth(config, segmenter),
             *_describe_rasters(config, segmenter),
             f"head: {config.model.head} with {sum(p.numel() for p in segmenter.head.parameters()):,} weights",
             *_describe_adaptation(config, sets),
@@ -101,6 +104,19 @@ def _describe_refiner(config: Config, segmenter: Segmenter) -> list[str]:
         return []
     count, refiner = sum(p.numel() for p in segmenter.refiner.parameters()), config.refiner
     return [f"refiner: {refiner.method}, {refiner.tokens} tokens of rank {refiner.rank} a layer, {count:,} weights"]
+
+
+def _describe_crossearth(config: Config, segmenter: Segmenter) -> list[str]:
+    style, mim, lines = config.style, config.mim, []
+    if (injector := segmenter.parts().get("injector")) is not None:
+        count = sum(p.numel() for p in injector.parameters())
+        lines.append(f"injector: {config.injector.method} at {config.injector.at}, {count:,} weights")
+    if origin := check_style(config):
+        share = f"{100 * style.ratio:g} % of blocks of {style.block} px"
+        lines.append(f"styles: {origin}; in {100 * style.probability:g} % of the iterations, {share}")
+    if mim.method != "none":
+        lines.append(f"masked images: {100 * mim.ratio:g} % of blocks of {mim.block} px, {mim.decoder}, {mim.loss}")
+    return lines
 
 
 def _describe_rasters(config: Config, segmenter: Segmenter) -> list[str]:
@@ -266,3 +282,4 @@ def _draw(run: RunFolder, stage: Stage, recorder: Recorder) -> None:
         backbone_sha256=recorder.backbone_sha256,
         precision=stage.numerics.precision,
     )
+    draw_tasks(run, stage, checkpoints / "best.pt")

@@ -66,6 +66,7 @@ def render_page(runs: Sequence[RunFiles], config: Config, *, tiles: int) -> str:
         "gate": gate_part(main),
         "stability": stability_part(runs, outcome.siblings(runs)),
         "curves": outcome.curves(main),
+        "restored": outcome.restored(main),
         "confusions": list(outcome.confusions(main)),
         "data": outcome.data_rows(main),
         "environment": outcome.environment(main),
