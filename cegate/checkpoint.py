@@ -347,6 +347,11 @@ def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
         "features": segmenter.layers,
         "toolbox": asdict(config.toolbox),
         "refiner": asdict(config.refiner),
+        "injector": asdict(config.injector),
+        "modal": asdict(config.modal),
+        "second": None if config.data.source.second is None else asdict(config.data.source.second),
+        "resample": config.model.resample,
+        "official_relpos": config.model.official_relpos,
         "active_sites": list(plan.active),
         "frozen_sites": list(plan.frozen),
         "head": config.model.head,
@@ -472,7 +477,7 @@ def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str |
             "palette": description["palette"],
             "crop": description["crop"],
             "stride": description["stride"],
-            "source": {"bands": description["bands"]},
+            "source": {"bands": description["bands"], "second": description.get("second")},
         },
         "model": {
             "backbone": description["backbone"],
@@ -481,10 +486,15 @@ def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str |
             "patch_size": description["patch_size"],
             "features": description["features"],
             "head": description["head"],
+            # older versions had none of what follows, nor a choice
             "tune": description.get("tune", "frozen"),
+            "resample": description.get("resample", "timm"),
+            "official_relpos": description.get("official_relpos", False),
         },
         "toolbox": description["toolbox"],
         "refiner": description.get("refiner", {}),
+        "injector": description.get("injector", {}),
+        "modal": description.get("modal", {}),
         "gate": {"method": "none"},
     }
     try:

@@ -92,9 +92,7 @@ def name_settings(given: Sequence[str]) -> list[Setting]:
     return list(settings.values())
 
 
-def plan_cells(
-    settings: Sequence[Setting], methods: Sequence[str], seeds: Sequence[int], output: Path
-) -> list[Cell]:
+def plan_cells(settings: Sequence[Setting], methods: Sequence[str], seeds: Sequence[int], output: Path) -> list[Cell]:
     """Every cell once, seed by seed, so that a matrix that is stopped early holds whole seeds."""
     return [
         Cell(setting.name, method, seed, output / setting.name / method / f"seed_{seed}")
