@@ -13,7 +13,7 @@ from cegate.compute import pick_device, precision_of
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
-from cegate.engine.evaluator import Evaluation, evaluate, join
+from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
 from cegate.engine.pictures import draw_run
 from cegate.engine.progress import Reporter, logging_to
 from cegate.engine.recorder import Recorder
@@ -216,7 +216,7 @@ class _Loop:
         self.reporter.evaluated(self.recorder.evaluated(self.stage, evaluations))
 
     def _evaluate_on(self, dataset: SegmentationSet) -> Evaluation:
-        stage, data = self.stage, self.stage.config.data
+        stage, config = self.stage, self.stage.config
         part = stage.team.share(len(dataset))
         with self.reporter.meanwhile(f"evaluating {domain_title(dataset.name)}", len(part)) as progress:
 
@@ -228,9 +228,9 @@ class _Loop:
             mine = evaluate(
                 stage.network,
                 dataset,
-                crop=data.crop,
-                stride=data.stride,
-                workers=data.workers if stage.numerics.device.type == "cuda" else 0,
+                **windows_of(config),
+                mean_classes=config.evaluate.mean_classes,
+                workers=config.data.workers if stage.numerics.device.type == "cuda" else 0,
                 precision=stage.numerics.precision,
                 part=part,
                 progress=after_image,
