@@ -91,6 +91,7 @@ def describe(config: Config) -> str:
             f"training {trained.get(gate.method, f'{len(starting_plan(config, segmenter.toolbox).active)} sites')}",
             *_describe_refiner(config, segmenter),
             *_describe_crossearth(config, segmenter),
+            *_describe_rasters(config, segmenter),
             f"head: {config.model.head} with {sum(p.numel() for p in segmenter.head.parameters()):,} weights",
             *_describe_adaptation(config, sets),
             f"schedule: {config.train.iterations} iterations of {config.data.batch_size} crops, {config.data.crop} px",
@@ -115,6 +116,21 @@ def _describe_crossearth(config: Config, segmenter: Segmenter) -> list[str]:
         lines.append(f"styles: {origin}; in {100 * style.probability:g} % of the iterations, {share}")
     if mim.method != "none":
         lines.append(f"masked images: {100 * mim.ratio:g} % of blocks of {mim.block} px, {mim.decoder}, {mim.loss}")
+    return lines
+
+
+def _describe_rasters(config: Config, segmenter: Segmenter) -> list[str]:
+    second, modal = segmenter.recipe.second, config.modal
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in segmenter.parts().items()}
+    lines = [f"modalities: {modal.method} with {counts['modal']:,} weights"] if "modal" in counts else []
+    if second is not None:
+        without = " or ".join(second.dispensable) or "neither"
+        bands = ", ".join(map(str, second.bands))
+        lines.insert(
+            0, f"second raster: {second.name}, band {bands}, scaled by {second.scale}; learns to miss {without}"
+        )
+    if "fusion" in counts:
+        lines.append(f"neck: {modal.fusion} with {counts['fusion']:,} weights")
     return lines
 
 
