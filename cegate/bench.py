@@ -130,7 +130,7 @@ def _slots(options: dict[str, Any]) -> tuple[list[str], int]:
     threads = cli.count(options["threads"], "threads", 1, 4096) if options["threads"] else None
     devices = options["devices"] or _all_devices()
     for device in devices:
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device):
             raise ConfigError(f"--devices {device} is unknown; use cpu or cuda:<index>")
     if devices != ["cpu"]:
         if options["jobs"]:

@@ -18,8 +18,9 @@ import cegate
 from cegate import adapters as adapters_module
 from cegate import ops
 from cegate import segmenter as segmenter_module
+from cegate.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from cegate.backbone.vit import weight_hash
-from cegate.checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_adapter, trained_weights
+from cegate.checkpoint import trained_weights
 from cegate.errors import CheckpointError, ConfigError
 from cegate.gate import GatePlan
 from cegate.heads.build import build_head

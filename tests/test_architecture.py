@@ -26,11 +26,12 @@ FLOORS = [
     ("adapters",),
     ("segmenter",),
     ("checkpoint",),
+    ("adapter_folder",),
     ("api", "tasks"),
     ("engine",),
     ("matrix", "page"),
     ("cli",),
-    ("train", "evaluate", "predict", "inspect", "bench", "report", "convert"),
+    ("train", "evaluate", "predict", "inspect", "bench", "report", "convert", "init"),
     ("__main__",),
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -93,7 +94,9 @@ def test_the_gate_sees_names_and_numbers_only():
     assert set(imports(ROOT / "gate.py")) == {"errors", "sites"}
 
 
-@pytest.mark.parametrize("module", ["config", "errors", "gate", "configfile", "cli", "recipe", "sites", "methods"])
+@pytest.mark.parametrize(
+    "module", ["config", "errors", "sites", "fields", "yamltext", "methods", "gate", "configfile", "cli", "recipe"]
+)
 def test_what_help_needs_does_not_import_torch(module):
     import subprocess
     import sys

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cegate import cli, configfile, evaluate, inspect, predict, train
@@ -164,6 +164,8 @@ def test_the_entry_point_knows_its_verbs(capsys):
     assert "did you mean 'evaluate'?" in capsys.readouterr().err
     assert cegate(["--version"]) == cegate(["--help"]) == cli.GOOD
     assert cegate([]) == cli.USAGE
+    capsys.readouterr()
+    assert cegate(["convert"]) == cli.USAGE and "the file to convert is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -262,6 +264,7 @@ def test_defaults_are_valid_and_survive_yaml():
     assert read_config(yaml.safe_load(to_yaml(Config()))) == Config()
 
 
+@settings(max_examples=25, deadline=None)
 @given(
     st.builds(
         TrainConfig,

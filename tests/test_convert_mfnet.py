@@ -35,7 +35,7 @@ def test_a_users_checkpoint_fits_the_parts_strictly(kind, wrapped, shared):
     assert found.official_norm and not found.official_relpos
     part = MMAdapter(4, 32) if kind == "mmadapter" else MMLoRA(4, 32)
     part.load_state_dict(found.weights["modal"], strict=True)
-    DFM(32, width=32, official_norm=True).load_state_dict(found.weights["neck"], strict=True)
+    DFM(32, width=32, official_norm=True).load_state_dict(found.weights["fusion"], strict=True)
     UNetFormerHead(32, found.classes, width=32).load_state_dict(found.weights["head"], strict=True)
 
 
@@ -46,7 +46,7 @@ def test_every_key_is_accounted_for(shared):
     assert found.report["image_encoder.blocks.0.norm1.weight"] == "the same again"
     assert found.report["sam.image_encoder.blocks.1.attn.rel_h"] == "vit.blocks.1.attn.rel_pos_h"
     assert found.report["decoder.b3.attn.local1.0.weight"] == "head.blocks.1.attention.local3.0.weight"
-    assert found.report["fusion2.se_depth.fc.2.bias"] == "neck.weigh.1.1.up.bias"
+    assert found.report["fusion2.se_depth.fc.2.bias"] == "fusion.weigh.1.1.up.bias"
     assert found.report["sam.prompt_encoder.not_a_point_embed.weight"] == "not used"
     lines = found.lines()
     assert sum(int(line.split(": ")[1].split()[0]) for line in lines) == len(state)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cegate import sites as sites_module
 from cegate.data.datasets import Item
 from cegate.figures import (
     DARK,
@@ -86,7 +87,8 @@ def test_the_heat_is_that_of_the_scores_and_the_axis_that_of_the_iterations():
     assert bar.get_ylabel() == "share"
 
 
-def test_streams_are_further_rows_and_a_kind_of_any_name_is_drawn():
+def test_streams_are_further_rows_and_a_kind_of_any_name_is_drawn(monkeypatch):
+    monkeypatch.setitem(sites_module._KINDS, "new", sites_module.Kind("new", "", "#666666", "o"))
     sites = [
         f"{kind}.{layer}.{stream}" for stream in ("image", "dsm") for kind in ("spatial", "new") for layer in (0, 3)
     ]

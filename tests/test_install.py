@@ -92,7 +92,15 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(tmp_path):
     names = {path.name for path in (tmp_path / "lib").iterdir()}
     assert names == {"cegate"}
     package = tmp_path / "lib" / "cegate"
-    for name in ("py.typed", "kernels/low_pass.py", "page/page.html", "page/page.css", "configs", "weights"):
+    for name in (
+        "py.typed",
+        "kernels/low_pass.py",
+        "page/page.html",
+        "page/page.css",
+        "matrix/published.yaml",
+        "configs",
+        "weights",
+    ):
         assert (package / name).exists(), name
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path / "lib")!r})

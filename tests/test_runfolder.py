@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import multiprocessing
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,3 +147,28 @@ def test_leftovers_of_killed_writes_go_and_other_files_stay(config, tmp_path):
     with open_run(config, resume=True):
         assert not any((run.path / name).exists() for name in ours)
         assert all((run.path / name).exists() for name in others)
+
+
+def test_leftovers_of_killed_evaluations_go_too(config, tmp_path):
+    with open_run(config) as run:
+        pass
+    ours = ["eval/arid/.metrics.ab_12xyz.json", "eval/arid/.tiles.00000000.npz", "eval/source/.confusion.abcdefgh.npy"]
+    others = ["eval/arid/metrics.json", "eval/.notes.abcdefgh.txt", "eval/arid/mine/.notes.abcdefgh.txt"]
+    for name in (*ours, *others):
+        (run.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.path / name).touch()
+    with open_run(config, resume=True):
+        assert not any((run.path / name).exists() for name in ours)
+        assert all((run.path / name).exists() for name in others)
+
+
+def test_what_cannot_be_written_is_one_line_and_a_folder_that_went_is_told_apart(config):
+    with open_run(config) as run:
+        with (
+            pytest.raises(CheckpointError, match=r"run could not be written \(No space left on device\); make room"),
+            run.writing(),
+        ):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        shutil.rmtree(run.path)
+        with pytest.raises(CheckpointError, match=r"run was removed or moved"), run.writing():
+            raise AssertionError("nothing is written any more")

@@ -7,9 +7,13 @@ global generator.
 
 from __future__ import annotations
 
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -124,7 +128,7 @@ class TrainStream:
         index = self._index(iteration * self.batch_size + slot)
         rng = np.random.default_rng([*self._key, _CHANGES, iteration, slot])
         image, label = augment_from(self.dataset, index, rng, crop=self.crop, cfg=self.augment)
-        image, label = fill_up(normalise(image, self.mean, self.std), label, self.crop)
+        image, label = fill_up(normalise(image, self.mean, self.std), label, self.crop, len(self.dataset.second_bands))
         return image, label, self.dataset.item_name(index)
 
     def _index(self, draw: int) -> int:
@@ -214,18 +218,18 @@ class WorkerLostError(DataError):
 
 
 def worker_lost(error: BaseException) -> WorkerLostError | None:
-    """What torch's loader says of a lost worker, in one line; None for another error.
+    """What torch says of a killed worker, in one line; None for another error.
 
     torch raises it from wherever the main thread is when the worker ends, not only where batches are asked for.
     """
     text = str(error)
-    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader "):
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker"):
         return None
-    why = (
-        f"gave nothing for {PATIENCE_S} s"
-        if "timed out" in text
-        else f"was killed ({text.partition('signal: ')[2].partition('.')[0] or 'it ended of itself'})"
-    )
+    by = text.partition("by signal: ")[2].partition(".")[0]
+    return _lost(f"was killed ({by})" if by else "was killed")
+
+
+def _lost(why: str) -> WorkerLostError:
     return WorkerLostError(
         f"a data worker {why}, as when memory or /dev/shm runs out, or a disk hangs; use fewer data.workers "
         "(0: none), a smaller data.batch_size or data.crop, or more memory"
@@ -233,7 +237,62 @@ def worker_lost(error: BaseException) -> WorkerLostError | None:
 
 
 # longer than any batch takes to read, even from a slow disk
-PATIENCE_S = 300
+PATIENCE_S = 300.0
+
+
+class _Patience:
+    """Kills the workers when a wait for them lasts too long, so that it ends.
+
+    torch's own time limit ends no wait for a worker that was stopped while it hands over a tensor.
+    """
+
+    def __init__(self, workers: Sequence[BaseProcess]) -> None:
+        self.workers, self.since, self.is_over = workers, None, False
+        self._done = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(PATIENCE_S / 10):
+            since = self.since
+            if since is not None and time.monotonic() - since > PATIENCE_S:
+                self.is_over = True
+                for worker in self.workers:
+                    worker.kill()
+                return
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Within, the workers are waited for.
+
+        Raises:
+            WorkerLostError: for whatever torch raises where one of them has gone.
+        """
+        self.since = time.monotonic()
+        try:
+            yield
+        except Exception as error:
+            if self.is_over:
+                raise _lost(f"gave nothing for {PATIENCE_S:.0f} s") from error
+            if (lost := worker_lost(error)) is not None:
+                raise lost from error
+            if isinstance(error, EOFError | OSError) and self._one_ended():
+                raise _lost("was killed") from error
+            raise
+        finally:
+            self.since = None
+
+    def _one_ended(self) -> bool:
+        """A worker's socket closes a moment before it has ended, and torch's word of it may come in between."""
+        try:
+            for worker in self.workers:
+                worker.join(1 / len(self.workers))
+            return not all(worker.is_alive() for worker in self.workers)
+        except RuntimeError as error:
+            return worker_lost(error) is not None
+
+    def end(self) -> None:
+        """Nothing is waited for any more."""
+        self._done.set()
 
 
 def fetch(
@@ -260,20 +319,17 @@ def fetch(
         sampler=iterations,
         num_workers=workers,
         pin_memory=pin_memory,
-        timeout=PATIENCE_S,
         multiprocessing_context=context,
         generator=torch.Generator(),  # or torch would draw a seed from the global generator
     )
     batches = iter(loader)
-    while True:
-        try:
-            ready = next(batches, None)
-        except RuntimeError as error:
-            if (lost := worker_lost(error)) is None:
-                raise
-            raise lost from error
-        if ready is None:
-            return
-        if isinstance(ready, CegateError):
-            raise ready
-        yield ready
+    patience = _Patience(batches._workers)
+    try:
+        for _ in iterations:
+            with patience.waiting():
+                ready = next(batches)
+            if isinstance(ready, CegateError):
+                raise ready
+            yield ready
+    finally:
+        patience.end()

@@ -179,11 +179,14 @@ def _finish(
     return image, label
 
 
-def fill_up(image: np.ndarray, label: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Extend a normalised image [C, h, w] to [C, side, side] below and to the right with 0, which is the mean colour as
-    where windows slide, and its label [h, w] to [side, side] with 255."""
-    margins = [(0, side - length) for length in label.shape]
-    return np.pad(image, [(0, 0), *margins]), np.pad(label, margins, constant_values=IGNORE)
+def fill_up(image: np.ndarray, label: np.ndarray, side: int, second: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Extend a normalised image [C, h, w] to [C, side, side] below and to the right, and its label [h, w] to
+    [side, side] with 255: with 0, which is the mean colour as where windows slide, and the last ``second`` channels
+    with NaN, for nothing is known there."""
+    margins, bands = [(0, side - length) for length in label.shape], len(image) - second
+    filled = np.pad(image, [(0, 0), *margins])
+    filled[bands:, label.shape[0] :] = filled[bands:, :, label.shape[1] :] = np.nan
+    return filled, np.pad(label, margins, constant_values=IGNORE)
 
 
 def draw_class_mask(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -86,6 +86,7 @@ class Reporter:
 def logging_to(file: Path, console: Console) -> Iterator[None]:
     """Send cegate's log to a file, and to the console: there, lines that a bar shows anyway are left out."""
     to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file.handleError = lambda record: None  # a full disk: the checkpoint says so, in one line
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     to_console: logging.Handler = logging.StreamHandler(console.file)
     if console.is_terminal:

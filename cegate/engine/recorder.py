@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from cegate import __version__, ops
+from cegate.adapter_folder import save_adapter
 from cegate.checkpoint import (
     STAGES,
     State,
@@ -24,7 +25,6 @@ from cegate.checkpoint import (
     keep_newest,
     load_state,
     restore,
-    save_adapter,
     save_state,
 )
 from cegate.config import Config

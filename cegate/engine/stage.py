@@ -17,6 +17,7 @@ from cegate.adapters import misfits
 from cegate.checkpoint import State, load_trained, restore, trained_weights
 from cegate.compute import Precision
 from cegate.config import IGNORE, Config
+from cegate.data.stream import Batch
 from cegate.engine.gating import Gate, Round
 from cegate.engine.runtime import seed_everything
 from cegate.engine.schedule import learning_rate, make_optimizer
@@ -28,7 +29,7 @@ from cegate.gate import GatePlan
 from cegate.segmenter import Segmenter, starting_plan
 from cegate.tasks import build_tasks
 from cegate.tasks.stream import StepData, StepStream, crops_of
-from cegate.tasks.task import Step, Task, Term
+from cegate.tasks.task import CleanLoss, Step, Task, Term
 
 # float16 gradients of single samples underflow without it
 FISHER_LOSS_SCALE = 1024.0
@@ -101,7 +102,7 @@ class Stage:
         self.stream = StepStream(crops, {t.name: draw for t in self.tasks if (draw := t.draws()) is not None})
         self.iteration = 0
         self.is_whole = True
-        """False within a step or a scoring: then a state would be half old, half new."""
+        """False from a scoring, or the begin of a step, to the step's end: a state would be half old, half new."""
         self.class_pixels = torch.zeros(256, dtype=torch.int64)
         self.loss_sum, self.loss_count = 0.0, 0
         self.step_seconds: list[float] = []
@@ -196,7 +197,6 @@ class Stage:
         chosen = self.gate.choose(self.iteration, mass)
         self.network.toolbox.apply(chosen.plan)
         self.score_seconds.append(time.perf_counter() - started)
-        self.is_whole = True
         return chosen
 
     def measure(self, progress: Callable[[int], None] | None = None) -> dict[str, float]:
@@ -205,15 +205,21 @@ class Stage:
         seed_everything(self.config.run.seed, "fisher", self.iteration)
         with self.numerics.precision():  # a teacher labels samples of the target as it does in training
             probe = chain.from_iterable([task.probe(self.iteration) for task in self.tasks])
+        every = CleanLoss(self.tasks, self._clean_step, self.team.share(gate.samples).start)
         return measure_fisher(
             self.network,
             self.network.toolbox,
             _counted(probe, progress),
             estimator=gate.estimator,
-            loss=gate.loss,
+            loss=every if gate.loss == "all" else gate.loss,
+            views=every.views if gate.loss == "all" else 1,
+            beside=self.task_parts.values(),
             loss_scale=FISHER_LOSS_SCALE if self.numerics.name == "fp16" else 1.0,
             precision=self.numerics.precision,
         )
+
+    def _clean_step(self, batch: Batch, slots: range) -> Step:
+        return Step(self.iteration, batch, self.network, self.config.run.seed, slots=slots, clean=True)
 
     # journal and state ----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from cegate.compute import pick_device, precision_of
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
-from cegate.engine.evaluator import Evaluation, evaluate, join
+from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
 from cegate.engine.pictures import draw_run
 from cegate.engine.progress import Reporter, logging_to
 from cegate.engine.recorder import Recorder
@@ -174,12 +174,15 @@ class _Loop:
             if self.stage.is_whole:
                 self.recorder.save(self.stage)
             if self.interrupt.asked:  # a batch system sends its signal to the workers too
-                raise KeyboardInterrupt(self._place("interrupted") if self.stage.is_whole else "") from None
-            place = self._place("it came") if self.stage.is_whole else "what came after the last checkpoint is lost"
-            raise WorkerLostError(f"{lost}; {place}; go on with: {_go_on(self.recorder.run)}") from error
+                raise KeyboardInterrupt(self._interrupted if self.stage.is_whole else "") from None
+            saved = f"iteration {self.stage.iteration}" if self.stage.is_whole else "the last checkpoint"
+            raise WorkerLostError(
+                f"{lost}; all is saved up to {saved}, go on with: {_go_on(self.recorder.run)}"
+            ) from error
 
-    def _place(self, what: str) -> str:
-        return f"{what} after iteration {self.stage.iteration} and saved"
+    @property
+    def _interrupted(self) -> str:
+        return f"interrupted after iteration {self.stage.iteration} and saved"
 
     def _run(self, resumes: bool) -> None:
         stage, recorder, train = self.stage, self.recorder, self.stage.config.train
@@ -199,7 +202,7 @@ class _Loop:
                 self._evaluate()
             if self.interrupt.asked:
                 recorder.save(stage)
-                raise KeyboardInterrupt(self._place("interrupted"))
+                raise KeyboardInterrupt(self._interrupted)
 
     def _score(self) -> None:
         stage, samples = self.stage, self.stage.config.gate.samples
@@ -213,21 +216,21 @@ class _Loop:
         self.reporter.evaluated(self.recorder.evaluated(self.stage, evaluations))
 
     def _evaluate_on(self, dataset: SegmentationSet) -> Evaluation:
-        stage, data = self.stage, self.stage.config.data
+        stage, config = self.stage, self.stage.config
         part = stage.team.share(len(dataset))
         with self.reporter.meanwhile(f"evaluating {domain_title(dataset.name)}", len(part)) as progress:
 
             def after_image(done: int) -> None:
                 progress(done)
                 if self.interrupt.asked:
-                    raise KeyboardInterrupt(self._place("interrupted"))
+                    raise KeyboardInterrupt(self._interrupted)
 
             mine = evaluate(
                 stage.network,
                 dataset,
-                crop=data.crop,
-                stride=data.stride,
-                workers=data.workers if stage.numerics.device.type == "cuda" else 0,
+                **windows_of(config),
+                mean_classes=config.evaluate.mean_classes,
+                workers=config.data.workers if stage.numerics.device.type == "cuda" else 0,
                 precision=stage.numerics.precision,
                 part=part,
                 progress=after_image,

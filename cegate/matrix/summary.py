@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from cegate.config import Method
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.matrix.cells import training_key
-from cegate.matrix.published import GROUPS
+from cegate.matrix.published import GROUPS, Group
 from cegate.matrix.reading import CellResult
 from cegate.matrix.statistics import Difference, Mean, Paired, difference, mean_over_seeds, resample_tiles
 from cegate.methods import METHODS
 
-REFERENCE: Method = "gate"
+REFERENCE: str = "gate"
 """The method that others are compared to."""
-
-
-@dataclass(frozen=True)
-class Average:
-    """Settings that are averaged over."""
-
-    name: str
-    settings: tuple[str, ...]
-    published: Mapping[Method, float]
-    """Method -> mIoU in percent, where the paper has it."""
 
 
 class Matrix:
@@ -40,26 +28,26 @@ class Matrix:
         self.results = {(r.cell.setting, r.cell.method, r.cell.seed): r for r in results}
         self.settings = list(dict.fromkeys(r.cell.setting for r in results))
         present = {r.cell.method for r in results}
-        self.methods: list[Method] = [method for method in METHODS if method in present]
+        self.methods: list[str] = [method for method in METHODS if method in present]
         self._resampled = {name: self._resample(name) for name in self.settings}
 
-    def _resample(self, setting: str) -> dict[tuple[Method, int, str], np.ndarray]:
+    def _resample(self, setting: str) -> dict[tuple[str, int, str], np.ndarray]:
         """(method, seed, domain) -> scores on resampled tiles [R]."""
         results = self.of_setting(setting)
         scores = {}
         for domain in results[0].targets:
             first = results[0].domains[domain]
             confusions = np.stack([result.domains[domain].confusion for result in results])
-            drawn = resample_tiles(first.names, confusions, binary=first.binary)
+            drawn = resample_tiles(first.names, confusions, binary=first.binary, chosen=first.chosen)
             for result, row in zip(results, drawn, strict=True):
                 scores[result.cell.method, result.cell.seed, domain] = row
         return scores
 
-    def of_setting(self, setting: str, method: Method | None = None) -> list[CellResult]:
+    def of_setting(self, setting: str, method: str | None = None) -> list[CellResult]:
         """Cells of a setting, or of a method in it."""
         return [r for (name, other, _), r in self.results.items() if name == setting and method in (None, other)]
 
-    def methods_of(self, setting: str) -> list[Method]:
+    def methods_of(self, setting: str) -> list[str]:
         """Methods with a finished cell."""
         return [method for method in self.methods if self.of_setting(setting, method)]
 
@@ -71,7 +59,7 @@ class Matrix:
         """Whether the scores are foreground IoU instead of mIoU."""
         return next(iter(self.of_setting(setting)[0].domains.values())).binary
 
-    def seeds_of(self, settings: Sequence[str], *methods: Method) -> list[int]:
+    def seeds_of(self, settings: Sequence[str], *methods: str) -> list[int]:
         """Seeds that every one of the methods has finished in every one of the settings."""
         seeds = [
             {seed for name, other, seed in self.results if (name, other) == (s, m)} for s in settings for m in methods
@@ -80,14 +68,9 @@ class Matrix:
 
     # means ----------------------------------------------------------------------------------------------------------
 
-    def mean(self, settings: Sequence[str], method: Method, domain: str | None = None) -> Mean | None:
-        """Mean score of a method over the seeds that have finished all settings; ``None`` without such a seed.
-
-        Args:
-            settings: averaged over, after the average over the domains of each.
-            method: whose score.
-            domain: one domain of a single setting instead of the average.
-        """
+    def mean(self, settings: Sequence[str], method: str, domain: str | None = None) -> Mean | None:
+        """Mean score of a method over the seeds that have finished all settings, averaged over their domains or of
+        one ``domain``, then over settings; ``None`` without such a seed."""
         seeds = self.seeds_of(settings, method)
         domains = self._chosen(settings, domain)
         return mean_over_seeds([self._score(domains, method, seed) for seed in seeds]) if seeds else None
@@ -96,30 +79,30 @@ class Matrix:
         """Setting -> the domains that are averaged over."""
         return {name: [domain] if domain else self.domains_of(name) for name in settings}
 
-    def _score(self, domains: Mapping[str, Sequence[str]], method: Method, seed: int) -> float:
+    def _score(self, domains: Mapping[str, Sequence[str]], method: str, seed: int) -> float:
         """Average over the domains of each setting, then over settings."""
         results = {name: self.results[name, method, seed].domains for name in domains}
         return float(
             np.mean([np.mean([results[name][item].score for item in chosen]) for name, chosen in domains.items()])
         )
 
-    def validation(self, setting: str, method: Method) -> Mean | None:
+    def validation(self, setting: str, method: str) -> Mean | None:
         """Mean score on the validation set of the source domain, where there is one."""
         held_out = SOURCE_DOMAIN in self.of_setting(setting)[0].domains
         return self.mean([setting], method, SOURCE_DOMAIN) if held_out else None
 
-    def two_class_mean(self, setting: str, method: Method, domain: str) -> Mean:
+    def two_class_mean(self, setting: str, method: str, domain: str) -> Mean:
         """Mean over seeds of the second figure of a binary task, mIoU over foreground and background."""
         return mean_over_seeds([r.domains[domain].record["mIoU"] for r in self.of_setting(setting, method)])
 
     # differences ----------------------------------------------------------------------------------------------------
 
-    def difference(self, settings: Sequence[str], method: Method, domain: str | None = None) -> Difference | None:
+    def difference(self, settings: Sequence[str], method: str, domain: str | None = None) -> Difference | None:
         """Score of a method minus that of the reference, seeds and tiles paired; ``None`` where they share no seed."""
         groups = list(self._pairs(settings, method, domain))
         return difference(groups) if groups and all(len(group.observed) for group in groups) else None
 
-    def _pairs(self, settings: Sequence[str], method: Method, domain: str | None) -> Iterator[Paired]:
+    def _pairs(self, settings: Sequence[str], method: str, domain: str | None) -> Iterator[Paired]:
         """Settings that train alike share their seeds' randomness and form one group."""
         alike: dict[str, list[str]] = {}
         for setting in settings:
@@ -142,7 +125,7 @@ class Matrix:
                 tiles=min(self.tiles_of(name, item) for name, chosen in domains.items() for item in chosen),
             )
 
-    def _resampled_score(self, domains: Mapping[str, Sequence[str]], method: Method, seed: int) -> np.ndarray:
+    def _resampled_score(self, domains: Mapping[str, Sequence[str]], method: str, seed: int) -> np.ndarray:
         """[R], as `_score` on resampled tiles."""
         averages = [
             np.mean([self._resampled[name][method, seed, item] for item in chosen], axis=0)
@@ -156,36 +139,24 @@ class Matrix:
 
     # cost -----------------------------------------------------------------------------------------------------------
 
-    def trained_parameters(self, settings: Sequence[str], method: Method) -> float:
-        """Mean number of weights that adapt the backbone."""
-        return float(np.mean([r.trained_parameters for r in self._cells(settings, method)]))
-
-    def step_seconds(self, settings: Sequence[str], method: Method) -> float | None:
-        """Median over cells of their median time of a training iteration."""
-        times = [r.step_seconds for r in self._cells(settings, method) if r.step_seconds is not None]
-        return float(np.median(times)) if times else None
-
-    def peak_memory_bytes(self, settings: Sequence[str], method: Method) -> int | None:
-        """The most that a cell needed."""
-        peaks = [r.peak_memory_bytes for r in self._cells(settings, method) if r.peak_memory_bytes is not None]
-        return max(peaks, default=None)
+    def costs(self, settings: Sequence[str], method: str) -> tuple[float, float | None, int | None]:
+        """Mean number of weights that adapt the backbone; median over cells of their median seconds of a training
+        iteration; the most bytes that a cell needed."""
+        cells = [result for name in settings for result in self.of_setting(name, method)]
+        times = [r.step_seconds for r in cells if r.step_seconds is not None]
+        peak = max((r.peak_memory_bytes for r in cells if r.peak_memory_bytes is not None), default=None)
+        weights = float(np.mean([r.trained_parameters for r in cells]))
+        return weights, float(np.median(times)) if times else None, peak
 
     def devices(self) -> list[str]:
         """Names of the devices that cells ran on."""
         return sorted({result.device for result in self.results.values()})
 
-    def _cells(self, settings: Sequence[str], method: Method) -> list[CellResult]:
-        return [result for name in settings for result in self.of_setting(name, method)]
-
     # averages -------------------------------------------------------------------------------------------------------
 
-    def averages(self) -> list[Average]:
+    def averages(self) -> list[Group]:
         """What is averaged over: all settings, and the paper's groups whose settings are all here."""
-        groups = [
-            Average(group.name, group.settings, group.miou)
-            for group in GROUPS
-            if set(group.settings) <= set(self.settings)
-        ]
+        groups = [group for group in GROUPS if set(group.settings) <= set(self.settings)]
         if len(self.settings) < 2 or any(set(group.settings) == set(self.settings) for group in groups):
             return groups
-        return [Average("All settings", tuple(self.settings), {}), *groups]
+        return [Group("All settings", tuple(self.settings), {}), *groups]

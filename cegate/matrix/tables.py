@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cegate.config import Method
-from cegate.matrix import published
+from cegate.matrix import published, published_mfnet
+from cegate.matrix.published import Group
 from cegate.matrix.reading import CellResult
 from cegate.matrix.statistics import Difference, Mean
-from cegate.matrix.summary import REFERENCE, Average, Matrix
+from cegate.matrix.summary import REFERENCE, Matrix
 
 NONE = "–"
 DIFFERENCE = ": difference to gate"
@@ -52,7 +52,7 @@ def make_tables(matrix: Matrix) -> list[Table]:
     return [_without_empty_columns(table) for table in tables if table.rows]
 
 
-def _average_table(matrix: Matrix, average: Average) -> Table:
+def _average_table(matrix: Matrix, average: Group) -> Table:
     settings = average.settings
     rows = []
     for method in matrix.methods:
@@ -60,7 +60,7 @@ def _average_table(matrix: Matrix, average: Average) -> Table:
         if mean is None:
             continue
         gap = matrix.difference(settings, method) if method != REFERENCE else None
-        cost, paper = _cost(matrix, settings, method), _paper(average.published, method)
+        cost, paper = _cost(matrix, settings, method), _paper(average.miou, method)
         rows.append((method, str(mean.seeds), _mean(mean), *_gap(gap), *cost, paper))
     left_out = [method for method in matrix.methods if method not in [row[0] for row in rows]]
     note = f"Mean over {len(settings)} settings, each the mean over its domains: {', '.join(settings)}."
@@ -72,7 +72,7 @@ def _average_table(matrix: Matrix, average: Average) -> Table:
 
 def _score_table(matrix: Matrix, setting: str) -> Table:
     domains = matrix.domains_of(setting)
-    paper = published.SETTINGS.get(setting, {})
+    label, paper = _published(matrix, setting)
     rows = []
     for method in matrix.methods_of(setting):
         scores = [_score(matrix, setting, method, domain) for domain in domains]
@@ -81,10 +81,24 @@ def _score_table(matrix: Matrix, setting: str) -> Table:
         seeds = str(len(matrix.of_setting(setting, method)))
         cost = _cost(matrix, [setting], method)
         rows.append((method, seeds, *scores, average, validation, *cost, _paper(paper, method)))
-    header = ("method", "n", *domains, "average", "validation", *_COST, published.LABEL)
+    header = ("method", "n", *domains, "average", "validation", *_COST, label)
     tiles = ", ".join(f"{domain} {matrix.tiles_of(setting, domain)}" for domain in domains)
     headline = "foreground IoU (two-class mean)" if matrix.is_binary(setting) else "mIoU"
     return Table(setting, header, tuple(rows), f"{headline}; test tiles: {tiles}.")
+
+
+def _published(matrix: Matrix, setting: str) -> tuple[str, Mapping[str, float]]:
+    """Title of the column of a paper's figures, and method -> figure."""
+    if setting in published_mfnet.SETTINGS:
+        return published_mfnet.column(setting, matrix.of_setting(setting)[0].config.model.backbone)
+    return published.LABEL, published.SETTINGS.get(setting, {})
+
+
+def _notes_on_papers(tables: Iterable[Table]) -> list[str]:
+    """What a reader must know of the columns of papers that there are."""
+    titles = [title for table in tables for title in table.header]
+    papers = (published, published_mfnet)
+    return [paper.NOTE for paper in papers if any(title.startswith(paper.LABEL) for title in titles)]
 
 
 def _difference_table(matrix: Matrix, setting: str) -> Table:
@@ -102,17 +116,16 @@ def _difference_table(matrix: Matrix, setting: str) -> Table:
 _COST = ("weights (M)", "iteration (s)", "memory (GiB)")
 
 
-def _cost(matrix: Matrix, settings: Sequence[str], method: Method) -> tuple[str, str, str]:
-    seconds = matrix.step_seconds(settings, method)
-    peak = matrix.peak_memory_bytes(settings, method)
+def _cost(matrix: Matrix, settings: Sequence[str], method: str) -> tuple[str, str, str]:
+    weights, seconds, peak = matrix.costs(settings, method)
     return (
-        f"{matrix.trained_parameters(settings, method) / 1e6:.2f}",
+        f"{weights / 1e6:.2f}",
         NONE if seconds is None else f"{seconds:.3g}",
         NONE if peak is None else f"{peak / 2**30:.2f}",
     )
 
 
-def _score(matrix: Matrix, setting: str, method: Method, domain: str) -> str:
+def _score(matrix: Matrix, setting: str, method: str, domain: str) -> str:
     text = _mean(matrix.mean([setting], method, domain))
     if matrix.is_binary(setting):
         text += f" ({100 * matrix.two_class_mean(setting, method, domain).value:.1f})"
@@ -138,7 +151,7 @@ def _signed(share: float) -> str:
     return f"{100 * share:+z.2f}".replace("-", "−")
 
 
-def _paper(numbers: Mapping[Method, float], method: Method) -> str:
+def _paper(numbers: Mapping[str, float], method: str) -> str:
     return f"{numbers[method]:.1f}" if method in numbers else NONE
 
 
@@ -165,8 +178,8 @@ def to_markdown(tables: Iterable[Table], notes: Sequence[str], *, figure: str | 
     tables = list(tables)
     lines = ["# Methods compared", "", HOW_TO_READ, ""]
     lines += [f"* {note}" for note in notes] + [""] * bool(notes)
-    if any(published.LABEL in table.header for table in tables):
-        lines += [published.NOTE, ""]
+    for note in _notes_on_papers(tables):
+        lines += [note, ""]
     if figure is not None:
         lines += [f"![difference to gate]({figure})", ""]
     return "\n".join([*lines, *map(markdown_table, tables)])
@@ -186,26 +199,16 @@ def markdown_table(table: Table) -> str:
 
 def to_latex(tables: Iterable[Table]) -> str:
     """The tables in the manner of booktabs, for \\input; ``\\usepackage{booktabs}`` is all they need."""
-    parts = ["% made by cegate bench; needs \\usepackage{booktabs}", f"% {HOW_TO_READ}"]
     tables = list(tables)
-    if any(published.LABEL in table.header for table in tables):
-        parts.append(f"% {published.NOTE}")
+    notes = [HOW_TO_READ, *_notes_on_papers(tables)]
+    parts = ["% made by cegate bench; needs \\usepackage{booktabs}", *(f"% {note}" for note in notes)]
     for table in tables:
-        body = [" & ".join(map(_tex, row)) + r" \\" for row in table.rows]
-        parts += [
-            "",
-            r"\begin{table}",
-            r"  \centering",
-            f"  \\caption{{{_tex(f'{table.title}. {table.note}'.strip())}}}",
-            f"  \\begin{{tabular}}{{l{'r' * (len(table.header) - 1)}}}",
-            r"    \toprule",
-            f"    {' & '.join(map(_tex, table.header))} \\\\",
-            r"    \midrule",
-            *(f"    {row}" for row in body),
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-        ]
+        head, *body = (f"{' & '.join(map(_tex, row))} \\\\" for row in (table.header, *table.rows))
+        columns, caption = "l" + "r" * (len(table.header) - 1), _tex(f"{table.title}. {table.note}".strip())
+        inner = [r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+        tabular = [f"\\begin{{tabular}}{{{columns}}}", *(f"  {line}" for line in inner), r"\end{tabular}"]
+        lines = [r"\centering", f"\\caption{{{caption}}}", *tabular]
+        parts += ["", r"\begin{table}", *(f"  {line}" for line in lines), r"\end{table}"]
     return "\n".join(parts) + "\n"
 
 

@@ -20,7 +20,7 @@ from cegate.config import IGNORE, Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import Item, SegmentationSet, open_set
 from cegate.data.transforms import normalise
-from cegate.engine.evaluator import percent, predict_logits
+from cegate.engine.evaluator import percent, predict_logits, windows_of
 from cegate.errors import CegateError, DataError
 from cegate.figures import domain_title, headline
 from cegate.metrics import Confusion
@@ -127,7 +127,8 @@ def _domain_tiles(
         open_tile = _opener(config, domain, run.classes, paint.segmenter.pixel_range)
     except CegateError as error:
         problem = f"No pictures: {error}"
-    scored = [headline(Confusion(run.classes, counts).scores().to_dict()) for counts in files.tile_confusion]
+    of = run.config.evaluate.mean_classes
+    scored = [headline(Confusion(run.classes, counts).scores(of).to_dict()) for counts in files.tile_confusion]
     for place, index in choose_tiles([score for _, score in scored], count):
         name, counts, (what, score) = files.tile_names[index], files.tile_confusion[index], scored[index]
         pictures, note, has_ignored = (), "", False
@@ -176,7 +177,9 @@ def _opener(config: Config, domain: str, classes: Sequence[str], like: ValueRang
     source = config.data.validation if domain == SOURCE_DOMAIN else config.data.targets.get(domain)
     if source is None:
         raise DataError(f"the configuration has no set for the domain {domain}; give --data.targets.{domain}.root DIR")
-    dataset: SegmentationSet = open_set(source, name=domain, classes=classes, like=like)
+    dataset: SegmentationSet = open_set(
+        source, name=domain, classes=classes, like=like, seed=config.run.seed, held_out=domain == SOURCE_DOMAIN
+    )
     indices = {dataset.item_name(index): index for index in range(len(dataset))}
 
     def read(name: str) -> Item:
@@ -199,9 +202,9 @@ class _Painter:
     @torch.no_grad()
     def __call__(self, item: Item, counts: np.ndarray) -> tuple[Sequence[Picture], str]:
         """Pictures, and a note where the recomputed counts are not those of the evaluation."""
-        segmenter, data = self.segmenter, self.segmenter.config.data
-        image = torch.from_numpy(normalise(item.image[None], segmenter.recipe.mean, segmenter.recipe.std))
-        windows = {"crop": data.crop, "stride": data.stride, "fit": item.fit}
+        segmenter = self.segmenter
+        image = torch.from_numpy(normalise(item.image[None], *segmenter.recipe.statistics))
+        windows = {**windows_of(segmenter.config), "fit": item.fit}
         logits = predict_logits(segmenter, image, precision=self.precision, **windows)
         sure, mask = (part[0].cpu().numpy() for part in logits.float().softmax(1).max(1))
         recount = Confusion(segmenter.classes)

@@ -47,6 +47,7 @@ class MaskedImages(Task):
     """
 
     name = "mim"
+    scored = True
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class MaskedImages(Task):
         target = self._target(clean, step.views["masked"].images, size)
         terms = [Term("mim", self._distance(of_masked, target, counts), list(names))]
         if not len(rows := self._styled_rows(step)):
-            return self._counted(terms)
+            return terms if step.clean else self._counted(terms)
         maps = step.features["styled"].maps if self.separate else [m[rows] for m in step.features["image"].maps]
         of_styled = at_least_float32(self.decoder(maps, size))
         target = self._target(clean[rows], step.views["image"].images[rows], size)
@@ -130,7 +131,7 @@ class MaskedImages(Task):
 
     def _styled_rows(self, step: Step) -> Tensor:
         """Indices of the styled samples, on the device of the images."""
-        if self.styling is None:
+        if self.styling is None or step.clean:
             return torch.empty(0, dtype=torch.long)
         return self.styling.fires(step).nonzero()[:, 0].to(step.batch.image.device)
 

@@ -4,10 +4,12 @@ import io
 
 from rich.console import Console
 
+from cegate import sites as sites_module
 from cegate.engine.summary import site_table
 
 
-def test_streams_are_further_rows_and_a_kind_of_any_name_has_a_column():
+def test_streams_are_further_rows_and_a_kind_of_any_name_has_a_column(monkeypatch):
+    monkeypatch.setitem(sites_module._KINDS, "new", sites_module.Kind("new", "", "#666666", "o"))
     sites = ["spatial.0.image", "new.0.image", "spatial.0.dsm", "new.3.dsm"]
     scores = dict.fromkeys(sites, 0.25)
     rounds = [

@@ -106,7 +106,7 @@ def refused(capsys, *argv: str, code: int = cli.USAGE) -> str:
         (["--output", "o", "--settings", "TINY", "--methods", "gate", "--gate.kk", "1"], "did you mean 'gate.k'?"),
         (
             ["--output", "o", "--settings", "TINY", "--methods", "gate", "lora", "--toolbox.kinds", "[spatial]"],
-            "tiny with gate: run.method=gate means toolbox.kinds=['spatial', 'semantic', 'frequency'], but it is",
+            "tiny with gate: run.method=gate means toolbox.kinds=[spatial, semantic, frequency], but it is",
         ),
         (["--output", "o", "--settings", "TINY", "--methods", "gate", "--data.targets", "{}"], "nothing to test on"),
         (

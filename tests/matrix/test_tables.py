@@ -151,7 +151,7 @@ def test_the_papers_numbers_stand_beside_ours(write_matrix, tmp_path):
     assert table_under(page, "dg/casid_sub2tem")["lora"][paper] == "–"
     assert table_under(page, "CASID Sub: 3 settings")["lora"][paper] == "57.2"
     assert "All settings" not in page  # they are the group
-    assert "published in arXiv:2511.20302 with DINOv2-L" in page
+    assert "rein and crossearth are of arXiv:2410.22629" in page
 
 
 @pytest.mark.usefixtures("no_picture")

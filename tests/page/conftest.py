@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ TILE = 32
 def config_of(path: Path, **changes: object) -> Any:
     """Configuration of a run on generated scenes; keywords are dotted keys with two underscores for the dot."""
     mapping = {
-        "run": {"name": path.name, "work_dir": str(path), "device": "cpu"},
+        "run": {"name": re.sub(r"[^\w.-]", "_", path.name), "work_dir": str(path), "device": "cpu"},
         "data": {
             "classes": CLASSES,
             "source": {"kind": "generated", "split": "temperate", "limit": 4, "tile": TILE},

@@ -482,7 +482,7 @@ def test_an_existing_page_is_only_replaced_if_asked(make_run, tmp_path, capsys):
         ([], cli.USAGE, "--run is missing; give the folder of a run, or of several"),
         (["--run", "{gone}"], cli.FAILED, "is no run folder"),
         (["--run", "{run}", "{run}"], cli.USAGE, "give every run once"),
-        (["--run", "{run}", "--tiles", "many"], cli.USAGE, "--tiles many is no number; use 0 or more"),
+        (["--run", "{run}", "--tiles", "many"], cli.USAGE, "--tiles many is not accepted; expected a whole number"),
         (["--run", "{run}", "--output", "{gone}/page.txt"], cli.FAILED, "is no .html file; give a name such as"),
         (["--run", "{run}", "--train.lr", "1"], cli.USAGE, "cegate report does not take --train.lr"),
         (["--run", "{run}", "--outptu", "x"], cli.USAGE, "did you mean --output?"),

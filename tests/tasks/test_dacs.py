@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 import cegate
 from cegate.checkpoint import load_state, load_trained, trained_weights
-from cegate.config import IGNORE
+from cegate.config import IGNORE, AugmentConfig, SetConfig
 from cegate.data import datasets
 from cegate.data.datasets import open_set
 from cegate.data.rasters import read_header
@@ -21,7 +22,9 @@ from cegate.engine.stage import Stage
 from cegate.engine.trainer import describe, train
 from cegate.fisher import SquaredGradients, measure_fisher
 from cegate.gate import GatePlan
-from cegate.tasks.dacs import Dacs, Pasted, Teacher, mix_domains, share_of_sure
+from cegate.runfolder import folder_of
+from cegate.tasks.dacs import Dacs, Pasted, Pasting, Teacher, mix_domains, share_of_sure
+from cegate.tasks.stream import StepStream, crops_of
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -136,6 +139,59 @@ def test_chosen_pixels_come_from_the_source_and_the_rest_from_the_target():
         assert torch.equal(image.movedim(1, -1)[where], pixels.movedim(1, -1)[where])
 
 
+# --- what the data workers draw -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crops(small):
+    """Makes a stream of source crops, joined after two iterations by the target's."""
+    config = small(**DACS)
+    network = cegate.build(config)
+
+    def make(seed: int = 0, source: SetConfig = config.data.source, **data: object) -> StepStream:
+        run, data = replace(config.run, seed=seed), replace(config.data, **data)
+        changed, size, classes = replace(config, run=run, data=data), data.batch_size, data.classes
+        source = open_set(source, name="source", classes=classes)
+        target = open_set(data.unlabelled, name="target", classes=classes, labelled=False)
+        pasting = Pasting(crops_of(changed, network, target, size, "target"), warmup=2, seed=seed)
+        return StepStream(crops_of(changed, network, source, size, "train"), {"dacs": pasting})
+
+    return make
+
+
+def flat(data) -> list[torch.Tensor]:
+    drawn = data.drawn["dacs"]
+    more = [] if drawn is None else [drawn.target.image, drawn.target.valid, drawn.pasted]
+    return [data.source.image, data.source.label, *more]
+
+
+def test_the_target_joins_after_the_warmup_and_the_source_does_not_notice(crops):
+    stream = crops()
+    early, late = stream.batch(1), stream.batch(2)
+    assert early.drawn["dacs"] is None
+    assert late.drawn["dacs"].target.image.shape == late.source.image.shape
+    assert late.drawn["dacs"].pasted.shape == late.source.label.shape
+    assert all(torch.equal(data.source.image, stream.source.batch(i).image) for i, data in ((1, early), (2, late)))
+    names = {name for i in range(2, 5) for name in stream.batch(i).drawn["dacs"].target.names}
+    assert names == {f"monsoon/{number:05d}" for number in range(3)}
+
+
+def test_draws_are_a_function_of_seed_and_iteration_for_any_number_of_workers(crops):
+    whole = [flat(crops().batch(iteration)) for iteration in range(1, 5)]
+    for workers in (0, 2):
+        for expected, got in zip(whole, crops().loader(1, 5, workers), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(expected, flat(got), strict=True))
+    assert not torch.equal(flat(crops(seed=1).batch(3))[2], whole[2][2])
+
+
+def test_the_slots_of_a_batch_paste_apart(crops):
+    one = SetConfig(kind="generated", split="temperate", limit=1, tile=128)
+    still = AugmentConfig(resize=[1.0, 1.0], flip=False, photometric=False)
+    data = crops(source=one, crop=128, augment=still, batch_size=8).batch(2)
+    assert (data.source.label == data.source.label[:1]).all()
+    assert len({mask.numpy().tobytes() for mask in data.drawn["dacs"].pasted}) > 1
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +249,17 @@ def test_until_the_warmup_ends_the_target_changes_nothing(whole, small):
 def test_a_stopped_run_resumes_bit_by_bit(whole, small, monkeypatch, iteration, every):
     config = small("cut", **DACS, train__baseline=True, train__checkpoint_every=every)
     run_until(monkeypatch, config, iteration)
+    assert_equal_runs(whole, train(config, resume=True).path)
+
+
+def test_a_checkpoint_of_an_older_version_is_gone_on_from_bit_by_bit(whole, small, monkeypatch):
+    config = small("cut", **DACS, train__baseline=True, train__checkpoint_every=1)
+    run_until(monkeypatch, config, 5)
+    last = folder_of(config) / "checkpoints/last.pt"
+    values = dict(vars(load_state(last)))
+    for name in ("task_weights", "class_pixels", "elapsed_seconds", "config"):
+        del values[name]
+    torch.save(values | {"objective": values.pop("tasks")["dacs"], "format_version": 1}, last)
     assert_equal_runs(whole, train(config, resume=True).path)
 
 
