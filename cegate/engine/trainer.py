@@ -26,6 +26,7 @@ from cegate.engine.team import Team, open_team
 from cegate.errors import ConfigError
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run
 from cegate.segmenter import Segmenter, build
+from cegate.tasks.crossearth import check_style
 
 log = logging.getLogger(__name__)
 
