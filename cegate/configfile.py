@@ -38,7 +38,6 @@ NOT_YET: dict[str, tuple[str, ...]] = {
     "run.log": (),
     "data.<set>.val_fraction": (),
     "data.<set>.attribute": (),
-    "train.loss": (),
     "evaluate": (),
 }
 """Section or key that nothing serves yet -> the words among its values that nothing serves; none: every value but the
@@ -553,6 +552,11 @@ def _train_problems(config: Config) -> Iterator[str]:
         )
     if (train.schedule == "steps") != bool(train.milestones):
         yield "train.schedule=steps and train.milestones go together; give both or none"
+    if train.loss.name != "ce" and config.model.head == "mask2former":
+        yield (
+            f"train.loss.name={train.loss.name}: model.head=mask2former brings its own loss; leave it out "
+            "(class_weights it takes), or use another head"
+        )
     weights, classes = train.loss.class_weights, config.data.classes
     if weights is not None and classes and len(weights) != len(classes):
         yield f"train.loss.class_weights has {len(weights)} numbers for {len(classes)} classes; give one per class"

@@ -20,6 +20,7 @@ from cegate.data.scale import EIGHT_BIT, ValueRange
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.heads.build import build_head
+from cegate.losses import pixel_loss_of
 from cegate.necks.dfm import DFM, Neck, StreamSum
 from cegate.network import Network
 from cegate.palette import default_palette
@@ -352,7 +353,8 @@ def build_parts(config: Config, backbone: Backbone) -> dict[str, Part]:
     options = {"queries": config.refiner.tokens} if linked else {}  # one for each token
     if config.model.head == "unetformer":
         options["skips"] = config.modal.fusion == "dfm"
-    head = build_head(config.model.head, channels=channels, classes=len(config.data.classes), **options)
+    loss = pixel_loss_of(config.train.loss.name, config.train.loss.class_weights)
+    head = build_head(config.model.head, channels=channels, classes=len(config.data.classes), loss=loss, **options)
     toolbox = Toolbox(backbone, config.toolbox, streams[1:])
     toolbox.apply(starting_plan(config, toolbox))
     parts: dict[str, Part] = {"toolbox": toolbox, "head": head}
