@@ -20,7 +20,7 @@ USAGE = cli.Usage(
         cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
         cli.Option("overwrite", "Replace files below --output."),
     ),
-    sections=("data", "run"),
+    sections=("data", "run", "evaluate"),
     bare="run",
 )
 

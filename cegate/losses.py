@@ -11,6 +11,9 @@ from torch import Tensor
 
 from cegate.config import IGNORE
 
+LEAST_SHARE = 1e-12
+"""Added to a class's share of a pixel so that its logarithm, and the gradient of that, stay finite."""
+
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean cross entropy over the valid pixels of each sample, in nats.

@@ -179,14 +179,19 @@ class Segmenter(Network):
         return replace(self.bank.named(adapter).recipe, precision=self.recipe.precision)
 
     def predictor(
-        self, *, adapter: str | int | None = None, stride: int | None = None, blend: str = "cosine"
+        self,
+        *,
+        adapter: str | int | None = None,
+        stride: int | None = None,
+        blend: str = "cosine",
+        tta: str = "none",
     ) -> Predictor:
         """What puts images through the model; arguments as of :meth:`predict`."""
         recipe, forward, head = self.recipe_of(adapter), self, self.head
         if adapter is not None:
             forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
         mosaic = Mosaic(recipe.crop, stride or recipe.stride, blend, log_shares=head.log_shares)
-        return Predictor(forward, mosaic, self.device, precision_of(recipe.precision, self.device)[1], self)
+        return Predictor(forward, mosaic, self.device, precision_of(recipe.precision, self.device)[1], self, tta)
 
     def predict(
         self,
@@ -196,6 +201,7 @@ class Segmenter(Network):
         all_pixels: bool = False,
         stride: int | None = None,
         blend: str = "cosine",
+        tta: str = "none",
         progress: Callable[[float], None] | None = None,
     ) -> np.ndarray:
         """Class index of every pixel.
@@ -210,6 +216,7 @@ class Segmenter(Network):
             stride: step between windows in pixels; default: that of the configuration.
             blend: how windows that overlap are weighed: ``cosine`` and ``linear`` less towards their edges, ``none``
                 alike, as in evaluation.
+            tta: ``flip`` averages the class shares of windows and their mirror images, for twice the time.
             progress: told the share of the image, 0..1, that is done.
 
         Returns:
@@ -220,7 +227,7 @@ class Segmenter(Network):
             ConfigError: there is no such adapter or blend, or the stride is larger than a window.
             DataError: the image cannot be read, or is not of the bands, depth or scale that were learned from.
         """
-        predictor = self.predictor(adapter=adapter, stride=stride, blend=blend)
+        predictor = self.predictor(adapter=adapter, stride=stride, blend=blend, tta=tta)
         with open_reader(image, self.recipe_of(adapter), all_pixels=all_pixels) as reader:
             sink = ClassArray(reader.size)
             predictor.run(reader, sink, progress)
@@ -234,10 +241,12 @@ class Segmenter(Network):
         all_pixels: bool = False,
         stride: int | None = None,
         blend: str = "cosine",
+        tta: str = "none",
     ) -> np.ndarray:
         """Class probabilities, (K, H, W) float32, of a (bands, H, W) or (H, W, bands) array or an image file; NaN
         where :meth:`predict` gives 255. Else as there."""
-        predictor, recipe = self.predictor(adapter=adapter, stride=stride, blend=blend), self.recipe_of(adapter)
+        predictor = self.predictor(adapter=adapter, stride=stride, blend=blend, tta=tta)
+        recipe = self.recipe_of(adapter)
         with open_reader(image, recipe, all_pixels=all_pixels) as reader:
             sink = ShareArray(len(recipe.classes), reader.size)
             predictor.run(reader, sink)
@@ -275,7 +284,7 @@ def starting_recipe(config: Config, vit: nn.Module) -> Recipe:
         mean=mean,
         std=std,
         crop=data.crop,
-        stride=data.stride,
+        stride=config.evaluate.stride or data.stride,
         precision=config.run.precision,
     )
 

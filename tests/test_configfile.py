@@ -354,7 +354,7 @@ COMING = {
     "train.milestones": "[10]",
     "train.gamma": "0.5",
     "train.loss": "{name: ce+dice}",
-    "evaluate": "{tta: flip}",
+    "evaluate.mean_classes": "[road]",
 }
 
 

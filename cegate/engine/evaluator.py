@@ -99,6 +99,7 @@ def evaluate(
     crop: int,
     stride: int | None = None,
     blend: str = "none",
+    tta: str = "none",
     batch: int | None = None,
     workers: int = 0,
     precision: Precision = nullcontext,
@@ -113,6 +114,7 @@ def evaluate(
         crop: window side in pixels; a smaller image is filled up, and only its own pixels count.
         stride: step in pixels; default two thirds of the window.
         blend: how windows that overlap are weighed, see `cegate.scenes.mosaic.Mosaic`; ``none`` is published.
+        tta: test-time augmentation, see `cegate.scenes.predictor.TTA`.
         batch: windows per forward pass; it does not change the result.
         workers: processes that read ahead.
         precision: makes the autocast context of a forward pass.
@@ -125,7 +127,7 @@ def evaluate(
     names: list[str] = []
     tiles: list[np.ndarray] = []
     loss_sum = 0.0
-    windows = {"crop": crop, "stride": stride, "blend": blend, "batch": batch, "fit": dataset.fit}
+    windows = {"crop": crop, "stride": stride, "blend": blend, "tta": tta, "batch": batch, "fit": dataset.fit}
     predictor = predictor_of(segmenter, precision=precision, **windows)
     part = range(len(dataset)) if part is None else part
     stream = EvalStream(dataset, mean=segmenter.recipe.mean, std=segmenter.recipe.std)
@@ -155,16 +157,25 @@ def join(parts: Sequence[Evaluation]) -> Evaluation:
     return Evaluation(parts[0].domain, confusion, loss, Tiles(names, counts))
 
 
-def predictor_of(segmenter: Segmenter, *, precision: Precision = nullcontext, **windows: Any) -> Predictor:
+def windows_of(config: Config) -> dict[str, Any]:
+    """How a configuration has whole images predicted, as arguments of `evaluate` and `predictor_of`."""
+    data, how = config.data, config.evaluate
+    return {"crop": data.crop, "stride": how.stride or data.stride, "blend": how.blend, "tta": how.tta}
+
+
+def predictor_of(
+    segmenter: Segmenter, *, precision: Precision = nullcontext, tta: str = "none", **windows: Any
+) -> Predictor:
     """What puts normalised images through a segmenter.
 
     Args:
         segmenter: the model.
         precision: makes the autocast context of a forward pass.
+        tta: test-time augmentation, see `cegate.scenes.predictor.TTA`.
         windows: fields of `cegate.scenes.mosaic.Mosaic`; ``crop`` is needed.
     """
     mosaic = Mosaic(**windows, log_shares=segmenter.head.log_shares)
-    return Predictor(segmenter, mosaic, segmenter.device, precision, segmenter)
+    return Predictor(segmenter, mosaic, segmenter.device, precision, segmenter, tta)
 
 
 def predict_logits(
@@ -210,8 +221,7 @@ def evaluate_run(
     _, precision = precision_of(config.run.precision, device)
     workers = data.workers if device.type == "cuda" else 0
     evaluations = [
-        evaluate(segmenter, dataset, crop=data.crop, stride=data.stride, workers=workers, precision=precision)
-        for dataset in sets
+        evaluate(segmenter, dataset, **windows_of(config), workers=workers, precision=precision) for dataset in sets
     ]
     for evaluation in evaluations if output is not None else ():
         write_evaluation(output / evaluation.domain, evaluation, run=str(run.path), checkpoint=checkpoint)

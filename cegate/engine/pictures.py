@@ -13,7 +13,7 @@ from cegate.checkpoint import load_state, restore
 from cegate.compute import Precision
 from cegate.data.datasets import Item, SegmentationSet
 from cegate.data.transforms import normalise
-from cegate.engine.evaluator import predictor_of
+from cegate.engine.evaluator import predictor_of, windows_of
 from cegate.runfolder import RunFolder
 from cegate.scenes.mosaic import Pixels
 from cegate.scenes.sink import ClassArray
@@ -57,9 +57,8 @@ def draw_run(
 
 def mask_of(segmenter: Segmenter, item: Item, precision: Precision) -> np.ndarray:
     """Predicted class of every pixel of an item, [H, W] uint8."""
-    data = segmenter.config.data
     image = torch.from_numpy(normalise(item.image, segmenter.recipe.mean, segmenter.recipe.std))
-    predictor = predictor_of(segmenter, crop=data.crop, stride=data.stride, fit=item.fit, precision=precision)
+    predictor = predictor_of(segmenter, **windows_of(segmenter.config), fit=item.fit, precision=precision)
     sink = ClassArray(tuple(image.shape[1:]))
     predictor.run(Pixels(image), sink)
     return sink.array

@@ -13,7 +13,7 @@ from cegate.compute import pick_device, precision_of
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
-from cegate.engine.evaluator import Evaluation, evaluate, join
+from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
 from cegate.engine.pictures import draw_run
 from cegate.engine.progress import Reporter, logging_to
 from cegate.engine.recorder import Recorder
@@ -228,8 +228,7 @@ class _Loop:
             mine = evaluate(
                 stage.network,
                 dataset,
-                crop=data.crop,
-                stride=data.stride,
+                **windows_of(stage.config),
                 workers=data.workers if stage.numerics.device.type == "cuda" else 0,
                 precision=stage.numerics.precision,
                 part=part,

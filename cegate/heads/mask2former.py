@@ -28,12 +28,10 @@ from transformers.models.mask2former.modeling_mask2former import (
 from cegate.config import IGNORE
 from cegate.errors import ConfigError
 from cegate.heads.head import FEATURES, Head
-from cegate.losses import PixelLoss, at_least_float32, mean_over_valid
+from cegate.losses import LEAST_SHARE, PixelLoss, at_least_float32, mean_over_valid
 
 GROUPS = 32
 """Channel groups of the pixel decoder's normalisation; the width is a multiple of it."""
-LEAST_SHARE = 1e-12
-"""Added to a class's share of a pixel so that its logarithm, and the gradient of that, stay finite."""
 
 
 class Mask2FormerHead(Head):

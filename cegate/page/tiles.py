@@ -20,7 +20,7 @@ from cegate.config import IGNORE, Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import Item, SegmentationSet, open_set
 from cegate.data.transforms import normalise
-from cegate.engine.evaluator import percent, predict_logits
+from cegate.engine.evaluator import percent, predict_logits, windows_of
 from cegate.errors import CegateError, DataError
 from cegate.figures import domain_title, headline
 from cegate.metrics import Confusion
@@ -199,9 +199,9 @@ class _Painter:
     @torch.no_grad()
     def __call__(self, item: Item, counts: np.ndarray) -> tuple[Sequence[Picture], str]:
         """Pictures, and a note where the recomputed counts are not those of the evaluation."""
-        segmenter, data = self.segmenter, self.segmenter.config.data
+        segmenter = self.segmenter
         image = torch.from_numpy(normalise(item.image[None], segmenter.recipe.mean, segmenter.recipe.std))
-        windows = {"crop": data.crop, "stride": data.stride, "fit": item.fit}
+        windows = {**windows_of(segmenter.config), "fit": item.fit}
         logits = predict_logits(segmenter, image, precision=self.precision, **windows)
         sure, mask = (part[0].cpu().numpy() for part in logits.float().softmax(1).max(1))
         recount = Confusion(segmenter.classes)

@@ -25,7 +25,7 @@ class Segmenting(Protocol):
 
     @property
     def recipe(self) -> Recipe: ...
-    def predictor(self, *, stride: int | None = None, blend: str = "cosine") -> Predictor: ...
+    def predictor(self, *, stride: int | None = None, blend: str = "cosine", tta: str = "none") -> Predictor: ...
 
 
 class Written(NamedTuple):
@@ -125,6 +125,7 @@ def predict_files(
     all_pixels: bool = False,
     stride: int | None = None,
     blend: str = "cosine",
+    tta: str = "none",
 ) -> Iterator[Written]:
     """Segment images and write their masks: single-band class indices with the palette as colour table.
 
@@ -138,6 +139,7 @@ def predict_files(
         progress: told how many of the images are done, with the share of the one that is being segmented.
         all_pixels: predict also where an image says that it has no data.
         stride, blend: see `cegate.scenes.mosaic.Mosaic`.
+        tta: see `cegate.scenes.predictor.TTA`.
 
     Yields:
         Masks as they are written.
@@ -148,7 +150,7 @@ def predict_files(
             named with its reason in either.
         ConfigError: stride or blend does not fit.
     """
-    predictor, recipe = segmenter.predictor(stride=stride, blend=blend), segmenter.recipe
+    predictor, recipe = segmenter.predictor(stride=stride, blend=blend, tta=tta), segmenter.recipe
     failed: list[str] = []
     for done, (image, mask) in enumerate(masks.items()):
         try:
