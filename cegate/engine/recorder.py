@@ -307,6 +307,32 @@ class Recorder:
             write_json(self.run.result, record)
 
 
+class Silent:
+    """In the place of a `Recorder` in a process that is not the writer: it takes part where all processes are asked,
+    and writes nothing."""
+
+    def save(self, stage: Stage, *, numbered: bool = False) -> None:
+        stage.state()
+
+    def finish(self, stage: Stage) -> None:
+        stage.unseen_classes()
+
+    def not_finite(self, error: NotFiniteError) -> TrainingError:
+        return TrainingError(str(error))
+
+    def is_evaluated(self, stage: Stage) -> bool:
+        return False
+
+    def evaluated(self, stage: Stage, evaluations: Sequence[Evaluation]) -> str:
+        return "–"
+
+    def forget_evaluation(self, stage: Stage) -> None: ...
+    def plan(self, plan: GatePlan) -> None: ...
+    def round(self, iteration: int, chosen: Round) -> None: ...
+    def loss(self, stage: Stage, line: Mapping[str, Any]) -> None: ...
+    def complete(self, result: None, stage: Stage) -> None: ...
+
+
 def _learned(network: Segmenter) -> dict[str, int]:
     """Part -> its weights; of a part whose sites are switched, those of the sites that are on."""
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.learning_modules().items()}
