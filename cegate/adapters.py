@@ -235,7 +235,7 @@ class AdapterBank(nn.Module):
         return indices
 
     def _compile(self, toolbox: Toolbox, samples: int, gates: Tensor, indices: list[int] | None) -> Call:
-        plan = dispatch.compile_gates(gates, adapters=indices)
+        plan = dispatch.compile_gates(gates, adapters=indices, kinds=toolbox.rows)
         if gates.ndim == 3 and len(gates) != samples:
             raise ValueError(f"gates are of {len(gates)} samples, the batch has {samples}")
         if plan.layers != toolbox.depth:

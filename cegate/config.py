@@ -15,11 +15,6 @@ from cegate.sites import PAPER_KINDS, kinds
 
 IGNORE = 255
 
-# TODO when toolbox, gate, dispatch, adapters, page and summary take kinds from `cegate.sites`: these three go
-Kind = str
-KINDS = PAPER_KINDS
-Method = str
-
 # bounds end where a number is surely a slip of the keyboard; memory ends earlier
 Count = Annotated[int, Range(1, 10**9)]
 Length = Annotated[int, Range(0, 10**9)]

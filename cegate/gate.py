@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cegate.errors import ConfigError
-from cegate.sites import SiteId, kinds
+from cegate.sites import PAPER_KINDS, SiteId
 
 Normalization = Literal["kind", "layer", "mean", "none"]
 
@@ -40,9 +40,9 @@ class GatePlan:
         return tuple(sorted(self.active + self.frozen))
 
     def matrix(self, layers: int, rows: Sequence[str] | None = None) -> list[list[int]]:
-        """Gates g[row][layer] in {0, 1} of the contributing sites; default: a row for each kind."""
+        """Gates g[row][layer] in {0, 1} of the contributing sites; default: a row for each of the paper's kinds."""
         on = {(site.row, site.layer) for site in self.on}
-        return [[int((row, layer) in on) for layer in range(layers)] for row in rows or kinds()]
+        return [[int((row, layer) in on) for layer in range(layers)] for row in rows or PAPER_KINDS]
 
 
 def _in_order(sites: Iterable[str]) -> tuple[SiteId, ...]:

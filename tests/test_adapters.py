@@ -282,7 +282,7 @@ def test_gates_of_a_kind_that_the_toolbox_lacks_are_named():
 def test_adapters_with_other_classes_run_but_not_in_one_call(model, tmp_path):
     roads = write(tmp_path / "roads", data={"classes": ["land", "road", "roof"], "crop": 32})
     model.add_adapter("roads", cegate.read_adapter(roads))
-    assert model.adapters["roads"].classes == ("land", "road", "roof")
+    assert model.adapters["roads"].recipe.classes == ("land", "road", "roof")
     assert model(images(2), adapter="roads").shape[1] == 3
     with pytest.raises(ConfigError, match="adapter 'arid' has 2 classes and 'roads' has 3"):
         model(images(2), adapter=["roads", "arid"])

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cegate import native
-from cegate.dispatch import GatePlan, PythonGatePlan, compile_gates
+from cegate.dispatch import DispatchPlan, PythonDispatchPlan, compile_gates
 
-PLANS = [PythonGatePlan] if native.EXTENSION is None else [PythonGatePlan, GatePlan]
+PLANS = [PythonDispatchPlan] if native.EXTENSION is None else [PythonDispatchPlan, DispatchPlan]
 
 
 @pytest.fixture(params=PLANS, ids=["python", "cpp"][: len(PLANS)], autouse=True)
 def _plan(request, monkeypatch):
-    monkeypatch.setattr("cegate.dispatch.GatePlan", request.param)
+    monkeypatch.setattr("cegate.dispatch.DispatchPlan", request.param)
 
 
 def test_gates_of_a_whole_batch():
-    plan = compile_gates([[1, 0, 0], [0, 1, 1], [0, 0, 0]], weights=(10, 7, 5))
-    assert (plan.layers, plan.samples, plan.first_layer, plan.last_layer) == (3, 0, 0, 2)
+    plan = compile_gates([[1, 0, 0], [0, 1, 1], [0, 0, 0]])
+    assert (plan.layers, plan.samples) == (3, 0)
     assert plan.is_on(0, 0)
     assert not plan.is_on(2, 1)
-    assert [plan.offset(1, layer) for layer in range(3)] == [-1, 10, 17]
-    assert plan.packed_weights == 24
     assert plan.assignment(1, 1) == []
-    assert repr(plan) == "GatePlan(3 layers, on: spatial.0 semantic.1 semantic.2)"
+    assert repr(plan) == "DispatchPlan(3 layers, on: spatial.0 semantic.1 semantic.2)"
 
 
 def test_gates_and_adapters_of_each_sample():
@@ -37,7 +37,6 @@ def test_gates_and_adapters_of_each_sample():
     assert plan.samples == 3
     assert plan.assignment(0, 1) == [1, 0, 1]
     assert plan.assignment(2, 0) == [-1, 0, 1]
-    assert plan.order == [1, 0, 2]
     assert "3 samples" in repr(plan)
 
 
@@ -56,8 +55,8 @@ def test_samples_with_own_gates_and_one_set_of_weights():
 
 def test_every_gate_off():
     plan = compile_gates(torch.zeros(3, 4, dtype=torch.int64))
-    assert (plan.first_layer, plan.last_layer, plan.packed_weights) == (-1, -1, 0)
-    assert repr(plan) == "GatePlan(4 layers, on: nothing)"
+    assert not any(plan.is_on(kind, layer) for kind in range(3) for layer in range(4))
+    assert repr(plan) == "DispatchPlan(4 layers, on: nothing)"
 
 
 @pytest.mark.parametrize(
@@ -65,13 +64,13 @@ def test_every_gate_off():
     [
         ([[1, 0], [0, 2], [0, 0]], {}, "gate semantic.1 of sample 0 is 2, accepted are 0 and 1"),
         ([[0], [0], [-1]], {}, "gate frequency.0 of sample 0 is -1, accepted are 0 and 1"),
-        (torch.ones(2, 4), {}, r"gates have shape \(2, 4\), expected \[3, L\] or \[B, 3, L\]"),
+        (torch.ones(2, 4), {}, r"gates have shape \(2, 4\), expected \[3, L\] or \[B, 3, L\] for the kinds spatial, "),
+        (torch.ones(3, 0), {}, r"gates have shape \(3, 0\), expected"),
         (torch.ones(3, 4), {}, "gates are torch.float32, expected integers or booleans"),
         ([[1], [1], [1]], {"adapters": [0, -2]}, r"adapters\[1\] is -2, accepted are 0 and more"),
         (torch.ones(2, 3, 1, dtype=torch.int), {"adapters": [0]}, "adapters has 1 entries for gates of 2 samples"),
         (torch.ones(1, 3, 1, dtype=torch.int), {"adapters": [0, 0]}, "adapters has 2 entries for gates of 1 sample"),
-        ([[1], [1], [1]], {"weights": (1, -1, 0)}, "a semantic site has -1 weights"),
-        ([[1], [1], [1]], {"weights": (1, 1)}, "weights has 2 entries, expected 3"),
+        ([[1, 3]], {"kinds": ["mm_adapter"]}, "gate mm_adapter.1 of sample 0 is 3"),
     ],
 )
 def test_bad_values_are_named(gates, options, message):
@@ -85,20 +84,27 @@ def test_a_layer_out_of_range_is_named():
         plan.assignment(0, 1)
 
 
+@pytest.mark.parametrize("kinds", [["one"], list("abcde")], ids=len)
+def test_any_number_of_kinds(kinds):
+    gates = torch.zeros(2, len(kinds), 2, dtype=torch.bool)
+    gates[1, -1, 1] = True
+    plan = compile_gates(gates, kinds=kinds, adapters=[3, 4])
+    assert plan.assignment(len(kinds) - 1, 1) == [-1, 4]
+    assert repr(plan) == f"DispatchPlan(2 layers, 2 samples, on: {kinds[-1]}.1)"
+    with pytest.raises(IndexError, match=rf"kind {len(kinds)}, layer 0 is outside 0\.\.{len(kinds) - 1}, 0\.\.1"):
+        plan.is_on(len(kinds), 0)
+
+
 @pytest.mark.skipif(native.EXTENSION is None, reason=native.REASON)
 @given(st.data())
 def test_both_plans_agree(data):
+    kinds = [f"kind{i}" for i in range(data.draw(st.integers(1, 4)))]
     layers, samples = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 4))
-    bits = st.integers(0, 1)
-    gates = data.draw(st.lists(bits, min_size=3 * layers * samples, max_size=3 * layers * samples))
-    table = torch.tensor(gates).view(samples, 3, layers).tolist()
+    size = len(kinds) * layers * samples
+    gates = data.draw(st.lists(st.integers(0, 1), min_size=size, max_size=size))
+    table = torch.tensor(gates).view(samples, len(kinds), layers).tolist()
     adapters = data.draw(st.one_of(st.just([]), st.lists(st.integers(0, 3), min_size=samples, max_size=samples)))
-    weights = data.draw(st.lists(st.integers(0, 99), min_size=3, max_size=3))
-    ours, plain = native.EXTENSION.GatePlan(table, adapters, weights), PythonGatePlan(table, adapters, weights)
-    for name in ("layers", "samples", "first_layer", "last_layer", "packed_weights", "order"):
-        assert getattr(ours, name) == getattr(plain, name), name
-    for kind in range(3):
-        for layer in range(layers):
-            for question in ("is_on", "offset", "assignment"):
-                assert getattr(ours, question)(kind, layer) == getattr(plain, question)(kind, layer), question
-    assert repr(ours) == repr(plain)
+    ours, plain = native.EXTENSION.DispatchPlan(kinds, table, adapters), PythonDispatchPlan(kinds, table, adapters)
+    assert (ours.layers, ours.samples, repr(ours)) == (plain.layers, plain.samples, repr(plain))
+    for site in product(range(len(kinds)), range(layers)):
+        assert (ours.is_on(*site), ours.assignment(*site)) == (plain.is_on(*site), plain.assignment(*site))

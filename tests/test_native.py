@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -30,27 +32,39 @@ def test_gradients_of_a_module_that_is_off_everywhere_are_zero():
     assert all(torch.equal(gradient, torch.zeros_like(part)) for gradient, part in zip(gradients, parts, strict=True))
 
 
+def frequency(x: torch.Tensor, backend: str) -> torch.Tensor:
+    shapes = ((3, 2, 6), (3, 2), (3, 6, 2), (3, 6), (3, 6), (3,), ())
+    return ops.frequency_adapter(x, (2, 2), *(torch.ones(shape) for shape in shapes), 0.9, backend=backend)
+
+
 SECOND = {
-    "low_rank": lambda x: ops.low_rank(x, torch.ones(2, 6), torch.ones(6, 2), activation="gelu", backend="cpp"),
-    "low_rank_qv_": lambda x: ops.low_rank_qv_(
-        3 * x.repeat(1, 1, 3), x, *[torch.ones(2, 6), torch.ones(6, 2)] * 2, backend="cpp"
+    "low_rank": lambda x, backend: ops.low_rank(
+        x, torch.ones(2, 6), torch.ones(6, 2), activation="gelu", backend=backend
     ),
-    "frequency_adapter": lambda x: ops.frequency_adapter(
-        x,
-        (2, 2),
-        *(torch.ones(shape) for shape in ((3, 2, 6), (3, 2), (3, 6, 2), (3, 6), (3, 6), (3,), ())),
-        backend="cpp",
+    "low_rank_qv_": lambda x, backend: ops.low_rank_qv_(
+        3 * x.repeat(1, 1, 3), x, *[torch.ones(2, 6), torch.ones(6, 2)] * 2, backend=backend
     ),
+    "frequency_adapter": frequency,
 }
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
 @pytest.mark.parametrize("name", SECOND)
-def test_second_derivatives_are_refused(name):
+def test_second_derivatives_are_refused_or_right(name, backend):
     (x,) = leaves((1, 4, 6))
-    y = SECOND[name](x).square().sum()
-    assert torch.autograd.grad(y, x, retain_graph=True)[0].shape == x.shape
-    with pytest.raises(BackendError, match=f"{name}: the C\\+\\+ form has no second derivatives; use backend='torch'"):
-        torch.autograd.grad(y, x, create_graph=True)
+
+    def loss(x: torch.Tensor, backend: str = backend) -> torch.Tensor:
+        return SECOND[name](x, backend).square().sum()
+
+    first = torch.autograd.grad(loss(x), x)[0]
+    with pytest.raises(NotImplementedError, match=f"{name}: its gradient has no derivative of its own; torch.func"):
+        torch.autograd.grad(loss(x), x, create_graph=True)
+    torch.testing.assert_close(torch.func.grad(partial(loss, backend="auto"))(x.detach()), first)
+    wide, direction = x.detach().double(), torch.randn(1, 4, 6, dtype=torch.float64)
+    slope = torch.func.grad(loss) if backend == "torch" else torch.func.grad(partial(loss, backend="auto"))
+    _, second = torch.func.jvp(slope, (wide,), (direction,))
+    near = [slope(wide + step * direction) for step in (1e-6, -1e-6)]
+    torch.testing.assert_close(second, (near[0] - near[1]) / 2e-6, rtol=1e-4, atol=1e-4)
 
 
 def test_low_pass_has_second_derivatives():

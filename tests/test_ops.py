@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cegate import native, ops
 from cegate.errors import BackendError
-from cegate.kernels._support import HAS_TRITON
+from cegate.kernels._support import HAS_TRITON, is_interpreted
 
 needs_cpp = pytest.mark.skipif(native.EXTENSION is None, reason=native.REASON)
 DTYPES = [torch.float32, torch.bfloat16]
@@ -159,6 +159,33 @@ def test_empty_tensors_pass(shape):
         assert ops.frequency_adapter(x, grid, *frequency_weights(shape[2], 3), backend="cpp").shape == shape
 
 
+@pytest.mark.parametrize("cutoff", [0.9, None], ids=["fixed", "learned"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpp", marks=needs_cpp), "triton"])
+def test_prefix_tokens_pass_the_frequency_adapter(backend, cutoff, device):
+    if (backend == "cpp" and cutoff is None) or (backend == "triton" and not (HAS_TRITON and is_interpreted())):
+        pytest.skip("not there")
+    x, *weights = grad_tensors(torch.randn(3, 2 + 12, 8), *frequency_weights(8, 5))
+    wanted = [x, *weights]
+    if cutoff is None:
+        cutoff = torch.tensor(0.5, requires_grad=True)
+        wanted.append(cutoff)
+    rest = {"cutoff": cutoff, "backend": backend}
+    whole = ops.frequency_adapter(x, (3, 4), *weights, prefix=2, **rest)
+    apart = torch.cat([x[:, :2], ops.frequency_adapter(x[:, 2:], (3, 4), *weights, **rest)], 1)
+    check_together(whole, apart, wanted)
+    assert torch.equal(whole[:, :2], x[:, :2])
+    mixed = ops.frequency_adapter(x, (3, 4), *(w[None] for w in weights), 0.9, prefix=2, adapters=[0, -1, 0])
+    one = ops.frequency_adapter(x[:1], (3, 4), *weights, 0.9, prefix=2)
+    torch.testing.assert_close(mixed[:2], torch.cat([one, x[1:2]]))
+
+
+def test_a_prefix_that_does_not_fit_is_named():
+    with pytest.raises(ValueError, match=r"x has shape \(1, 11, 8\), a 3 x 4 grid needs \[B, 12, C\]"):
+        ops.frequency_adapter(torch.randn(1, 12, 8), (3, 4), *frequency_weights(8, 5), prefix=1)
+    with pytest.raises(ValueError, match=r"prefix=-1 is outside 0\.\.12"):
+        ops.frequency_adapter(torch.randn(1, 12, 8), (3, 4), *frequency_weights(8, 5), prefix=-1)
+
+
 def squared_errors(found, exact) -> torch.Tensor:
     return torch.stack([(y.double() - truth).square().sum() for y, truth in zip(found, exact, strict=True)])
 
@@ -255,38 +282,61 @@ def grad_tensors(*tensors: torch.Tensor, place: torch.device | str = "cpu") -> l
     return [tensor.to(place).requires_grad_() for tensor in tensors]
 
 
+def frozen(tensors) -> list[torch.Tensor]:
+    return [tensor.detach() for tensor in tensors]
+
+
 @needs_cpp
-def test_opcheck_passes():
-    grid = (3, 4)
+def test_opcheck_passes_for_the_operators_of_cpp():
+    grid = (3, 4, 0.9, "official")
     x, *weights = grad_tensors(torch.randn(2, 12, 8), *frequency_weights(8, 5))
-    kept = ops._filter(x, grid, 0.9, "official")
-    cegate = torch.ops.cegate
-    torch.library.opcheck(cegate.low_pass.default, (x, *kept))
-    torch.library.opcheck(cegate.frequency_adapter.default, (x, *weights, *kept, []))
+    cegate, check = torch.ops.cegate, torch.library.opcheck
+    check(cegate.low_pass_on_grid.default, (x, *grid))
+    check(cegate.frequency_adapter_on_grid.default, (x, *weights, *grid, []))
     low = grad_tensors(torch.randn(4, 8), torch.randn(6, 4))
     base, down_bias, up_bias = grad_tensors(torch.randn(2, 12, 6), torch.randn(4), torch.randn(6))
-    torch.library.opcheck(cegate.low_rank.default, (x, *low, base, down_bias, up_bias, 2, 0.5, []))
-    torch.library.opcheck(cegate.low_rank.default, (x, *low, None, None, None, 0, 1.0, []))
-    plain = [tensor.detach() for tensor in (x, *low)]
+    check(cegate.low_rank.default, (x, *low, base, down_bias, up_bias, 2, 0.5, []))
+    check(cegate.low_rank.default, (x, *low, None, None, None, 0, 1.0, []))
+    qkv = torch.randn(2, 12, 18)
+    check(cegate.low_rank_qv.default, (qkv.requires_grad_(), x, *low, *low, 0.5, []))
+    plain, qkv = frozen((x, *low)), qkv.detach()
     pre, dy = torch.randn(2, 12, 4), torch.randn(2, 12, 6)
-    torch.library.opcheck(
-        cegate.low_rank_backward.default, (dy, plain[0], pre, *plain[1:], True, True, 1, 0.5, [], True, True)
-    )
-    qkv, halves = torch.randn(2, 12, 18), (*plain[1:], *plain[1:])
-    torch.library.opcheck(cegate.low_rank_qv_.default, (qkv, plain[0], *halves, 0.5, []))
-    hidden = torch.randn(2, 12, 8)
-    torch.library.opcheck(
-        cegate.low_rank_qv_backward.default, (qkv, plain[0], hidden, *halves, 0.5, [0, 0], True, True)
-    )
-    down, _, up, up_bias, router, _, scale = (weight.detach() for weight in weights)
-    torch.library.opcheck(cegate.low_rank_factors.default, (plain[0], dy, *plain[1:], torch.randn(4), 2, 0.5))
-    torch.library.opcheck(
-        cegate.frequency_adapter_factors.default, (plain[0], plain[0], *(w.detach() for w in weights), *kept)
-    )
-    torch.library.opcheck(
-        cegate.frequency_adapter_backward.default,
-        (plain[0], plain[0], torch.rand(2, 12, 18), down, up, up_bias, router, scale, *kept, [], True, True),
-    )
+    check(cegate.low_rank_backward.default, (dy, plain[0], pre, *plain[1:], True, True, 1, 0.5, [], True, True))
+    halves, hidden = (*plain[1:], *plain[1:]), torch.randn(2, 12, 8)
+    check(cegate.low_rank_qv_backward.default, (qkv, plain[0], hidden, *halves, 0.5, [0, 0], True, True))
+    check(cegate.low_rank_factors.default, (plain[0], dy, *plain[1:], torch.randn(4), 2, 0.5))
+    down, _, up, up_bias, router, _, scale = weights = frozen(weights)
+    check(cegate.frequency_adapter_factors_on_grid.default, (plain[0], plain[0], *weights, *grid))
+    saved = (plain[0], plain[0], torch.rand(2, 12, 18), down, up, up_bias, router, scale)
+    check(cegate.frequency_adapter_on_grid_backward.default, (*saved, *grid, [], True, True))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck_passes_for_the_operators_of_kernels(backend, device):
+    if backend == "triton" and not (HAS_TRITON and (device.type == "cuda" or is_interpreted())):
+        pytest.skip("triton cannot run here")
+    cegate, single = torch.ops.cegate, torch.float32
+    # gradients and symbolic sizes are the same functions for both
+    tests = {} if backend == "torch" else {"test_utils": ("test_schema", "test_faketensor")}
+    check = partial(torch.library.opcheck, **tests)
+    x, *weights = grad_tensors(torch.randn(2, 13, 8), *frequency_weights(8, 5), place=device)
+    learned = torch.tensor(0.5, device=device, requires_grad=True)
+    for cutoff in (None, learned):
+        edge = (3, 4, 0.9, cutoff, "official", 0.5)
+        patches = x.detach()[:, 1:].requires_grad_()  # with the strides of a part
+        check(cegate.fused_low_pass.default, (patches, *edge, backend))
+        check(cegate.fused_frequency_adapter.default, (x, *weights, *edge, 1, single, backend))
+        known = (*frozen((patches, patches, *weights)), *edge[:3], None if cutoff is None else learned.detach())
+        check(cegate.fused_frequency_adapter_factors.default, (*known, *edge[4:]))
+    low = grad_tensors(torch.randn(4, 8), torch.randn(6, 4), place=device)
+    base, down_bias, up_bias = grad_tensors(torch.randn(2, 13, 6), torch.randn(4), torch.randn(6), place=device)
+    for dtype in (single, torch.bfloat16):
+        check(cegate.fused_low_rank.default, (x, *low, base, down_bias, up_bias, "gelu", 0.5, dtype, backend))
+        check(cegate.fused_low_rank.default, (x, *low, None, None, None, None, 1.0, dtype, backend))
+        qkv = torch.randn(2, 13, 18, device=device, requires_grad=True)
+        check(cegate.fused_low_rank_qv.default, (qkv, x, *low, *low, 0.5, dtype, backend))
+    check(cegate.fused_low_rank_factors.default, (*frozen((x, base, *low)), None, "relu", 0.5))
+    check(cegate.fused_sum_squared_gradients.default, (*frozen((x, base)), False, backend))
 
 
 BOTH = ["torch", pytest.param("cpp", marks=needs_cpp)]
@@ -298,42 +348,6 @@ ALL = [*BOTH, pytest.param("triton", marks=needs_triton)]
 def place(backend, device) -> torch.device:
     """Where a backend runs here: Triton on the GPU if there is one, else through its interpreter."""
     return device if backend == "triton" else torch.device("cpu")
-
-
-@needs_cpp
-def test_compile_has_no_graph_break():
-    grid, x, weights = (3, 4), torch.randn(2, 12, 8), frequency_weights(8, 5)
-    low = torch.randn(4, 8), torch.randn(24, 4)
-
-    def block(x):
-        qkv = ops.low_rank(ops.frequency_adapter(x, grid, *weights, 0.9, backend="cpp"), *low, backend="cpp")
-        return ops.low_rank_qv_(qkv, x, low[0], low[1][:8], low[0], low[1][8:16])
-
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), block(x))
-
-
-COMPILED = {
-    "low_pass": lambda x, backend: ops.low_pass(x, (3, 4), 0.9, backend=backend),
-    "low_pass, symmetric": lambda x, backend: ops.low_pass(x, (3, 4), 0.9, "symmetric", backend=backend),
-    "low_rank": lambda x, backend: ops.low_rank(x, torch.ones(4, 8), torch.ones(6, 4), backend=backend),
-    "low_rank, adapter": lambda x, backend: ops.low_rank(
-        x, torch.ones(4, 8), torch.ones(8, 4), base=x, activation="gelu", backend=backend
-    ),
-}
-
-
-@pytest.mark.parametrize("backend", BOTH)
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_gradients_equal_eager_ones(name, backend):
-    x, dy = torch.randn(2, 12, 8, requires_grad=True), torch.randn(2, 12, 8)
-
-    def gradient(function):
-        y = function(x, backend)
-        return torch.autograd.grad(y, x, dy[..., : y.shape[-1]])[0]
-
-    compiled = torch.compile(COMPILED[name], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(gradient(compiled), gradient(COMPILED[name]))
 
 
 # which samples use which adapter: sorted, mixed, with some off, all off

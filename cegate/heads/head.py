@@ -20,11 +20,6 @@ FEATURES = 4
 """Maps that a head takes."""
 
 
-def likeliest_class(logits: Tensor) -> Tensor:
-    """Index of the largest logit of every pixel, the first of equals: [..., K, H, W] -> [..., H, W] int64."""
-    return logits.max(-3).indices  # argmax takes two to eight times as long over classes on a CPU
-
-
 class Head(Part, ABC):
     """What a segmenter asks of its head.
 

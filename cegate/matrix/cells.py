@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-from cegate.config import Config, Method
+from cegate.config import Config
 from cegate.configfile import changed_values, find_config, read_config, read_mapping, to_yaml
 from cegate.errors import CegateError, ConfigError
 from cegate.methods import METHODS
@@ -26,7 +26,7 @@ class Cell:
     """One training. Beside its folder lie ``seed_<k>.log``, and ``seed_<k>.error`` while its last try has failed."""
 
     setting: str
-    method: Method
+    method: str
     seed: int
     folder: Path
 
@@ -93,7 +93,7 @@ def name_settings(given: Sequence[str]) -> list[Setting]:
 
 
 def plan_cells(
-    settings: Sequence[Setting], methods: Sequence[Method], seeds: Sequence[int], output: Path
+    settings: Sequence[Setting], methods: Sequence[str], seeds: Sequence[int], output: Path
 ) -> list[Cell]:
     """Every cell once, seed by seed, so that a matrix that is stopped early holds whole seeds."""
     return [
@@ -123,8 +123,8 @@ def _search(folder: Path, output: Path) -> Iterator[Cell]:
 
 
 def read_configs(
-    settings: Sequence[Setting], methods: Sequence[Method], overrides: Overrides
-) -> dict[tuple[str, Method], Config]:
+    settings: Sequence[Setting], methods: Sequence[str], overrides: Overrides
+) -> dict[tuple[str, str], Config]:
     """(setting, method) -> configuration, without seed and folder.
 
     Raises:
@@ -135,7 +135,7 @@ def read_configs(
         if key in DECIDED:
             raise ConfigError(f"--{key} is not for the command line here; cegate bench sets it for every cell")
     _refuse_missing_roots(settings, overrides)
-    configs: dict[tuple[str, Method], Config] = {}
+    configs: dict[tuple[str, str], Config] = {}
     problems: dict[str, list[str]] = {}
     for setting in settings:
         for method in methods:
@@ -173,7 +173,7 @@ def configure(cell: Cell, config: Config) -> Config:
     return replace(config, run=run)
 
 
-def refuse_other_runs(cells: Sequence[Cell], configs: dict[tuple[str, Method], Config]) -> None:
+def refuse_other_runs(cells: Sequence[Cell], configs: dict[tuple[str, str], Config]) -> None:
     """Refuse folders that hold a run of another configuration, whose numbers would mix with ours.
 
     A finished run may have its data elsewhere, and its weights where they make the same backbone; one that goes on may

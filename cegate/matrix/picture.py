@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from cegate.config import Method
 from cegate.figures import STYLE
 from cegate.matrix.statistics import Difference
 from cegate.matrix.summary import REFERENCE, Matrix
@@ -53,7 +52,7 @@ def draw_differences(matrix: Matrix, path: Path) -> bool:
     return True
 
 
-def _points(matrix: Matrix, setting: str) -> dict[tuple[Method, str], Difference]:
+def _points(matrix: Matrix, setting: str) -> dict[tuple[str, str], Difference]:
     """(method, domain or ``average``) -> difference."""
     domains = matrix.domains_of(setting)
     points = {}
@@ -66,7 +65,7 @@ def _points(matrix: Matrix, setting: str) -> dict[tuple[Method, str], Difference
 
 
 def _draw_panel(
-    ax: Axes, setting: str, methods: list[Method], points: dict[tuple[Method, str], Difference], *, named: bool
+    ax: Axes, setting: str, methods: list[str], points: dict[tuple[str, str], Difference], *, named: bool
 ) -> None:
     domains = list(dict.fromkeys(domain for _, domain in points))
     palette = default_palette(len(domains))

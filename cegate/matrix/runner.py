@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from cegate.config import Config, Method
+from cegate.config import Config
 from cegate.matrix.cells import Cell, Overrides, Setting
 from cegate.matrix.display import Display
 from cegate.runfolder import take_lock, write_text
@@ -70,7 +70,7 @@ class Runner:
     def __init__(
         self,
         settings: Sequence[Setting],
-        configs: Mapping[tuple[str, Method], Config],
+        configs: Mapping[tuple[str, str], Config],
         overrides: Overrides,
         *,
         slots: Sequence[str],

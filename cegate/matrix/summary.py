@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from cegate.config import Method
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.matrix.cells import training_key
 from cegate.matrix.published import GROUPS, Group
@@ -14,7 +13,7 @@ from cegate.matrix.reading import CellResult
 from cegate.matrix.statistics import Difference, Mean, Paired, difference, mean_over_seeds, resample_tiles
 from cegate.methods import METHODS
 
-REFERENCE: Method = "gate"
+REFERENCE: str = "gate"
 """The method that others are compared to."""
 
 
@@ -29,10 +28,10 @@ class Matrix:
         self.results = {(r.cell.setting, r.cell.method, r.cell.seed): r for r in results}
         self.settings = list(dict.fromkeys(r.cell.setting for r in results))
         present = {r.cell.method for r in results}
-        self.methods: list[Method] = [method for method in METHODS if method in present]
+        self.methods: list[str] = [method for method in METHODS if method in present]
         self._resampled = {name: self._resample(name) for name in self.settings}
 
-    def _resample(self, setting: str) -> dict[tuple[Method, int, str], np.ndarray]:
+    def _resample(self, setting: str) -> dict[tuple[str, int, str], np.ndarray]:
         """(method, seed, domain) -> scores on resampled tiles [R]."""
         results = self.of_setting(setting)
         scores = {}
@@ -44,11 +43,11 @@ class Matrix:
                 scores[result.cell.method, result.cell.seed, domain] = row
         return scores
 
-    def of_setting(self, setting: str, method: Method | None = None) -> list[CellResult]:
+    def of_setting(self, setting: str, method: str | None = None) -> list[CellResult]:
         """Cells of a setting, or of a method in it."""
         return [r for (name, other, _), r in self.results.items() if name == setting and method in (None, other)]
 
-    def methods_of(self, setting: str) -> list[Method]:
+    def methods_of(self, setting: str) -> list[str]:
         """Methods with a finished cell."""
         return [method for method in self.methods if self.of_setting(setting, method)]
 
@@ -60,7 +59,7 @@ class Matrix:
         """Whether the scores are foreground IoU instead of mIoU."""
         return next(iter(self.of_setting(setting)[0].domains.values())).binary
 
-    def seeds_of(self, settings: Sequence[str], *methods: Method) -> list[int]:
+    def seeds_of(self, settings: Sequence[str], *methods: str) -> list[int]:
         """Seeds that every one of the methods has finished in every one of the settings."""
         seeds = [
             {seed for name, other, seed in self.results if (name, other) == (s, m)} for s in settings for m in methods
@@ -69,7 +68,7 @@ class Matrix:
 
     # means ----------------------------------------------------------------------------------------------------------
 
-    def mean(self, settings: Sequence[str], method: Method, domain: str | None = None) -> Mean | None:
+    def mean(self, settings: Sequence[str], method: str, domain: str | None = None) -> Mean | None:
         """Mean score of a method over the seeds that have finished all settings, averaged over their domains or of
         one ``domain``, then over settings; ``None`` without such a seed."""
         seeds = self.seeds_of(settings, method)
@@ -80,30 +79,30 @@ class Matrix:
         """Setting -> the domains that are averaged over."""
         return {name: [domain] if domain else self.domains_of(name) for name in settings}
 
-    def _score(self, domains: Mapping[str, Sequence[str]], method: Method, seed: int) -> float:
+    def _score(self, domains: Mapping[str, Sequence[str]], method: str, seed: int) -> float:
         """Average over the domains of each setting, then over settings."""
         results = {name: self.results[name, method, seed].domains for name in domains}
         return float(
             np.mean([np.mean([results[name][item].score for item in chosen]) for name, chosen in domains.items()])
         )
 
-    def validation(self, setting: str, method: Method) -> Mean | None:
+    def validation(self, setting: str, method: str) -> Mean | None:
         """Mean score on the validation set of the source domain, where there is one."""
         held_out = SOURCE_DOMAIN in self.of_setting(setting)[0].domains
         return self.mean([setting], method, SOURCE_DOMAIN) if held_out else None
 
-    def two_class_mean(self, setting: str, method: Method, domain: str) -> Mean:
+    def two_class_mean(self, setting: str, method: str, domain: str) -> Mean:
         """Mean over seeds of the second figure of a binary task, mIoU over foreground and background."""
         return mean_over_seeds([r.domains[domain].record["mIoU"] for r in self.of_setting(setting, method)])
 
     # differences ----------------------------------------------------------------------------------------------------
 
-    def difference(self, settings: Sequence[str], method: Method, domain: str | None = None) -> Difference | None:
+    def difference(self, settings: Sequence[str], method: str, domain: str | None = None) -> Difference | None:
         """Score of a method minus that of the reference, seeds and tiles paired; ``None`` where they share no seed."""
         groups = list(self._pairs(settings, method, domain))
         return difference(groups) if groups and all(len(group.observed) for group in groups) else None
 
-    def _pairs(self, settings: Sequence[str], method: Method, domain: str | None) -> Iterator[Paired]:
+    def _pairs(self, settings: Sequence[str], method: str, domain: str | None) -> Iterator[Paired]:
         """Settings that train alike share their seeds' randomness and form one group."""
         alike: dict[str, list[str]] = {}
         for setting in settings:
@@ -126,7 +125,7 @@ class Matrix:
                 tiles=min(self.tiles_of(name, item) for name, chosen in domains.items() for item in chosen),
             )
 
-    def _resampled_score(self, domains: Mapping[str, Sequence[str]], method: Method, seed: int) -> np.ndarray:
+    def _resampled_score(self, domains: Mapping[str, Sequence[str]], method: str, seed: int) -> np.ndarray:
         """[R], as `_score` on resampled tiles."""
         averages = [
             np.mean([self._resampled[name][method, seed, item] for item in chosen], axis=0)
@@ -140,7 +139,7 @@ class Matrix:
 
     # cost -----------------------------------------------------------------------------------------------------------
 
-    def costs(self, settings: Sequence[str], method: Method) -> tuple[float, float | None, int | None]:
+    def costs(self, settings: Sequence[str], method: str) -> tuple[float, float | None, int | None]:
         """Mean number of weights that adapt the backbone; median over cells of their median seconds of a training
         iteration; the most bytes that a cell needed."""
         cells = [result for name in settings for result in self.of_setting(name, method)]

@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cegate.config import Method
 from cegate.matrix import published
 from cegate.matrix.published import Group
 from cegate.matrix.reading import CellResult
@@ -103,7 +102,7 @@ def _difference_table(matrix: Matrix, setting: str) -> Table:
 _COST = ("weights (M)", "iteration (s)", "memory (GiB)")
 
 
-def _cost(matrix: Matrix, settings: Sequence[str], method: Method) -> tuple[str, str, str]:
+def _cost(matrix: Matrix, settings: Sequence[str], method: str) -> tuple[str, str, str]:
     weights, seconds, peak = matrix.costs(settings, method)
     return (
         f"{weights / 1e6:.2f}",
@@ -112,7 +111,7 @@ def _cost(matrix: Matrix, settings: Sequence[str], method: Method) -> tuple[str,
     )
 
 
-def _score(matrix: Matrix, setting: str, method: Method, domain: str) -> str:
+def _score(matrix: Matrix, setting: str, method: str, domain: str) -> str:
     text = _mean(matrix.mean([setting], method, domain))
     if matrix.is_binary(setting):
         text += f" ({100 * matrix.two_class_mean(setting, method, domain).value:.1f})"
@@ -138,7 +137,7 @@ def _signed(share: float) -> str:
     return f"{100 * share:+z.2f}".replace("-", "−")
 
 
-def _paper(numbers: Mapping[Method, float], method: Method) -> str:
+def _paper(numbers: Mapping[str, float], method: str) -> str:
     return f"{numbers[method]:.1f}" if method in numbers else NONE
 
 

@@ -17,7 +17,7 @@ from cegate.gate import GatePlan
 from cegate.parts import adapter, earth_adapter, lora  # noqa: F401 - they register their kinds
 from cegate.parts.lora import Lora
 from cegate.parts.part import KINDS, PLAIN, Part, Site, Tap, Use
-from cegate.sites import SiteId, kinds
+from cegate.sites import PAPER_KINDS, SiteId, kinds
 
 _TAPPED: ContextVar[tuple[int, Tap] | None] = ContextVar("tapped", default=None)
 """The toolbox (by id) that a tap listens to, in this thread alone."""
@@ -63,8 +63,10 @@ class Toolbox(Part):
 
     @property
     def rows(self) -> list[str]:
-        """Kinds, and kinds in further streams, whether the toolbox has them or not: the rows of a table of gates."""
-        return [*kinds(), *(f"{kind}.{stream}" for stream in self.streams for kind in kinds())]
+        """The rows of a table of gates: the paper's kinds, whether the toolbox has them or not, its further kinds, and
+        the same in further streams."""
+        rows = list(dict.fromkeys((*PAPER_KINDS, *(site.kind for site in self.sites))))
+        return [*rows, *(f"{kind}.{stream}" for stream in self.streams for kind in rows)]
 
     @property
     def depth(self) -> int:

@@ -64,8 +64,9 @@ def _run_launchers(dtype: torch.dtype, every: bool) -> None:
             kept = low_pass.make_filter(x, grid, cutoff, "official", 0.5)
             low_pass._low_pass_triton(x, grid, kept)
             enter, bias, leave, scale = empty(rank, channels), empty(rank), empty(rank, channels), empty()
-            _, hidden = _frequency_kernels.forward(x, enter, bias, leave, scale, kept, grid)
-            _frequency_kernels.backward(x, hidden, enter, leave, scale, kept, grid, x, True, True, True, True)
+            hidden = _frequency_kernels.forward(x, enter, bias, leave, scale, kept, grid, torch.empty_like(x))
+            dx, wants = torch.empty_like(x), (torch.float32, True, True, True)
+            _frequency_kernels.backward(x, hidden, enter, leave, scale, kept, grid, x, dx, *wants)
     maps = [(64, None, 1024), (64, "gelu", 1024)]
     if every:
         maps += [(8, "relu", 192), (130, None, 768), (256, "gelu", 1024)]
@@ -74,11 +75,12 @@ def _run_launchers(dtype: torch.dtype, every: bool) -> None:
         down, up, base, dy = empty(rank, 1024), empty(out, rank), empty(4100, 3 * out)[:, :out], empty(4100, out)
         biases = (None, None) if activation is None else (empty(rank), empty(out))
         _, pre = low_rank._forward_triton(x, down, up, base, *biases, activation, 0.5)
-        low_rank._backward_triton(x, pre, down, up, dy, activation, 0.5, True, True, True)
+        dtypes = torch.float32, torch.float32
+        low_rank._backward_triton(x, pre, down, up, dy, activation, 0.5, dtypes, True, True, True)
         if activation is None:
             down, up, qkv = empty(2 * rank, 1024), empty(2, out, rank), empty(4100, 3 * out)
             pre = low_rank._launch_forward(x, down, up, qkv, None, None, qkv, None, 0.5, 2 * out)
-            low_rank._qv_backward_triton(x, pre, down, up, qkv, 0.5, True, True, True)
+            low_rank._qv_backward_triton(x, pre, down, up, qkv, 0.5, torch.float32, True, True, True)
     for reduce in (False, True):
         sum_squared_gradients._sum_squared_triton(empty(16, 1025, 1024), empty(16, 1025, 64), reduce)
 
