@@ -35,7 +35,6 @@ MOST_BYTES, MOST_DOTS = 2**20, 8
 
 NOT_YET: dict[str, tuple[str, ...]] = {
     "run.speed": (),
-    "run.log": (),
     "data.<set>.val_fraction": (),
     "data.<set>.attribute": (),
     "evaluate.mean_classes": (),

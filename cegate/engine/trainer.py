@@ -17,6 +17,7 @@ from cegate.compute import precision_of
 from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
+from cegate.engine.board import refuse_missing
 from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
 from cegate.engine.pictures import draw_run
 from cegate.engine.progress import Reporter, logging_to, without_log
@@ -67,6 +68,8 @@ def train(
                 "run.deterministic=true: torch has no deterministic form of mask2former's sampling on a GPU; use "
                 "model.head=linear, run.device=cpu, or leave it out"
             )
+        if "tensorboard" in config.run.log:
+            refuse_missing()
         config, sets = open_sets(config)
         segmenter = build(config)
         if team.size > 1:

@@ -92,9 +92,7 @@ def name_settings(given: Sequence[str]) -> list[Setting]:
     return list(settings.values())
 
 
-def plan_cells(
-    settings: Sequence[Setting], methods: Sequence[str], seeds: Sequence[int], output: Path
-) -> list[Cell]:
+def plan_cells(settings: Sequence[Setting], methods: Sequence[str], seeds: Sequence[int], output: Path) -> list[Cell]:
     """Every cell once, seed by seed, so that a matrix that is stopped early holds whole seeds."""
     return [
         Cell(setting.name, method, seed, output / setting.name / method / f"seed_{seed}")
@@ -239,7 +237,7 @@ def _some(names: Sequence[str]) -> str:
 
 def training_key(config: Config) -> str:
     """Equal for runs of one method that train alike with equal seeds: they differ only in the domains they test on."""
-    run = replace(config.run, name="run", work_dir=None, seed=0, device="auto")
+    run = replace(config.run, name="run", work_dir=None, seed=0, device="auto", log=["jsonl"])
     model = replace(config.model, weights=Path(config.model.weights).name)  # a file that was moved is the same file
     return to_yaml(replace(config, run=run, model=model, data=replace(config.data, targets={}, roots={})))
 
