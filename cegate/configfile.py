@@ -325,6 +325,11 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
+def domain_title(domain: str) -> str:
+    """What people read of a domain: *validation* for the held-out part, of which files say ``source``."""
+    return "validation" if domain == SOURCE_DOMAIN else domain
+
+
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 

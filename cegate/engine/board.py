@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cegate.engine.results import Record, domain_title, stage_title
+from cegate.configfile import domain_title
+from cegate.engine.results import Record, stage_title
 from cegate.errors import ConfigError
 from cegate.figures import gate_figure
 

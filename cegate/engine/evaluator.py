@@ -19,7 +19,7 @@ from torch import Tensor
 from cegate.checkpoint import load_checkpoint
 from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.configfile import SOURCE_DOMAIN, domain_title
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import EvalStream
 from cegate.engine.sets import open_evaluated
@@ -263,7 +263,7 @@ def table_of(evaluations: list[Evaluation]) -> Table:
     for evaluation in evaluations:
         scores = evaluation.scores
         for row, (name, *values) in enumerate(scores.rows()):
-            table.add_row(evaluation.domain if row == 0 else "", name, *map(percent, values))
+            table.add_row(domain_title(evaluation.domain) if row == 0 else "", name, *map(percent, values))
         means = (scores.mIoU, scores.mF1, scores.mAcc)
         note = f" (without {', '.join(scores.absent)}: absent)" if scores.absent else ""
         table.add_row("", f"[bold]mean{note}", *(f"[bold]{percent(value)}" for value in means))

@@ -28,13 +28,13 @@ from cegate.checkpoint import (
     save_state,
 )
 from cegate.config import Config
-from cegate.configfile import SOURCE_DOMAIN, changed_values, read_config, to_yaml
+from cegate.configfile import SOURCE_DOMAIN, changed_values, domain_title, read_config, to_yaml
 from cegate.data.datasets import SegmentationSet
 from cegate.engine import evaluator, results
 from cegate.engine.board import Board
 from cegate.engine.evaluator import Evaluation, percent
 from cegate.engine.gating import Round
-from cegate.engine.results import Result, domain_title, stage_title
+from cegate.engine.results import Result, stage_title
 from cegate.engine.runtime import peak_memory
 from cegate.engine.sets import Sets
 from cegate.engine.stage import NotFiniteError, Numerics, Stage

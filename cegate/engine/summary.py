@@ -13,10 +13,11 @@ from rich.table import Table
 
 from cegate import ops
 from cegate.checkpoint import WEIGHTS_FILE, adapter_folder, load_state, read_adapter_config
+from cegate.configfile import domain_title
 from cegate.engine.evaluator import percent
 from cegate.engine.results import best_iteration, records_of
 from cegate.errors import CheckpointError
-from cegate.figures import STAGES, domain_title, headline, in_order
+from cegate.figures import STAGES, headline, in_order
 from cegate.runfolder import RunFolder
 from cegate.sites import SiteId
 

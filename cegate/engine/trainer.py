@@ -15,6 +15,7 @@ from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import STAGES, trained_weights
 from cegate.compute import precision_of
 from cegate.config import Config
+from cegate.configfile import domain_title
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
 from cegate.engine.board import refuse_missing
@@ -22,7 +23,7 @@ from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
 from cegate.engine.pictures import draw_run
 from cegate.engine.progress import Reporter, logging_to, without_log
 from cegate.engine.recorder import Recorder, Silent
-from cegate.engine.results import Result, domain_title, stage_title
+from cegate.engine.results import Result, stage_title
 from cegate.engine.runtime import Interrupt, deterministic
 from cegate.engine.sets import Sets, open_sets, value_range_of
 from cegate.engine.stage import NotFiniteError, Numerics, Stage

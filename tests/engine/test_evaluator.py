@@ -167,3 +167,10 @@ def test_the_configuration_says_how_images_are_predicted(small):
     dataset = open_set(config.data.targets["arid"], name="arid", classes=config.data.classes)
     plain, asked = (evaluate(segmenter, dataset, **windows) for windows in ({"crop": 32}, windows_of(config)))
     assert asked.images == plain.images and asked.loss != plain.loss and np.isfinite(asked.loss)
+
+
+def test_the_held_out_part_is_called_validation(segmenter, small):
+    config = small().data
+    held_out = open_set(config.validation, name="source", classes=config.classes)
+    table = table_of([evaluate(segmenter, held_out, crop=32)])
+    assert list(table.columns[0].cells)[0] == "validation"
