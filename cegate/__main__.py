@@ -12,6 +12,7 @@ from cegate.errors import ConfigError, nearest
 VERBS = {
     "train": "adapt a backbone to a source domain and test it on unseen target domains",
     "evaluate": "measure a trained run on labelled sets",
+    "tune-lr": "find a learning rate by short runs on what is held out of the source",
     "predict": "write the masks of images",
     "data": "published data sets: prepare a download, check it, or generate a miniature",
     "bench": "train methods on settings with several seeds, and compare them",

@@ -30,7 +30,7 @@ FLOORS = [
     ("engine",),
     ("matrix", "page"),
     ("cli",),
-    ("train", "evaluate", "predict", "inspect", "bench", "report", "convert"),
+    ("train", "tune_lr", "evaluate", "predict", "inspect", "bench", "report", "convert"),
     ("__main__",),
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

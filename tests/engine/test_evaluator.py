@@ -173,4 +173,4 @@ def test_the_held_out_part_is_called_validation(segmenter, small):
     config = small().data
     held_out = open_set(config.validation, name="source", classes=config.classes)
     table = table_of([evaluate(segmenter, held_out, crop=32)])
-    assert list(table.columns[0].cells)[0] == "validation"
+    assert next(iter(table.columns[0].cells)) == "validation"
