@@ -35,9 +35,6 @@ MOST_BYTES, MOST_DOTS = 2**20, 8
 
 NOT_YET: dict[str, tuple[str, ...]] = {
     "run.speed": (),
-    "data.<set>.val_fraction": (),
-    "data.<set>.attribute": (),
-    "evaluate.mean_classes": (),
 }
 """Section or key that nothing serves yet -> the words among its values that nothing serves; none: every value but the
 default. Who builds one takes it out; until then it is refused, and help does not show it."""
@@ -110,7 +107,7 @@ def read_config(
     _refuse(where, [problem for problem in problems if problem in found])  # an override may have mended one
     _refuse("", found)
     _refuse("", list(_idle_roots(config, before, overrides, training)))
-    config = _with_roots(config)
+    config = _with_held_out(_with_roots(config))
     if config.modal.single:
         config = _map_sets(config, lambda item: dataclasses.replace(item, second=None))
     _refuse("", find_problems(config, training=training))
@@ -167,6 +164,19 @@ def _with_roots(config: Config) -> Config:
         return dataclasses.replace(item, root=known)
 
     return _map_sets(config, resolve)
+
+
+def _with_held_out(config: Config) -> Config:
+    """What val_fraction holds out of the source is the validation set: the same set with the same fraction."""
+    data = config.data
+    if data.source.val_fraction is None or data.validation is not None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(data, validation=data.source))
+
+
+def is_list(split: str | None) -> bool:
+    """Whether the split of a set is a text file of names."""
+    return split is not None and split.lower().endswith(".txt")
 
 
 def _map_sets(config: Config, change: Callable[[SetConfig], SetConfig]) -> Config:
@@ -460,6 +470,8 @@ def _data_problems(config: Config, training: bool) -> Iterator[str]:
                 f"data.targets.{shown(name)}: {shown(name)!r} cannot name a target; use letters, digits, '_', '-' and "
                 "not 'source'"
             )
+    if data.validation is not None and data.validation.val_fraction != data.source.val_fraction:
+        yield "data.source.val_fraction and data.validation exclude each other; give one"
     for key, item in _sets(config):
         if training or key != "data.source":
             yield from _set_problems(item, key, data.classes, training)
@@ -488,8 +500,12 @@ def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str], training
         yield f"{prefix}.root names {shown(unknown[0])}; give --data.roots.{shown(unknown[1])} the folder that holds it"
     if item.kind != "folder" and not item.split:
         yield f"{prefix}.split is missing; a set of kind {item.kind} needs it"
-    if training and item.kind == "folder" and item.split:  # runs that ignored it can still be read
-        yield f"{prefix}.split={shown(item.split)} is not built yet for a set of kind folder; leave it out"
+    if training and item.kind == "folder" and item.split and not is_list(item.split):  # runs that ignored it are read
+        yield f"{prefix}.split={shown(item.split)} is no text file; a folder takes a .txt with one name a line"
+    if item.val_fraction is not None and item.kind == "generated":
+        yield f"{prefix}.val_fraction: scenes are drawn; give data.validation another first in place of it"
+    if item.val_fraction is not None and prefix not in ("data.source", "data.validation"):
+        yield f"{prefix}.val_fraction counts in data.source alone; leave it out"
     if item.second is not None and (item.second.scale == "fixed") != (item.second.value_range is not None):
         yield f"{prefix}.second: scale=fixed and value_range go together; give both or none"
     for value, meaning in (item.label_map or {}).items():
@@ -508,6 +524,20 @@ def _model_problems(config: Config, training: bool) -> Iterator[str]:
     for key, section in (("style", config.style), ("mim", config.mim)):
         if section.method != "none" and section.block > config.data.crop:
             yield f"{key}.block={section.block} is larger than data.crop={config.data.crop}; use at most the crop"
+    second = config.data.source.second
+    if second is not None:
+        alone = [f"{key}.method" for key in ("style", "mim", "injector") if getattr(config, key).method != "none"]
+        if alone:
+            yield f"data.source.second does not go with {', '.join(alone)}, which know one raster; leave out either"
+        if not config.modal.dropout and second.missing == "error":
+            for key, item in _sets(config):
+                if item.second is not None and item.second.missing == "allow":
+                    yield (
+                        f"{key}.second.missing=allow needs a model that learns to do without: set modal.dropout above "
+                        "0, or data.source.second.missing=allow"
+                    )
+    elif training and config.modal.dropout and not config.modal.single:
+        yield f"modal.dropout={config.modal.dropout} needs data.source.second, the second raster of every image"
     if training and config.run.method in OF_TWO_RASTERS and config.data.source.second is None:
         yield f"run.method={config.run.method} needs data.source.second, the second raster of every image"
 
@@ -531,6 +561,12 @@ def _adapt_problems(config: Config, training: bool) -> Iterator[str]:
 
 def _gate_problems(config: Config, training: bool) -> Iterator[str]:
     gate = config.gate
+    if gate.loss == "all" and config.mim.method == "none":
+        yield "gate.loss=all adds the restoration of masked images, but mim.method is none; use task, or set mim.method"
+    if gate.loss == "all" and config.injector.method != "none" and config.injector.at == "blocks":
+        yield "gate.loss=all needs injector.at=outputs: at blocks masked images take a pass of their own"
+    if gate.loss == "all" and config.data.source.second is not None:
+        yield "gate.loss=all takes images without a second raster; use gate.loss=task"
     if gate.method == "fixed" and not gate.sites:
         yield "gate.sites is empty; gate.method 'fixed' needs sites such as [spatial.7, semantic.0]"
     if training and gate.method != "fixed" and gate.sites:  # runs that ignored them can still be read

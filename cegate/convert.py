@@ -1,4 +1,4 @@
-"""`cegate convert`: a released checkpoint of Rein, CrossEarth or Earth-Adapter becomes an adapter folder."""
+"""`cegate convert`: a checkpoint of Rein, CrossEarth, Earth-Adapter or MFNet becomes an adapter folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 USAGE = cli.Usage(
     "cegate convert FILE",
-    "Turn a released mmsegmentation checkpoint of Rein, CrossEarth or Earth-Adapter into an adapter folder that every "
-    "command takes, or a DINOv2 backbone into weights at the size that those were trained with. Nothing in a file is "
-    "run, and no key goes unaccounted for: conversion.json lists all of them.",
+    "Turn a released mmsegmentation checkpoint of Rein, CrossEarth or Earth-Adapter, or one that MFNet's published "
+    "code has saved, into an adapter folder that every command takes, or a DINOv2 backbone into weights at the size "
+    "that those were trained with. Nothing in a file is run, and no key goes unaccounted for: conversion.json lists "
+    "all of them.",
     (
         cli.Option("out", "New adapter folder; for a backbone, a .safetensors file.", "PATH"),
         cli.Option(
@@ -33,7 +34,7 @@ USAGE = cli.Usage(
         ),
         cli.Option("backbone", "timm's name of the backbone (default: by width and depth, DINOv2).", "NAME"),
         cli.Option("classes", "Class names in order (default: those in the file, else class_0, ...).", "A,B,C"),
-        cli.Option("crop", "Side of the training crops (default: 512).", "PX"),
+        cli.Option("crop", "Side of the training crops (default: 512, of MFNet 256).", "PX"),
         cli.Option("stride", "Step of the windows in prediction (default: two thirds of a crop, 341 for 512).", "PX"),
         cli.Option("features", "Layers that the head sees (default: 7,11,15,23 of 24).", "LAYERS"),
         cli.Option("fft_layers", "Earth-Adapter: layers with frequency experts, its fft_layer.", "LAYERS"),
@@ -54,15 +55,14 @@ def main(argv: Sequence[str]) -> int:
     options = cli.parse_options(argv[1:], USAGE)
     if not options["out"]:
         raise ConfigError("--out is missing; give a new folder for the adapter")
-    crop = _number(options, "crop", 512)
     lines = convert_file(
         Path(argv[0]).expanduser(),
         Path(options["out"]).expanduser(),
         weights=options["weights"],
         backbone=options["backbone"],
         classes=[name.strip() for name in options["classes"].split(",")] if options["classes"] else None,
-        crop=crop,
-        stride=_number(options, "stride", crop * 2 // 3),
+        crop=_number(options, "crop"),
+        stride=_number(options, "stride"),
         features=_numbers(options, "features"),
         fft_layers=_numbers(options, "fft_layers"),
         leave=options["leave"] or (),
@@ -71,11 +71,11 @@ def main(argv: Sequence[str]) -> int:
     return cli.GOOD
 
 
-def _number(options: Mapping[str, Any], name: str, default: int) -> int:
+def _number(options: Mapping[str, Any], name: str) -> int | None:
     text = options[name]
     if text is not None and not (text.isdecimal() and int(text)):
         raise ConfigError(f"--{name}={text} is not accepted; expected a whole number of 1 or more")
-    return default if text is None else int(text)
+    return None if text is None else int(text)
 
 
 def _numbers(options: Mapping[str, Any], name: str) -> list[int] | None:
@@ -98,8 +98,8 @@ def convert_file(
     weights: str | Path | None = None,
     backbone: str | None = None,
     classes: Sequence[str] | None = None,
-    crop: int = 512,
-    stride: int = 341,
+    crop: int | None = None,
+    stride: int | None = None,
     features: Sequence[int] | None = None,
     fft_layers: Sequence[int] | None = None,
     leave: Sequence[str] = (),
@@ -113,12 +113,19 @@ def convert_file(
         CheckpointError: the file is of another kind, does not fit the backbone, or ``out`` is taken.
         BackboneError: the backbone's weights do not fit.
     """
+    from cegate.convert_mfnet import is_mfnet, write_mfnet
     from cegate.released import convert, groups
 
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise CheckpointError(f"{out} is there already; give another --out")
     with _fresh(out):
         state, meta = read_checkpoint(file)
+        if is_mfnet(state):
+            return write_mfnet(
+                state, file, out, weights=weights, backbone=backbone, classes=classes, crop=crop, stride=stride
+            )
+        crop = crop or 512
+        stride = stride or crop * 2 // 3
         found = convert(state, str(file), fft_layers=fft_layers, leave=leave)
         if found.kind == "backbone":
             target = out if out.suffix == ".safetensors" else out / BACKBONE_FILE
@@ -262,6 +269,7 @@ def _config(
         "image_size": crop,
         "features": list(features or (7, 11, 15, 23)),
         "head": "mask2former",
+        "resample": "plain",
     }
     config: dict[str, Any] = {"data": data, "model": model, "gate": {"method": "none"}}
     if found.kind == "rein":
@@ -276,8 +284,9 @@ def _config(
 
 def _write_adapter(found: Converted, config: Mapping[str, Any], folder: Path, file: Path) -> None:
     """Build the model, load every weight strictly, and write what one shares."""
+    from cegate.adapter_folder import save_adapter
     from cegate.backbone.vit import weight_hash
-    from cegate.checkpoint import load_trained, save_adapter
+    from cegate.checkpoint import load_trained
     from cegate.configfile import read_config
     from cegate.segmenter import build
 
@@ -293,7 +302,8 @@ def _write_adapter(found: Converted, config: Mapping[str, Any], folder: Path, fi
 
 
 def _fitting_backbone(path: Path, folder: Path, crop: int) -> str:
-    """A backbone file at the size that is wanted: itself, or a resampled copy in the folder."""
+    """A backbone file at the size that is wanted, in the folder, for an adapter opens no file elsewhere: the same file
+    once more, without taking room where the disk can do that, or a resampled copy."""
     state, _ = read_checkpoint(path)
     state = {key.removeprefix("backbone."): value for key, value in state.items()}
     kernel, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
@@ -301,7 +311,13 @@ def _fitting_backbone(path: Path, folder: Path, crop: int) -> str:
         raise CheckpointError(f"--weights {path} is no ViT: patch_embed.proj.weight or pos_embed is missing")
     fits = kernel.shape[-1] == PATCH_PX and positions.shape[1] == 1 + (crop // PATCH_PX) ** 2
     if fits and path.suffix in (".pth", ".safetensors") and not any(key.startswith("reins.") for key in state):
-        return str(path)
+        own = folder / Path(BACKBONE_FILE).with_suffix(path.suffix)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            own.hardlink_to(path.resolve())
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, own)
+        return str(own)
     _write_backbone(state, folder / BACKBONE_FILE, crop)
     return str(folder / BACKBONE_FILE)
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cegate.errors import CheckpointError
@@ -22,7 +24,9 @@ UNUSED = re.compile(
 )
 """What serves prompts, and buffers that follow from the configuration or count."""
 ENCODER = re.compile(r"(sam\.)?image_encoder\.")
-PARTS = ("modal", "neck", "head", "vit")
+PARTS = ("modal", "fusion", "head", "vit")
+BACKBONES = {768: "samvit_base_patch16", 1024: "samvit_large_patch16", 1280: "samvit_huge_patch16"}
+"""Width -> timm's name."""
 KEPT_TWICE = "the same again"
 NO_USE = "not used"
 
@@ -45,10 +49,10 @@ _RENAMED: tuple[tuple[str, str], ...] = (
     (r"\.ca\.1\.0\.", ".squeeze."),
     (r"\.ca\.3\.0\.", ".excite."),
     (r"^head\.fusions\.2\.proj\.", "head.fusions.2.project."),
-    *((rf"^fpn1{m}\.", f"neck.finest.{n}.") for n, m in enumerate("xy")),
-    *((rf"^fpn2{m}\.0\.", f"neck.finer.{n}.") for n, m in enumerate("xy")),
-    (r"^(neck\.finest\.\d\.1)\.ln\.", r"\1."),
-    *((rf"^fusion{level + 1}\.", f"neck.weigh.{level}.") for level in range(4)),
+    *((rf"^fpn1{m}\.", f"fusion.finest.{n}.") for n, m in enumerate("xy")),
+    *((rf"^fpn2{m}\.0\.", f"fusion.finer.{n}.") for n, m in enumerate("xy")),
+    (r"^(fusion\.finest\.\d\.1)\.ln\.", r"\1."),
+    *((rf"^fusion{level + 1}\.", f"fusion.weigh.{level}.") for level in range(4)),
     *((rf"\.se_{m}\.fc\.0\.", f".{n}.down.") for n, m in enumerate(("rgb", "depth"))),
     *((rf"\.se_{m}\.fc\.2\.", f".{n}.up.") for n, m in enumerate(("rgb", "depth"))),
 )
@@ -61,8 +65,8 @@ class MFNet:
     """A converted checkpoint."""
 
     weights: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {part: {} for part in PARTS})
-    """``modal`` (MMAdapter or MMLoRA), ``neck`` (DFM), ``head`` (UNetFormer) and ``vit`` (the frozen encoder, by timm's
-    names; empty where there is none) -> state dict."""
+    """``modal`` (MMAdapter or MMLoRA), ``fusion`` (DFM), ``head`` (UNetFormer) and ``vit`` (the frozen encoder, by
+    timm's names; empty where there is none) -> state dict."""
     report: dict[str, str] = field(default_factory=dict)
     """Key of the checkpoint -> what became of it: ``part.name``, 'the same again' or 'not used'."""
 
@@ -96,7 +100,7 @@ class MFNet:
     @property
     def official_norm(self) -> bool:
         """Whether the second pyramid has BatchNorm."""
-        return "finest.1.1.running_mean" in self.weights["neck"]
+        return "finest.1.1.running_mean" in self.weights["fusion"]
 
     @property
     def official_relpos(self) -> bool:
@@ -132,12 +136,90 @@ def convert_mfnet(checkpoint: Mapping[str, object]) -> MFNet:
             " give the state dict that its train script saves"
         )
     found = convert_weights(state)
-    lacking = [part for part in ("modal", "neck", "head") if not found.weights[part]]
+    lacking = [part for part in ("modal", "fusion", "head") if not found.weights[part]]
     if lacking:
         raise CheckpointError(
             f"a checkpoint of MFNet without {' and '.join(lacking)}; give the whole model's state dict"
         )
     return found
+
+
+def is_mfnet(state: Mapping[str, object]) -> bool:
+    """Whether a state dict is of MFNet's published code."""
+    return any(re.search(r"\.(Img|DSM)_Adapter\.|\.lora_[AB][xy]$", key) for key in state)
+
+
+def write_mfnet(
+    state: Mapping[str, Tensor],
+    file: Path,
+    out: Path,
+    *,
+    weights: str | Path | None = None,
+    backbone: str | None = None,
+    classes: Sequence[str] | None = None,
+    crop: int | None = None,
+    stride: int | None = None,
+) -> list[str]:
+    """Convert a checkpoint into an adapter folder.
+
+    Args:
+        state: its weights by name.
+        file: where it comes from, for messages.
+        out: new folder.
+        weights: SAM's own file; needed where the checkpoint holds no encoder.
+        backbone: timm's name of the encoder; default: by its width.
+        classes: names in order; default: class_0, ...
+        crop: side of the windows; default 256.
+        stride: their step; default 128.
+
+    Returns:
+        What was done, a line each.
+
+    Raises:
+        CheckpointError: no whole MFNet, or of another encoder.
+    """
+    from cegate.adapter_folder import save_adapter
+    from cegate.backbone.vit import weight_hash
+    from cegate.checkpoint import load_trained, trained_weights
+    from cegate.configfile import read_config
+    from cegate.runfolder import write_json, written_aside
+    from cegate.segmenter import build
+
+    found = convert_mfnet(state)
+    encoder, names = found.weights["vit"], list(classes or (f"class_{k}" for k in range(found.classes)))
+    if len(names) != found.classes:
+        raise CheckpointError(f"--classes names {len(names)} classes, {file} has {found.classes}")
+    if backbone is None and found.width not in BACKBONES:
+        raise CheckpointError(f"{file} has an encoder of width {found.width}, which is none of SAM's; give --backbone")
+    if not encoder and weights is None:
+        raise CheckpointError(f"{file} holds no encoder; give SAM's own file, sam_vit_*.pth, with --weights FILE")
+    if encoder:
+        weights = out / "backbone.safetensors"
+        with written_aside(weights) as aside:
+            save_file({key: value.float().contiguous() for key, value in encoder.items()}, aside)
+    lora = found.method == "mfnet_lora"
+    modal = {"rank": found.bottleneck} if lora else {"ratio": found.bottleneck / found.width}
+    modal |= {"method": "mmlora" if lora else "mmadapter", "official_norm": found.official_norm}
+    model = {"backbone": backbone or BACKBONES[found.width], "weights": str(weights), "head": "unetformer"}
+    model |= {"normalize": "unit", "resample": "plain", "official_relpos": found.official_relpos or not encoder}
+    model["features"] = [*range(found.depth - 4, found.depth)]  # of four, the pyramid is made of the last
+    source = {"bands": [1, 2, 3], "second": {"bands": [1], "scale": "tile"}}
+    data = {"classes": names, "crop": crop or 256, "stride": stride or 128, "source": source}
+    segmenter = build(read_config({"data": data, "model": model, "modal": modal, "gate": {"method": "none"}}))
+    if segmenter.backbone.depth != found.depth:
+        raise CheckpointError(
+            f"{file} was trained on {found.depth} blocks, {model['backbone']} has {segmenter.backbone.depth}; give "
+            "--backbone NAME"
+        )
+    own = trained_weights(segmenter, ())
+    # of norms the published code counts batches, which nothing asks for, and it knows no missing raster
+    kept = {key: own[key] for key in own if key == "streams.absent" or key.endswith("num_batches_tracked")}
+    parts = {f"{part}.{key}": value for part in PARTS[:-1] for key, value in found.weights[part].items()}
+    load_trained(segmenter, kept | {key: value.float() for key, value in parts.items()}, (), file)
+    save_adapter(out, segmenter, weight_hash(segmenter.vit), {})
+    write_json(out / "conversion.json", {"kind": found.method, "keys": found.report})
+    size = f"{found.depth} blocks of width {found.width}, {found.classes} classes"
+    return [f"{file}: MFNet ({found.method}), {size}", *found.lines(), f"written: {out}"]
 
 
 def convert_weights(state: Mapping[str, Tensor]) -> MFNet:

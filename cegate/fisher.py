@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cegate import ops
 from cegate.errors import TrainingError
-from cegate.parts.part import Unpack
+from cegate.parts.part import Tap, Unpack
 from cegate.parts.toolbox import Toolbox
 
 
@@ -113,6 +113,26 @@ class SummedGradients:
         return dict(mass)
 
 
+class Folded:
+    """Tap of passes in which each of B samples stands in several views, [views * B]: its gradient is the sum of
+    theirs.
+
+    Args:
+        tap: hears of B samples.
+        views: of each sample; the B first ones of all come first.
+    """
+
+    def __init__(self, tap: Tap, views: int) -> None:
+        self.tap, self.views = tap, views
+
+    def linear(self, site: str, unpack: Unpack, inputs: Tensor, grads: Tensor) -> None:
+        inputs, grads = (x.unflatten(0, (self.views, -1)).transpose(0, 1).flatten(1, 2) for x in (inputs, grads))
+        self.tap.linear(site, unpack, inputs, grads)  # [B, views * T, ...]
+
+    def direct(self, site: str, name: str, grads: Tensor) -> None:
+        self.tap.direct(site, name, grads.unflatten(0, (self.views, -1)).sum(0))
+
+
 def _fewest(samples: int, device: torch.device) -> int:
     """Of all processes: one that has nothing to add up would leave the others waiting."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -141,7 +161,9 @@ def measure_fisher(
     *,
     diagonal: bool = False,
     estimator: Literal["per_sample", "batch"] = "per_sample",
-    loss: Literal["task", "nll"] = "task",
+    loss: Literal["task", "nll"] | Callable[[LabelledBatch], Tensor] = "task",
+    views: int = 1,
+    beside: Iterable[nn.Module] = (),
     loss_scale: float = 1.0,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, float] | dict[str, Tensor]:
@@ -155,7 +177,10 @@ def measure_fisher(
         batches: the probe; its samples are counted as M. The result does not depend on how they are batched.
         diagonal: return weight name -> elementwise diagonal instead of site -> sum.
         estimator: ``per_sample`` squares every sample's gradient (the Fisher), ``batch`` the mean gradient.
-        loss: ``task`` takes the training loss as -log p, ``nll`` the mean pixel cross entropy.
+        loss: ``task`` takes the training loss as -log p, ``nll`` the mean pixel cross entropy; or a function of a batch
+            that gives -log p of each sample, [B].
+        views: how often each sample is in the one pass that such a function makes, see :class:`Folded`.
+        beside: further modules that it runs; they are found as they were, too.
         loss_scale: factor on the loss during backward, divided out again; for float16.
         precision: makes the autocast context of a forward pass; backward passes run outside of it, as in training.
 
@@ -167,13 +192,15 @@ def measure_fisher(
         TrainingError: the probe is empty, here or in another process, or a loss is not finite.
     """
     tap = (SquaredGradients if estimator == "per_sample" else SummedGradients)(diagonal, loss_scale)
-    measure = model.loss if loss == "task" else model.nll
+    measure = loss if callable(loss) else _of_labels(model.loss if loss == "task" else model.nll)
     devices = [p.device for p in toolbox.parameters() if p.is_cuda][:1]
     samples = 0
-    with _as_found(model), torch.random.fork_rng(devices), toolbox.tapped(tap), torch.enable_grad():
+    heard = tap if views == 1 else Folded(tap, views)
+    found = nn.ModuleList([model, *beside])
+    with _as_found(found), torch.random.fork_rng(devices), toolbox.tapped(heard), torch.enable_grad():
         for batch in batches:
             with precision():
-                losses = measure(batch.image, batch.label)
+                losses = measure(batch)
             if not torch.isfinite(losses).all():
                 raise TrainingError(f"the Fisher probe has losses {losses.tolist()}; look for NaN in data or weights")
             (losses.sum() * loss_scale).backward()
@@ -186,6 +213,10 @@ def measure_fisher(
         weights = {f"{site}.{name}": p for site in toolbox.sites for name, p in toolbox.parameters_of(site).items()}
         return {name: result.get(name, torch.zeros_like(p)) for name, p in weights.items()}
     return _finite({site: result.get(site, torch.zeros(())) for site in toolbox.sites})
+
+
+def _of_labels(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[LabelledBatch], Tensor]:
+    return lambda batch: loss(batch.image, batch.label)
 
 
 def _finite(mass: Mapping[str, Tensor]) -> dict[str, float]:

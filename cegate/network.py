@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -93,7 +94,7 @@ class Network(nn.Module):
     def forward(self, images: Tensor, *, circuit: Circuit | None = None) -> Tensor:
         """Logits [B, K, H, W] of images [B, bands, H, W] of any size, each as it would be alone."""
         height, width = images.shape[-2:]
-        images = self.whole_patches(images, 0.0)
+        images = self.whole_images(images)
         features = self.neck(self.encode(images, circuit), images)
         return self.decode(features, tuple(images.shape[-2:]))[..., :height, :width]
 
@@ -112,13 +113,20 @@ class Network(nn.Module):
             weights: [B, H, W] how much each pixel counts; default: 1.
             circuit: what is plugged in, in place of plan and parts.
         """
-        images, labels = self.whole_patches(images, 0.0), self.whole_patches(labels, IGNORE)
+        images, labels = self.whole_images(images), self.whole_patches(labels, IGNORE)
         weights = None if weights is None else self.whole_patches(weights, 0.0)
         return self.loss_of(self.neck(self.encode(images, circuit), images), labels, weights)
 
     def nll(self, images: Tensor, labels: Tensor) -> Tensor:
         """Mean pixel cross entropy of each sample's semantic prediction, [B]."""
         return pixel_cross_entropy(self(images), labels)
+
+    def whole_images(self, images: Tensor) -> Tensor:
+        """Images [B, bands, H, W] filled up to whole patches: with 0, the mean colour, and with NaN, which is unknown,
+        in the channels of a second raster."""
+        own = images.shape[1] - sum(part.further for part in self.parts().values())
+        filled = [self.whole_patches(images[:, :own], 0.0), self.whole_patches(images[:, own:], float("nan"))]
+        return torch.cat(filled, 1) if own < images.shape[1] else filled[0]
 
     def whole_patches(self, pixels: Tensor, fill: float) -> Tensor:
         """[..., H, W] filled up below and to the right to multiples of the patch side."""

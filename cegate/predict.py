@@ -18,6 +18,13 @@ USAGE = cli.Usage(
         cli.Option("run", "Run folder (its adapter is used).", "DIR"),
         cli.Option("adapter", "Adapter folder.", "DIR"),
         cli.Option("input", "Images: files, folders or globs.", "PATH", many=True),
+        cli.Option(
+            "second",
+            "Second rasters (elevation, SAR), for a model of two: one for all images, or files of their names. Either "
+            "may be left out where the model learned to do without.",
+            "PATH",
+            many=True,
+        ),
         cli.Option("output", "Folder of the masks, or a .png or .tif file for one image.", "PATH"),
         cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
         cli.Option("device", "auto, cpu or cuda:<index>; default auto.", "NAME"),
@@ -49,13 +56,14 @@ def main(argv: Sequence[str]) -> int:
     options = cli.parse_options(argv, USAGE)
     if bool(options["run"]) == bool(options["adapter"]):
         raise ConfigError("give one of --run and --adapter")
+    alone = not options["input"] and bool(options["second"])
     for name in ("input", "output"):
-        if not options[name]:
+        if not options[name] and not (alone and name == "input"):
             raise ConfigError(f"--{name} is missing; cegate predict --help tells what it takes")
     from rich.console import Console
     from rich.progress import Progress
 
-    from cegate.checkpoint import load_adapter
+    from cegate.adapter_folder import load_adapter
     from cegate.compute import pick_device
     from cegate.scenes import files
     from cegate.scenes.mosaic import BLENDS
@@ -67,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--blend {windows['blend']} is unknown; use {', '.join(BLENDS)}")
     if windows["tta"] not in TTA:
         raise ConfigError(f"--tta {windows['tta']} is unknown; use {' or '.join(TTA)}")
-    images = files.find_images(options["input"])
+    images = files.find_images(options["second"] if alone else options["input"])
+    paired = bool(options["second"]) and not alone
+    seconds = files.pair_second(images, files.find_images(options["second"])) if paired else None
     if options["overwrite"] and options["keep"]:
         raise ConfigError("give one of --overwrite and --keep")
     kept = {"overwrite": options["overwrite"], "keep": options["keep"]}
@@ -76,12 +86,13 @@ def main(argv: Sequence[str]) -> int:
     segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
     # the bar on stderr, the names on stdout: above the bar on a terminal, untouched in a pipe
     console, above = Console(stderr=True), sys.stdout.isatty()
+    given = {"seconds": seconds, "alone": alone, "all_pixels": options["all_pixels"], **windows}
     gaps: list[str] = []
     try:
         with Progress(console=console, transient=True, redirect_stdout=above, disable=not console.is_terminal) as bar:
             task = bar.add_task("predicting", total=len(masks))
             told = lambda done: bar.update(task, completed=done)  # noqa: E731
-            for written in files.predict_files(segmenter, masks, told, all_pixels=options["all_pixels"], **windows):
+            for written in files.predict_files(segmenter, masks, told, **given):
                 print(written.mask, flush=True)
                 if written.without_data:
                     gaps.append(f"{_percent(written.without_data)} of {written.image}")

@@ -31,7 +31,7 @@ from cegate.parts.part import Part
 from cegate.parts.rein import Rein
 from cegate.parts.streams import Streams
 from cegate.parts.toolbox import Toolbox
-from cegate.recipe import Recipe
+from cegate.recipe import Recipe, SecondRecipe
 from cegate.scenes.mosaic import Mosaic
 from cegate.scenes.predictor import Predictor
 from cegate.scenes.reader import RawImage, open_reader
@@ -109,7 +109,7 @@ class Segmenter(Network):
         if gates is None and adapter is None:
             return super().forward(images, circuit=circuit)
         height, width = images.shape[-2:]
-        images = self.whole_patches(images, 0.0)
+        images = self.whole_images(images)
         size = tuple(images.shape[-2:])
         call = self.bank.call(self.toolbox, len(images), gates, adapter)
         features = self._encode_call(call, images)
@@ -135,7 +135,7 @@ class Segmenter(Network):
         """Task loss of each sample alone, [B]; as :meth:`Network.loss`, ``gates`` as in :meth:`forward`."""
         if gates is None:
             return super().loss(images, labels, weights=weights, circuit=circuit)
-        images, labels = self.whole_patches(images, 0.0), self.whole_patches(labels, IGNORE)
+        images, labels = self.whole_images(images), self.whole_patches(labels, IGNORE)
         call = self.bank.call(self.toolbox, len(images), gates, None)
         sorted_weights = None if weights is None else call.sort(self.whole_patches(weights, 0.0))
         return call.restore([self.loss_of(self._encode_call(call, images), call.sort(labels), sorted_weights)])
@@ -190,13 +190,15 @@ class Segmenter(Network):
         recipe, forward, head = self.recipe_of(adapter), self, self.head
         if adapter is not None:
             forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
-        mosaic = Mosaic(recipe.crop, stride or recipe.stride, blend, log_shares=head.log_shares)
+        shares, further = head.log_shares, recipe.further
+        mosaic = Mosaic(recipe.crop, stride or recipe.stride, blend, log_shares=shares, further=further)
         return Predictor(forward, mosaic, self.device, precision_of(recipe.precision, self.device)[1], self, tta)
 
     def predict(
         self,
-        image: RawImage,
+        image: RawImage | None = None,
         *,
+        second: RawImage | None = None,
         adapter: str | int | None = None,
         all_pixels: bool = False,
         stride: int | None = None,
@@ -211,6 +213,8 @@ class Segmenter(Network):
 
         Args:
             image: (bands, H, W) or (H, W, bands) array, or an image file.
+            second: for a model of two rasters, the other one, likewise (one band: (H, W) too); a file may lie on
+                another grid. Either may be left out where the model learned to do without it.
             adapter: which adapter sees it; default: the model's own weights.
             all_pixels: predict also where the image says that it has no data.
             stride: step between windows in pixels; default: that of the configuration.
@@ -225,18 +229,20 @@ class Segmenter(Network):
 
         Raises:
             ConfigError: there is no such adapter or blend, or the stride is larger than a window.
-            DataError: the image cannot be read, or is not of the bands, depth or scale that were learned from.
+            DataError: the image cannot be read, or is not of the bands, depth or scale that were learned from; a raster
+                that the model needs is missing.
         """
         predictor = self.predictor(adapter=adapter, stride=stride, blend=blend, tta=tta)
-        with open_reader(image, self.recipe_of(adapter), all_pixels=all_pixels) as reader:
+        with open_reader(image, self.recipe_of(adapter), second=second, all_pixels=all_pixels) as reader:
             sink = ClassArray(reader.size)
             predictor.run(reader, sink, progress)
         return sink.array
 
     def predict_proba(
         self,
-        image: RawImage,
+        image: RawImage | None = None,
         *,
+        second: RawImage | None = None,
         adapter: str | int | None = None,
         all_pixels: bool = False,
         stride: int | None = None,
@@ -247,23 +253,26 @@ class Segmenter(Network):
         where :meth:`predict` gives 255. Else as there."""
         predictor = self.predictor(adapter=adapter, stride=stride, blend=blend, tta=tta)
         recipe = self.recipe_of(adapter)
-        with open_reader(image, recipe, all_pixels=all_pixels) as reader:
+        with open_reader(image, recipe, second=second, all_pixels=all_pixels) as reader:
             sink = ShareArray(len(recipe.classes), reader.size)
             predictor.run(reader, sink)
         return sink.array
 
-    def normalise(self, image: RawImage, *, adapter: str | int | None = None) -> Tensor:
-        """Raw pixels -> the normalised float32 tensor [bands, H, W] that the backbone takes.
+    def normalise(
+        self, image: RawImage | None = None, *, second: RawImage | None = None, adapter: str | int | None = None
+    ) -> Tensor:
+        """Raw pixels -> the normalised float32 tensor [bands, H, W] that the model takes.
 
         Args:
             image: (bands, H, W) or (H, W, bands) array, or an image file.
+            second: as in :meth:`predict`; its channels come last, NaN where it is unknown.
             adapter: whose bands and value range count; default: the model's own.
 
         Raises:
             ConfigError: there is no such adapter.
             DataError: wrong number of bands, NaN or infinite pixels, or a scale that is not that of training.
         """
-        with open_reader(image, self.recipe_of(adapter), all_pixels=True) as reader:
+        with open_reader(image, self.recipe_of(adapter), second=second, all_pixels=True) as reader:
             pixels, empty = reader.read(0, reader.size[0])
         if empty is not None and empty.any():
             raise DataError(
@@ -276,7 +285,8 @@ class Segmenter(Network):
 def starting_recipe(config: Config, vit: nn.Module) -> Recipe:
     """What a configuration and a backbone's pretraining say of how images are run; the value range is not known yet."""
     data, bands = config.data, tuple(config.data.source.bands or (1, 2, 3))
-    mean, std = normalisation(vit, len(bands))
+    unit = ((0.0,) * len(bands), (1.0,) * len(bands))
+    mean, std = unit if config.model.normalize == "unit" else normalisation(vit, len(bands))
     return Recipe(
         classes=tuple(data.classes),
         palette=tuple(data.palette or default_palette(len(data.classes))),
@@ -286,7 +296,19 @@ def starting_recipe(config: Config, vit: nn.Module) -> Recipe:
         crop=data.crop,
         stride=config.evaluate.stride or data.stride,
         precision=config.run.precision,
+        second=second_recipe(config),
     )
+
+
+def second_recipe(config: Config) -> SecondRecipe | None:
+    """How the model's second raster is read, if it has one, and what it learns to do without."""
+    second = config.data.source.second
+    if second is None:
+        return None
+    lost = {"image": config.modal.dropout > 0, "second": config.modal.dropout > 0 or second.missing == "allow"}
+    dispensable = tuple(name for name, learned in lost.items() if learned)
+    bands = tuple(second.bands or (1,))
+    return SecondRecipe(second.name, bands, second.scale, second.value_range, second.align, dispensable)
 
 
 def normalisation(vit: nn.Module, bands: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -406,8 +428,10 @@ def build_neck(config: Config, backbone: Backbone, streams: int) -> Neck | None:
     """
     decodes, fusion = config.model.head == "unetformer", config.modal.fusion
     if decodes:
-        kind = DFM if fusion == "dfm" else StreamSum
-        return kind(backbone.width, project=backbone.finish, streams=streams)
+        shared = {"project": backbone.finish, "streams": streams}
+        if fusion == "dfm":
+            return DFM(backbone.width, official_norm=config.modal.official_norm, **shared)
+        return StreamSum(backbone.width, **shared)
     if streams == 1:
         return None
     if fusion == "dfm":

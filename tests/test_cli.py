@@ -164,6 +164,8 @@ def test_the_entry_point_knows_its_verbs(capsys):
     assert "did you mean 'evaluate'?" in capsys.readouterr().err
     assert cegate(["--version"]) == cegate(["--help"]) == cli.GOOD
     assert cegate([]) == cli.USAGE
+    capsys.readouterr()
+    assert cegate(["convert"]) == cli.USAGE and "the file to convert is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -87,3 +87,43 @@ def test_a_border_without_data_is_found_and_white_roofs_are_not_taken_for_one(sh
         found = image.without_data()
     np.testing.assert_array_equal(found, (pixels == nodata).all(axis=0))
     assert (found.mean() > 0.3) == (nodata == 0)
+
+
+def test_potsdam_with_heights_trains_and_is_measured_elsewhere(shared, tmp_path):
+    """Image and height through one frozen encoder; source and target are rows of the city that share no ground."""
+    root = str(shared / "data" / "irrg_ndsm_potsdam_vaihingen_sweden" / "potsdam")
+    classes = ["impervious_surface", "building", "low_vegetation", "tree", "car", "clutter"]
+
+    def rows(pattern: str) -> dict:
+        return {
+            "root": root,
+            "images": f"image/potsdam_{pattern}_img.png",
+            "masks": f"label/potsdam_{pattern}_gt.png",
+            "second": {"images": f"dsm/potsdam_{pattern}_dsm.png"},
+            "label_map": {"0": "ignore"} | {str(k + 1): name for k, name in enumerate(classes)},
+        }
+
+    config = read_config(
+        {
+            "run": {"work_dir": str(tmp_path / "potsdam"), "method": "mfnet_gate"},
+            "data": {
+                "classes": classes,
+                "source": rows("[89]??_*"),
+                "targets": {"north": rows("1??_*") | {"limit": 1}},
+                "crop": 64,
+                "batch_size": 2,
+                "workers": 0,
+            },
+            "modal": {"fusion": "sum"},
+            "gate": {"k": 4, "interval": 4, "samples": 2},
+            "train": {"iterations": 8, "lr": 1e-3, "eval_every": 8, "log_every": 1},
+        },
+        training=True,
+    )
+    result = train(config)
+    lines = [json.loads(line) for line in (result.path / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["split"] == "train"]
+    assert len(losses) == 8 and all(math.isfinite(loss) for loss in losses)
+    assert [line["domain"] for line in lines if line["split"] == "after"] == ["north"]
+    scores = json.loads((result.path / "gates.jsonl").read_text().splitlines()[0])["scores"]
+    assert any(site.endswith(".dsm") for site in scores) and all(math.isfinite(score) for score in scores.values())

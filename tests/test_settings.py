@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import statistics
 
 import pytest
 
 from cegate.configfile import find_config, read_config, shipped_configs
 from cegate.data.published.catalogue import CATALOGUE
+from cegate.engine.schedule import learning_rate
 from cegate.errors import ConfigError
-from cegate.matrix import published
+from cegate.matrix import published, published_mfnet
 from cegate.methods import METHODS, OF_TWO_RASTERS
 
 # images or crops of each split, as published
@@ -83,6 +85,38 @@ def test_a_dg_setting_is_that_of_the_table(name):
     assert config.adapt.method == "none" and config.data.unlabelled is None
 
 
+# CrossEarth's Table 14: tau_s, b_s, tau_m, b_m; losses by its sections 5.1 and B.1
+MASKS = {
+    (0.7, 64, 0.7, 64): "p_i2v p_i2p_r",
+    (0.3, 16, 0.7, 64): "p_r2v p_r2p_i p_r2res",
+    (0.5, 32, 0.7, 64): "v2p_i v2p_r p_i2res",
+    (0.1, 64, 0.7, 64): "u2r casid_sub casid_sub2tem casid_sub2tms casid_sub2trf "
+    "casid_tms casid_tms2sub casid_tms2tem casid_tms2trf",
+    (0.5, 16, 0.7, 64): "r2u a2s",
+    (0.3, 16, 0.5, 16): "d2m",
+    (0.5, 16, 0.7, 16): "s2a",
+    (0.1, 64, 0.7, 128): "casid_tem casid_tem2sub casid_tem2tms casid_tem2trf",
+    (0.5, 64, 0.7, 64): "casid_trf casid_trf2sub casid_trf2tem casid_trf2tms",
+}
+
+
+@pytest.mark.parametrize("masks", MASKS)
+def test_a_dg_setting_has_crossearth_s_masks(masks):
+    assert sorted(name for names in MASKS.values() for name in names.split()) == sorted(DG)
+    for name in MASKS[masks].split():
+        config = read_config(f"dg/{name}", [*GIVEN, ("run.method", "crossearth_gate")], training=True)
+        style, mim = config.style, config.mim
+        assert (style.ratio, style.block, mim.ratio, mim.block) == masks
+        assert mim.loss == ("l1" if name.startswith("casid") else "mse")
+        assert (style.method, style.alpha, style.probability, mim.method) == ("earth", 0.1, 0.1, "restore")
+
+
+def test_crossearth_s_schedule_decays_beyond_its_end():
+    schedule = [("train.iterations", "30000"), ("train.horizon", "40000"), ("data.batch_size", "1")]
+    config = read_config("dg/p_i2v", [*GIVEN, ("run.method", "crossearth"), *schedule], training=True)
+    assert learning_rate(config.train, 29999) == pytest.approx(1e-4 * (1 - 29999 / 40000) ** 0.9)
+
+
 @pytest.mark.parametrize("name", DA)
 def test_a_da_setting_is_that_of_the_table(name):
     train, unlabelled, test = DA[name]
@@ -106,6 +140,7 @@ def test_every_setting_has_the_paper_s_recipe_and_a_folder_of_its_own(name):
     assert config.run.name == name.replace("/", "_") and config.run.method == "gate"
     model = config.model
     assert (model.backbone, model.patch_size, model.head) == ("vit_large_patch14_dinov2", 16, "mask2former")
+    assert model.resample == "plain"
     assert model.features == [7, 11, 15, 23]
     train = config.train
     assert (train.lr, train.weight_decay, train.schedule, train.power) == (1e-4, 0.05, "poly", 0.9)
@@ -186,3 +221,39 @@ def test_published_averages_are_those_of_the_published_settings():
     sources = {group.name: group.miou["gate"] for group in published.GROUPS if group.name.startswith("CASID")}
     whole = sources.pop("CASID, four sources")
     assert sum(sources.values()) / 4 == pytest.approx(whole, abs=0.06)
+
+
+# IoU of each class as CrossEarth prints it beside the mean
+PER_CLASS = """
+p_i2v 83.6 91.7 63.8 70.2 59.5 36.3 | v2p_i 77.1 80.8 61.3 38.9 82.9 8.4 | p_r2p_i 86.1 91.5 73.8 79.7 91.9 43.8
+p_i2p_r 86.3 93.5 73.8 74.0 91.2 37.2 | p_r2v 78.1 89.3 55.2 72.5 61.9 14.5 | v2p_r 72.5 73.6 58.7 22.4 81.1 7.6
+p_r2res 43.6 59.7 51.0 16.4 63.2 | p_i2res 41.9 60.6 51.3 10.6 62.9
+r2u 39.8 63.3 57.3 75.9 51.8 55.0 62.5 | u2r 57.5 61.5 48.5 65.6 9.6 25.4 58.2
+casid_sub 63.3 82.2 84.7 44.9 71.7 | casid_sub2tem 47.1 70.0 50.3 43.9 28.6 | casid_sub2tms 71.9 68.4 80.2 38.8 63.5
+casid_sub2trf 32.4 75.8 95.0 42.0 76.0 | casid_tem 56.7 69.9 74.7 39.4 26.5 | casid_tem2sub 57.1 77.8 84.3 33.6 64.4
+casid_tem2tms 75.3 59.9 86.0 26.0 61.7 | casid_tem2trf 21.1 67.8 92.0 35.0 72.9 | casid_tms 71.2 69.9 81.7 43.6 78.1
+casid_tms2sub 63.2 82.5 83.9 48.3 67.6 | casid_tms2tem 41.7 73.7 35.0 46.4 5.7 | casid_tms2trf 21.7 77.5 89.4 45.5 69.4
+casid_trf 31.8 76.3 95.3 44.0 79.0 | casid_trf2sub 60.7 81.5 83.0 44.6 70.0 | casid_trf2tem 43.8 70.0 41.1 41.6 15.1
+casid_trf2tms 68.1 68.2 79.0 34.3 72.5
+"""
+
+
+def test_crossearth_s_means_are_those_of_its_classes():
+    rows = [row.split() for line in PER_CLASS.strip().splitlines() for row in line.split("|")]
+    assert sorted([row[0] for row in rows] + ["a2s", "s2a", "d2m"]) == sorted(DG)  # these print the foreground alone
+    for name, *values in rows:
+        mean = sum(map(float, values)) / len(values)
+        assert published.SETTINGS[f"dg/{name}"]["crossearth"] == pytest.approx(mean, abs=0.15), name
+    gains = [row["crossearth"] - row["rein"] for name, row in published.SETTINGS.items() if name.startswith("dg/")]
+    assert len(gains) == 29 and statistics.median(gains) == pytest.approx(1.5) and max(gains) == pytest.approx(13.5)
+    assert sum(gain < 0 for gain in gains) == 4
+
+
+def test_mfnets_numbers_are_of_shipped_settings_and_stand_beside_any_backbone():
+    assert set(published_mfnet.SETTINGS) <= set(shipped_configs())
+    title, numbers = published_mfnet.column("mfnet/vaihingen", "samvit_base_patch16")
+    assert title == "paper, SAM ViT-B" and numbers == {"mfnet_lora": 82.09, "mfnet_adapter": 83.24}
+    title, numbers = published_mfnet.column("mfnet/vaihingen", "tiny")
+    assert title == "paper, SAM ViT-L" and numbers["mfnet_adapter_single"] == 83.69
+    assert set(numbers) <= set(METHODS) and "mfnet_lora" not in published_mfnet.column("mfnet/mmhunan", "tiny")[1]
+    assert title.startswith(published_mfnet.LABEL) and published_mfnet.LABEL in published_mfnet.NOTE

@@ -78,10 +78,13 @@ class Features(NamedTuple):
     """[m, width] learned tokens for a head with queries, where a part gives some."""
 
     def split(self, sizes: Sequence[int]) -> list[Features]:
-        """The features of batches that ran together, from the numbers of their samples."""
+        """The features of batches that ran together, from the numbers of their samples; of several streams, each batch
+        gets its part of every one."""
         if len(sizes) == 1:
             return [self]
-        return [self._replace(maps=list(maps)) for maps in zip(*(m.split(list(sizes)) for m in self.maps), strict=True)]
+        together = sum(sizes)
+        streams = [m.unflatten(0, (-1, together)).split(list(sizes), dim=1) for m in self.maps]
+        return [self._replace(maps=[m.flatten(0, 1) for m in maps]) for maps in zip(*streams, strict=True)]
 
 
 class Backbone:

@@ -1,10 +1,11 @@
-"""`cegate data`: the published data sets, from a download to a folder that is trained on."""
+"""`cegate data`: published data sets, from a download to a folder that is trained on; styles of other places."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from cegate.errors import ConfigError, nearest
 ACTIONS = {
     "list": "the catalogue of published sets, or all about one of them",
     "prepare": "cut a download into crops, turn colours into ids, write a folder that a configuration can name",
-    "check": "compare a prepared folder, or any labels, with what it should hold",
+    "check": "what lies in a folder; a prepared folder, or any labels, against what it should hold",
     "generate": "write a miniature of a published set in the layout of its download, from generated scenes",
+    "style-stats": "measure how the styles of a folder of images are spread",
+    "style-preview": "write a picture of styled and masked versions of an image",
 }
 LIST = cli.Usage("cegate data list [NAME]", "Show the catalogue, or all about one set.", ())
 PREPARE = cli.Usage(
@@ -41,8 +44,10 @@ PREPARE = cli.Usage(
 )
 CHECK = cli.Usage(
     "cegate data check FOLDER",
-    "Check a prepared folder: numbers of files, sizes of pairs, values of labels. With --labels any folder is checked: "
-    "its labels against --allowed, and with --images the sizes of the pairs. Exit code 1 if something is wrong.",
+    "Say what lies in a folder of images and masks: pairs, bands, values, places, labels with their shares, and what "
+    "is odd. A prepared folder is compared with its manifest: numbers of files, sizes of pairs, values of labels. With "
+    "--labels every label of a folder is read and compared with --allowed, and with --images the sizes of the pairs. "
+    "Exit code 1 if something is wrong.",
     (
         cli.Option("labels", "Glob of the labels below FOLDER, as in 'ann_dir/**/*.png'.", "GLOB"),
         cli.Option("images", "Glob of the images below FOLDER, with the same wildcards.", "GLOB"),
@@ -59,12 +64,56 @@ GENERATE = cli.Usage(
     ),
 )
 
+_WEIGHTS = cli.Option(
+    "weights",
+    "Folder with the public style networks (checkpoint_stylepredictor.pth, checkpoint_transformer.pth), or a file with "
+    "both; default: mean and deviation of colours.",
+    "PATH",
+)
+_BANDS = cli.Option("bands", "1-based bands that are red, green and blue (default: the first three).", "R,G,B")
+_RANGE = cli.Option("value_range", "Pixel values that are black and white (default: 0,255; 8-bit only).", "LOW,HIGH")
+STYLE_STATS = cli.Usage(
+    "cegate data style-stats FOLDER",
+    "Measure the styles of a folder of images, for style.statistics: mean and covariance of their embeddings. No "
+    "labels are needed; any size will do. An interrupted call goes on when it is repeated.",
+    (
+        cli.Option("out", ".npz file, or folder for mean.npy and covariance.npy.", "PATH"),
+        _WEIGHTS,
+        cli.Option("images", "Glob of the images below FOLDER, as in '**/*.jpg' (default: all rasters).", "GLOB"),
+        _BANDS,
+        _RANGE,
+        cli.Option("limit", "At most so many images, evenly spread.", "N"),
+    ),
+)
+STYLE_PREVIEW = cli.Usage(
+    "cegate data style-preview IMAGE",
+    "Write a picture of what styling and masking make of an image: the image, styled, styled in blocks, masked; a row "
+    "for each draw.",
+    (
+        cli.Option("out", "PNG file.", "FILE"),
+        cli.Option("statistics", "As `cegate data style-stats` writes them (style.statistics).", "PATH"),
+        _WEIGHTS,
+        _BANDS,
+        _RANGE,
+        cli.Option("rows", "Number of draws (default 3).", "N"),
+        cli.Option("crop", "Side of a training crop (default 512).", "PX"),
+        cli.Option("alpha", "Share of the drawn style (default 0.1).", "SHARE"),
+        cli.Option("covariance", "full (default) or diag.", "WORD"),
+        cli.Option("region", "Styled blocks: masked (default) or kept.", "WORD"),
+        cli.Option("style_ratio", "style.ratio (default 0.1).", "SHARE"),
+        cli.Option("style_block", "style.block (default 64).", "PX"),
+        cli.Option("ratio", "mim.ratio (default 0.7).", "SHARE"),
+        cli.Option("block", "mim.block (default 64).", "PX"),
+        cli.Option("seed", "Other draws (default 0).", "N"),
+    ),
+)
+
 
 @cli.command
 def main(argv: Sequence[str]) -> int:
     """Run the action in the first argument."""
     if not argv or argv[0] in ("-h", "--help"):
-        actions = "\n".join(f"  {action:<10} {text}" for action, text in ACTIONS.items())
+        actions = "\n".join(f"  {action:<14} {text}" for action, text in ACTIONS.items())
         print(
             f"usage: cegate data ACTION [options]\n\n{actions}\n\ncegate data ACTION --help lists an action's options."
         )
@@ -74,7 +123,15 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(
             f"unknown action {action!r}; cegate data knows {', '.join(ACTIONS)}{nearest(action, ACTIONS)}"
         )
-    return {"list": _list, "prepare": _prepare, "check": _check, "generate": _generate}[action](rest)
+    run = {
+        "list": _list,
+        "prepare": _prepare,
+        "check": _check,
+        "generate": _generate,
+        "style-stats": _style_stats,
+        "style-preview": _style_preview,
+    }
+    return run[action](rest)
 
 
 def _parse(argv: Sequence[str], usage: cli.Usage, what: str) -> tuple[str, dict[str, Any]]:
@@ -152,12 +209,26 @@ def _check(argv: Sequence[str]) -> int:
         allowed = _allowed(options["allowed"])
         problems = check.check_files(root, options["labels"], allowed, images=options["images"], workers=workers)
     else:
+        from cegate.data.prepared import FILE
+
+        if not (root / FILE).exists():
+            return _list_folder(root)
         problems = check.check_prepared(root, workers=workers)
     for line in check.summary(problems):
         print(line, file=sys.stderr)
     if not problems:
         print(f"{root}: all is well")
     return cli.FAILED if problems else cli.GOOD
+
+
+def _list_folder(root: Path) -> int:
+    """What a folder that nobody prepared holds."""
+    from cegate.data.survey import lines_of, survey
+
+    found = survey(root)
+    cli.print_rows(str(root), lines_of(found))
+    print(f"next: cegate init {root} writes a configuration that trains on it")
+    return cli.FAILED if found.labels.problem else cli.GOOD
 
 
 def _allowed(text: str) -> set[int]:
@@ -188,6 +259,108 @@ def _generate(argv: Sequence[str]) -> int:
         crop = f" --crop {CROPS[name]}" if name in CROPS else ""
         print(f"next: cegate data prepare {name} --root {out} --out PREPARED --partial{crop}")
     return cli.GOOD
+
+
+def _style_stats(argv: Sequence[str]) -> int:
+    folder, options = _parse(argv, STYLE_STATS, "the folder of images")
+    out = Path(_needed(options, "out")).expanduser()
+    from cegate.style.networks import load_style
+    from cegate.style.statistics import measure_folder
+
+    found = measure_folder(
+        Path(folder).expanduser(),
+        out,
+        load_style(options["weights"]).to(_device()),
+        pattern=options["images"],
+        bands=_numbers(options, "bands", int),
+        value_range=_range(options),
+        limit=_number(options, "limit", int, None),
+        progress=_Progress(),
+    )
+    print(f"{out}: styles of {found.source} as embeddings of {found.dim} numbers")
+    return cli.GOOD
+
+
+def _style_preview(argv: Sequence[str]) -> int:
+    image, options = _parse(argv, STYLE_PREVIEW, "the image")
+    out, statistics = Path(_needed(options, "out")).expanduser(), _needed(options, "statistics")
+    words = {"covariance": ("full", "diag"), "region": ("masked", "kept")}
+    chosen: dict[str, Any] = {}
+    for name, accepted in words.items():
+        if options[name] is not None:
+            if options[name] not in accepted:
+                guess = nearest(options[name], accepted)
+                raise ConfigError(f"--{name}={options[name]} is not accepted; use {' or '.join(accepted)}{guess}")
+            chosen[name] = options[name]
+    for name in ("rows", "crop", "style_block", "block", "seed"):
+        chosen |= {name: _number(options, name, int, None)} if options[name] is not None else {}
+    for name in ("alpha", "style_ratio", "ratio"):
+        chosen |= {name: _number(options, name, float, None)} if options[name] is not None else {}
+    from cegate.style.networks import load_style
+    from cegate.style.preview import preview, write_preview
+    from cegate.style.statistics import load_statistics, read_small
+
+    pixels = read_small(Path(image).expanduser(), _numbers(options, "bands", int), _range(options))
+    picture = preview(pixels, load_style(options["weights"]), load_statistics(statistics), **chosen)
+    write_preview(out, picture)
+    print(out)
+    return cli.GOOD
+
+
+def _numbers(options: dict[str, Any], name: str, kind: Callable[[str], Any]) -> list[Any] | None:
+    if options[name] is None:
+        return None
+    try:
+        return [kind(part) for part in options[name].split(",")]
+    except ValueError:
+        raise ConfigError(f"--{name}={options[name]} is not accepted; expected numbers with commas") from None
+
+
+def _number(options: dict[str, Any], name: str, kind: Callable[[str], Any], default: Any) -> Any:
+    if options[name] is None:
+        return default
+    try:
+        value = kind(options[name])
+    except ValueError:
+        value = -1
+    if not value >= 0 or (kind is int and not value and name != "seed"):
+        least = "0" if kind is float or name == "seed" else "1"
+        raise ConfigError(f"--{name}={options[name]} is not accepted; expected a number of {least} or more")
+    return value
+
+
+def _range(options: dict[str, Any]) -> tuple[float, float] | None:
+    numbers = _numbers(options, "value_range", float)
+    if numbers is not None and (len(numbers) != 2 or not numbers[0] < numbers[1]):
+        raise ConfigError(f"--value_range={options['value_range']} is not accepted; expected LOW,HIGH with LOW < HIGH")
+    return None if numbers is None else (numbers[0], numbers[1])
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class _Progress:
+    """A line on stderr, at most every ten seconds."""
+
+    def __init__(self) -> None:
+        self.started: tuple[float, int] | None = None
+        self.said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.started is None:
+            self.started = (now, done)
+            if done:
+                print(f"going on after {done} of {total} images", file=sys.stderr)
+        if now - self.said < 10:
+            return
+        self.said = now
+        since, first = self.started
+        left_s = (now - since) * (total - done) / max(done - first, 1)
+        print(f"{done} of {total} images, about {left_s / 60:.0f} min left", file=sys.stderr)
 
 
 if __name__ == "__main__":

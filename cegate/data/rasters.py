@@ -188,9 +188,10 @@ class OpenImage:
                 f"set bands to numbers from 1 to {count}, e.g. [{', '.join(str(min(b, count)) for b in bands)}]"
             )
         self.dtype_of(bands)
+        area = _raster_window(window)
         if self._table is None:
-            return _read_bands(self._path, self._src, bands, window)
-        return self._table[self._src.read(1, window=_raster_window(window))].transpose(2, 0, 1)[[b - 1 for b in bands]]
+            return self._src.read(list(bands), window=area)
+        return self._table[self._src.read(1, window=area)].transpose(2, 0, 1)[[b - 1 for b in bands]]
 
     def every_nth(self, step: int, bands: Sequence[int]) -> np.ndarray:
         """Every step-th pixel of the image's rows, laid end to end, in any order: [C, n] in the file's dtype. Memory
@@ -289,17 +290,6 @@ def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: 
     """
     with open_image(path) as image:
         return image.read(bands, window=window)
-
-
-def _read_bands(
-    path: str | Path, src: rasterio.DatasetReader, bands: Sequence[int], window: Window | None
-) -> np.ndarray:
-    if len(kinds := {src.dtypes[band - 1] for band in bands}) > 1:
-        raise DataError(
-            f"{path}: bands {list(bands)} are of different types ({', '.join(sorted(kinds))}); write them as one type "
-            "(gdal_translate -ot), or read those of one type"
-        )
-    return src.read(list(bands), window=_raster_window(window))
 
 
 def _raster_window(window: Window | None) -> RasterWindow | None:
@@ -450,7 +440,9 @@ def read_codes(path: str | Path, *, colours: bool, window: Window | None = None)
         DataError: missing or unreadable file, colours of a file that is not 8-bit, values of a file in colours.
     """
     with open_raster(path) as src:
-        pixels = _read_bands(path, src, src.indexes, window)
+        if len(set(src.dtypes)) > 1:
+            raise DataError(f"{path}: bands of a mask are of one type, not {', '.join(src.dtypes)}; write one band")
+        pixels = src.read(window=_raster_window(window))
         table, last = _colour_table(src), src.colorinterp[-1]
     alone = len(pixels) == 1 or (len(pixels) == 2 and last == ColorInterp.alpha and not _is_one_hot(pixels))
     if not alone and (len(pixels) not in (3, 4) or (not colours and _is_one_hot(pixels))):
@@ -576,24 +568,28 @@ def _tiff_tags(place: Mapping[str, Any], colours: Mapping[int, tuple[int, ...]] 
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write an image as PNG, byte for byte the same for the same pixels.
+    """Write an image as PNG or (compressed) TIFF, byte for byte the same for the same pixels.
 
     Args:
-        path: target, whose suffix is .png.
-        image: [C, H, W] uint8 with 1 to 4 bands.
+        path: target; its suffix decides the format: .png or .tif.
+        image: [C, H, W]; a PNG takes uint8 with 1 to 4 bands.
 
     Raises:
         DataError: another suffix, dtype, shape or number of bands.
         OSError: the file cannot be written, as on a full disk.
     """
     path = Path(path)
-    if path.suffix.lower() != ".png" or image.dtype != np.uint8 or image.ndim != 3 or not 1 <= len(image) <= 4:
+    is_tiff = path.suffix.lower() == ".tif" and image.ndim == 3
+    if not is_tiff and (
+        path.suffix.lower() != ".png" or image.dtype != np.uint8 or image.ndim != 3 or not 1 <= len(image) <= 4
+    ):
         raise DataError(f"{path}: a PNG takes [1..4, H, W] uint8, not {list(image.shape)} {image.dtype}")
     count, height, width = image.shape
+    profile = {"driver": "GTiff", "compress": "deflate", "bigtiff": "if_safer"} if is_tiff else {"driver": "PNG"}
     # encoded in memory: GDAL says nothing when a disk is full, Python raises OSError
     with warnings.catch_warnings(), MemoryFile() as memory:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with memory.open(driver="PNG", height=height, width=width, count=count, dtype="uint8") as dst:
+        with memory.open(**profile, height=height, width=width, count=count, dtype=str(image.dtype)) as dst:
             dst.write(image)
         path.write_bytes(memory.getbuffer())
 

@@ -104,7 +104,8 @@ class OpenSecond:
 
     def __init__(self, path: Path, src: rasterio.DatasetReader, image: Header, bands: Sequence[int]) -> None:
         if max(bands) > src.count:
-            raise DataError(f"{path} has {src.count} bands, of which {list(bands)} are to be read as second raster")
+            has = f"{src.count} band{'s' * (src.count != 1)}"
+            raise DataError(f"{path} has {has}, of which {list(bands)} are to be read as second raster")
         self.path, self.bands, self._image = path, tuple(bands), image
         try:
             self.fit = fit_of(image, header_of(src))
@@ -134,18 +135,35 @@ class OpenSecond:
         """[C, h, w] float32 in the file's unit, NaN where unknown."""
         area = None if window is None else RasterWindow(window.left, window.top, window.width, window.height)
         stored = self._src.read(list(self.bands), window=area)
-        unknown = ~is_measured(stored)
-        for known_not, row, tag in zip(unknown, stored, self._tags, strict=True):
+        holes = ~is_measured(stored)
+        for hole, row, tag in zip(holes, stored, self._tags, strict=True):
             if tag is not None:
-                known_not |= row == tag
-        return np.where(unknown, np.nan, stored).astype(np.float32)
+                hole |= row == tag
+        return np.where(holes, np.nan, stored).astype(np.float32)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the image."""
+        return self._image.size
+
+    def _blocks(self) -> Iterator[np.ndarray]:
+        height, width = self.size
+        rows = max(1, _BLOCK_PX // width)
+        return (self.read(Window(top, 0, min(rows, height - top), width)) for top in range(0, height, rows))
 
     def extremes(self) -> np.ndarray | None:
-        """[C, 2] smallest and largest value on the image's grid, None where every pixel is unknown."""
-        height, width = self._image.size
-        rows = max(1, _BLOCK_PX // width)
-        windows = (Window(top, 0, min(rows, height - top), width) for top in range(0, height, rows))
-        return _extremes(self.read(window) for window in windows)
+        """[C, 2] smallest and largest value on the image's grid, None where every pixel of a band is unknown."""
+        return _extremes(self._blocks())
+
+    def low_high(self, scale: str, value_range: Sequence[float] | None) -> np.ndarray | None:
+        """[C, 2] that becomes 0 and 1, see `SecondConfig.scale`; None where nothing is known on the image's grid."""
+        if scale == "fixed":
+            known = any(not np.isnan(block).all() for block in self._blocks())
+            return np.array([value_range] * len(self.bands), float) if known else None
+        if scale == "tile":
+            return self.extremes()
+        with open_raster(self.path) as src:
+            return OpenSecond(self.path, src, header_of(src), self.bands).extremes()
 
 
 @contextmanager
@@ -210,6 +228,16 @@ def scaled(values: np.ndarray, low_high: np.ndarray, *, epsilon: float = _EPSILO
     return np.clip(values, 0, 1, out=values)
 
 
+def epsilon_of(scale: str) -> float:
+    """That of `scaled`: a fixed range needs none."""
+    return 0.0 if scale == "fixed" else _EPSILON
+
+
+def unknown(bands: int, size: tuple[int, int]) -> np.ndarray:
+    """[C, H, W] of a raster that is missing."""
+    return np.full((bands, *size), np.nan, np.float32)
+
+
 class SecondRasters:
     """The second rasters of a set, one for each image or one for all.
 
@@ -236,7 +264,7 @@ class SecondRasters:
         there = next((file for file in self.files if file is not None), None)
         given = tuple(cfg.bands or ())
         self.bands = given or (usual_bands(there) if there is not None else (1,))
-        self._extremes: dict[int | Path, np.ndarray | None] = {}
+        self._ranges: dict[int | Path, np.ndarray | None] = {}
 
     def check(self, headers: Sequence[Header]) -> str | None:
         """Look at every file's header, and one line on those that do not lie on their image's grid.
@@ -270,32 +298,24 @@ class SecondRasters:
         Raises:
             DataError: the file is damaged, or knows nothing at all and may not miss.
         """
-        file = self.files[index]
+        file, size = self.files[index], image.size if window is None else (window.height, window.width)
         if file is None:
-            size = image.size if window is None else (window.height, window.width)
-            return np.full((len(self.bands), *size), np.nan, np.float32)
+            return unknown(len(self.bands), size)
         with open_second(file, image, self.bands) as opened:
-            if (low_high := self._low_high(index, opened)) is None:
-                if self.cfg.missing == "error":
-                    raise DataError(
-                        f"{file}: no pixel of the second raster is known; mend it, or set second.missing: allow to let "
-                        "the model do without"
-                    )
-                size = image.size if window is None else (window.height, window.width)
-                return np.full((len(self.bands), *size), np.nan, np.float32)
-            return scaled(opened.read(window), low_high, epsilon=0.0 if self.cfg.scale == "fixed" else _EPSILON)
+            if (low_high := self._low_high(index, opened)) is not None:
+                return scaled(opened.read(window), low_high, epsilon=epsilon_of(self.cfg.scale))
+        if self.cfg.missing == "error":
+            raise DataError(
+                f"{file}: no pixel of the second raster is known; mend it, or set second.missing: allow to let the "
+                "model do without"
+            )
+        return unknown(len(self.bands), size)
 
     def _low_high(self, index: int, opened: OpenSecond) -> np.ndarray | None:
-        if self.cfg.scale == "fixed":
-            return np.array([self.cfg.value_range] * len(self.bands), float)
-        key = index if self.cfg.scale == "tile" else opened.path
-        if key not in self._extremes:
-            self._extremes[key] = opened.extremes() if self.cfg.scale == "tile" else self._of_file(opened.path)
-        return self._extremes[key]
-
-    def _of_file(self, path: Path) -> np.ndarray | None:
-        with open_raster(path) as src:
-            return OpenSecond(path, src, header_of(src), self.bands).extremes()
+        key = opened.path if self.cfg.scale == "scene" else index
+        if key not in self._ranges:
+            self._ranges[key] = opened.low_high(self.cfg.scale, self.cfg.value_range)
+        return self._ranges[key]
 
     def facts(self, facts_of: Callable[[Path], list]) -> list:
         """What a fingerprint holds of the files and of how they are read."""

@@ -128,7 +128,7 @@ class TrainStream:
         index = self._index(iteration * self.batch_size + slot)
         rng = np.random.default_rng([*self._key, _CHANGES, iteration, slot])
         image, label = augment_from(self.dataset, index, rng, crop=self.crop, cfg=self.augment)
-        image, label = fill_up(normalise(image, self.mean, self.std), label, self.crop)
+        image, label = fill_up(normalise(image, self.mean, self.std), label, self.crop, len(self.dataset.second_bands))
         return image, label, self.dataset.item_name(index)
 
     def _index(self, draw: int) -> int:
@@ -189,7 +189,7 @@ class EvalStream:
 def _statistics(
     dataset: SegmentationSet, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of every channel."""
+    """Of every channel, or of the image's bands alone."""
     bands, second = len(dataset.bands), len(dataset.second_bands)
     if len(mean) != len(std) or len(mean) not in (bands, bands + second):
         more = f" (or {bands + second} with those of the second raster)" if second else ""
@@ -197,8 +197,7 @@ def _statistics(
             f"set {dataset.name!r} has {bands} bands {list(dataset.bands)}{more}, but mean has {len(mean)} "
             f"and std {len(std)} values; set bands to as many as the backbone takes"
         )
-    lacking = bands + second - len(mean)
-    return (*mean, *(0.0,) * lacking), (*std, *(1.0,) * lacking)
+    return tuple(mean), tuple(std)
 
 
 class _Batches(Dataset):

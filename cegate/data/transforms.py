@@ -179,11 +179,14 @@ def _finish(
     return image, label
 
 
-def fill_up(image: np.ndarray, label: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Extend a normalised image [C, h, w] to [C, side, side] below and to the right with 0, which is the mean colour as
-    where windows slide, and its label [h, w] to [side, side] with 255."""
-    margins = [(0, side - length) for length in label.shape]
-    return np.pad(image, [(0, 0), *margins]), np.pad(label, margins, constant_values=IGNORE)
+def fill_up(image: np.ndarray, label: np.ndarray, side: int, second: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Extend a normalised image [C, h, w] to [C, side, side] below and to the right, and its label [h, w] to
+    [side, side] with 255: with 0, which is the mean colour as where windows slide, and the last ``second`` channels
+    with NaN, for nothing is known there."""
+    margins, bands = [(0, side - length) for length in label.shape], len(image) - second
+    filled = np.pad(image, [(0, 0), *margins])
+    filled[bands:, label.shape[0] :] = filled[bands:, :, label.shape[1] :] = np.nan
+    return filled, np.pad(label, margins, constant_values=IGNORE)
 
 
 def draw_class_mask(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -268,10 +271,14 @@ def normalise(image: np.ndarray, mean: Sequence[float], std: Sequence[float]) ->
 
     Args:
         image: [..., C, H, W] float32, 0..1.
-        mean: C means on 0..1.
-        std: C standard deviations on 0..1.
+        mean: C means on 0..1, or fewer: the channels after them are a second raster's and stay on 0..1.
+        std: as many standard deviations on 0..1.
     """
-    mean, std = (np.asarray(values, np.float32).reshape(-1, 1, 1) for values in (mean, std))
+    lacking = image.shape[-3] - len(mean)
+    mean, std = (
+        np.asarray((*values, *(rest,) * lacking), np.float32).reshape(-1, 1, 1)
+        for values, rest in ((mean, 0.0), (std, 1.0))
+    )
     centred = image - mean
     centred /= std
     return centred

@@ -50,6 +50,8 @@ class Evaluation:
     loss: float
     """Mean over images of the mean cross entropy of their valid pixels."""
     tiles: Tiles
+    mean_classes: tuple[str, ...] = ()
+    """Classes that means go over; none: all."""
 
     @property
     def images(self) -> int:
@@ -59,7 +61,7 @@ class Evaluation:
     @property
     def scores(self) -> Scores:
         """Scores of the domain."""
-        return self.confusion.scores()
+        return self.confusion.scores(self.mean_classes)
 
 
 class Tally:
@@ -101,6 +103,7 @@ def evaluate(
     blend: str = "none",
     tta: str = "none",
     batch: int | None = None,
+    mean_classes: Sequence[str] = (),
     workers: int = 0,
     precision: Precision = nullcontext,
     part: range | None = None,
@@ -116,6 +119,7 @@ def evaluate(
         blend: how windows that overlap are weighed, see `cegate.scenes.mosaic.Mosaic`; ``none`` is published.
         tta: test-time augmentation, see `cegate.scenes.predictor.TTA`.
         batch: windows per forward pass; it does not change the result.
+        mean_classes: classes that means go over; default: all.
         workers: processes that read ahead.
         precision: makes the autocast context of a forward pass.
         part: images of the set to take, in a row; default: all. `join` puts parts together.
@@ -143,7 +147,8 @@ def evaluate(
     kinds = len(segmenter.classes)
     counts = np.array(tiles, np.int64).reshape(-1, kinds, kinds)
     confusion = Confusion(segmenter.classes, counts.sum(axis=0))
-    return Evaluation(dataset.name, confusion, loss_sum / max(len(names), 1), Tiles(names, counts))
+    loss = loss_sum / max(len(names), 1)
+    return Evaluation(dataset.name, confusion, loss, Tiles(names, counts), tuple(mean_classes))
 
 
 def join(parts: Sequence[Evaluation]) -> Evaluation:
@@ -154,7 +159,7 @@ def join(parts: Sequence[Evaluation]) -> Evaluation:
     counts = np.concatenate([part.tiles.confusion for part in parts])
     loss = sum(part.loss * part.images for part in parts) / len(names)
     confusion = Confusion(parts[0].confusion.classes, counts.sum(axis=0))
-    return Evaluation(parts[0].domain, confusion, loss, Tiles(names, counts))
+    return Evaluation(parts[0].domain, confusion, loss, Tiles(names, counts), parts[0].mean_classes)
 
 
 def windows_of(config: Config) -> dict[str, Any]:
@@ -174,7 +179,8 @@ def predictor_of(
         tta: test-time augmentation, see `cegate.scenes.predictor.TTA`.
         windows: fields of `cegate.scenes.mosaic.Mosaic`; ``crop`` is needed.
     """
-    mosaic = Mosaic(**windows, log_shares=segmenter.head.log_shares)
+    further = segmenter.recipe.further
+    mosaic = Mosaic(**windows, log_shares=segmenter.head.log_shares, further=further)
     return Predictor(segmenter, mosaic, segmenter.device, precision, segmenter, tta)
 
 
@@ -214,15 +220,14 @@ def evaluate_run(
         writable_folder(output, "--output")
     device = pick_device(config.run.device)
     segmenter = load_checkpoint(run, checkpoint, config, device)
-    validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range)
+    validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range, seed=config.run.seed)
     sets = [*([validation] if validation is not None else []), *targets]
     for dataset in sets:
         dataset.check()
     _, precision = precision_of(config.run.precision, device)
     workers = data.workers if device.type == "cuda" else 0
-    evaluations = [
-        evaluate(segmenter, dataset, **windows_of(config), workers=workers, precision=precision) for dataset in sets
-    ]
+    how = {"mean_classes": config.evaluate.mean_classes, "workers": workers, "precision": precision}
+    evaluations = [evaluate(segmenter, dataset, **windows_of(config), **how) for dataset in sets]
     for evaluation in evaluations if output is not None else ():
         write_evaluation(output / evaluation.domain, evaluation, run=str(run.path), checkpoint=checkpoint)
     return evaluations
@@ -266,6 +271,8 @@ def table_of(evaluations: list[Evaluation]) -> Table:
             table.add_row(domain_title(evaluation.domain) if row == 0 else "", name, *map(percent, values))
         means = (scores.mIoU, scores.mF1, scores.mAcc)
         note = f" (without {', '.join(scores.absent)}: absent)" if scores.absent else ""
+        if scores.mean_classes:
+            note = f" (of {len(scores.mean_classes)} classes)" + note
         table.add_row("", f"[bold]mean{note}", *(f"[bold]{percent(value)}" for value in means))
         table.add_row("", "all pixels", "", "", percent(scores.aAcc), end_section=True)
     return table

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cegate.config import Config, DataConfig
+from cegate.config import Config, DataConfig, SetConfig
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.data.datasets import DEFAULT_BANDS, SegmentationSet, open_set
 from cegate.data.scale import ValueRange, is_eight_bit
 from cegate.errors import ConfigError
 
 UNLABELLED_DOMAIN = "unlabelled"
+_RASTERS = ("its images", "a second raster")
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,10 @@ def open_sets(config: Config) -> tuple[Config, Sets]:
     """
     data = config.data
     _refuse_other_bands(data)
-    source = open_set(data.source, name=SOURCE_DOMAIN, classes=data.classes)
+    source = open_set(data.source, name=SOURCE_DOMAIN, classes=data.classes, seed=config.run.seed)
     classes = list(source.classes)
-    validation, targets = open_evaluated(data, classes, source.value_range)
+    data = _with_bands_of(data, source)
+    validation, targets = open_evaluated(data, classes, source.value_range, seed=config.run.seed)
     unlabelled = None
     if config.adapt.method != "none":
         like = source.value_range
@@ -49,22 +51,60 @@ def open_sets(config: Config) -> tuple[Config, Sets]:
     sets = Sets(source, validation, targets, unlabelled)
     for opened in (source, *sets.evaluated, unlabelled):
         if opened is not None:
+            _refuse_other_rasters(opened, source)
             opened.check(training=opened is source)
     palette = data.palette or list(source.palette)
     return replace(config, data=replace(data, classes=classes, palette=palette)), sets
 
 
 def open_evaluated(
-    data: DataConfig, classes: Sequence[str], value_range: ValueRange
+    data: DataConfig, classes: Sequence[str], value_range: ValueRange, *, seed: int = 0
 ) -> tuple[SegmentationSet | None, list[SegmentationSet]]:
     """The validation set, if there is one, and the targets; one without a range of its own gets the model's.
 
     Raises:
         ConfigError, DataError: as `open_set` does.
     """
-    validation = data.validation and open_set(data.validation, name=SOURCE_DOMAIN, classes=classes, like=value_range)
+    held = {"seed": seed, "held_out": True}  # where the set is what val_fraction holds out of the source
+    validation = data.validation and open_set(
+        data.validation, name=SOURCE_DOMAIN, classes=classes, like=value_range, **held
+    )
     targets = [open_set(cfg, name=name, classes=classes, like=value_range) for name, cfg in data.targets.items()]
     return validation, targets
+
+
+def _with_bands_of(data: DataConfig, source: SegmentationSet) -> DataConfig:
+    """The bands of second rasters that the files of the source decide hold for all sets, and for the model."""
+
+    def settle(cfg: SetConfig | None) -> SetConfig | None:
+        if cfg is None or cfg.second is None or cfg.second.bands is not None:
+            return cfg
+        return replace(cfg, second=replace(cfg.second, bands=list(source.second_bands)))
+
+    if not source.second_bands:
+        return data
+    targets = {name: settle(cfg) for name, cfg in data.targets.items()}
+    return replace(
+        data,
+        source=settle(data.source),
+        targets=targets,
+        validation=settle(data.validation),
+        unlabelled=settle(data.unlabelled),
+    )
+
+
+def _refuse_other_rasters(opened: SegmentationSet, source: SegmentationSet) -> None:
+    if opened.channels != source.channels:
+        raise ConfigError(
+            f"set {opened.name!r} gives {_spell(opened)}, the source {_spell(source)}; every set needs the same "
+            "(second, with missing: allow where a set has no second raster and the model may do without)"
+        )
+
+
+def _spell(opened: SegmentationSet) -> str:
+    return " and ".join(
+        f"{count} band{'s' * (count != 1)} of {what}" for count, what in zip(opened.channels, _RASTERS, strict=False)
+    )
 
 
 def _refuse_other_bands(data: DataConfig) -> None:

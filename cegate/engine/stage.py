@@ -18,6 +18,7 @@ from cegate.adapters import misfits
 from cegate.checkpoint import State, load_trained, restore, trained_weights
 from cegate.compute import Precision
 from cegate.config import IGNORE, Config
+from cegate.data.stream import Batch
 from cegate.engine.gating import Gate, Round
 from cegate.engine.runtime import seed_everything
 from cegate.engine.schedule import learning_rate, make_optimizer
@@ -29,7 +30,7 @@ from cegate.gate import GatePlan
 from cegate.segmenter import Segmenter, starting_plan
 from cegate.tasks import build_tasks
 from cegate.tasks.stream import StepData, StepStream, crops_of
-from cegate.tasks.task import Step, Task, Term
+from cegate.tasks.task import CleanLoss, Step, Task, Term
 
 # float16 gradients of single samples underflow without it
 FISHER_LOSS_SCALE = 1024.0
@@ -209,12 +210,15 @@ class Stage:
         seed_everything(self.config.run.seed, "fisher", self.iteration)
         with self.numerics.precision():  # a teacher labels samples of the target as it does in training
             probe = chain.from_iterable([task.probe(self.iteration) for task in self.tasks])
+        every = CleanLoss(self.tasks, self.clean_step, self.team.share(gate.samples).start)
         return measure_fisher(
             self.network,
             self.network.toolbox,
             _counted(probe, progress),
             estimator=gate.estimator,
-            loss=gate.loss,
+            loss=every if gate.loss == "all" else gate.loss,
+            views=every.views if gate.loss == "all" else 1,
+            beside=self.task_parts.values(),
             loss_scale=FISHER_LOSS_SCALE if self.numerics.name == "fp16" else 1.0,
             precision=self.numerics.precision,
         )
@@ -272,9 +276,7 @@ class Stage:
         if problems := misfits(self._task_weights(), state.task_weights):
             raise CheckpointError(f"{where} does not fit the tasks of this run: {'; '.join(problems)}")
         restore(self.network, state, where, backbone_sha256=backbone_sha256)
-        with torch.no_grad():
-            for name, value in self._task_weights().items():
-                value.copy_(state.task_weights[name])
+        self.load_task_weights(state)
         self.optimizer.load_state_dict(state.optimizer)
         self.scaler.load_state_dict(state.scaler)
         for task in self.tasks:
@@ -288,6 +290,16 @@ class Stage:
             self.class_pixels = torch.tensor(state.class_pixels) * self.team.is_writer  # the state has those of all
         else:  # of an older version: nobody counted, so nothing is said of labels that are missing
             self.class_pixels.fill_(1)
+
+    @torch.no_grad()
+    def load_task_weights(self, state: State) -> None:
+        """Put those of a state into the tasks' parts."""
+        for name, value in self._task_weights().items():
+            value.copy_(state.task_weights[name])
+
+    def clean_step(self, batch: Batch, slots: range) -> Step:
+        """A step on samples as they are, that is not trained on."""
+        return Step(self.iteration, batch, self.network, self.config.run.seed, slots=slots, clean=True)
 
     def _task_weights(self) -> dict[str, Tensor]:
         parts = self.task_parts.items()

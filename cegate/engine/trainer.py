@@ -20,7 +20,7 @@ from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
 from cegate.engine.board import refuse_missing
 from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
-from cegate.engine.pictures import draw_run
+from cegate.engine.pictures import draw_run, draw_tasks
 from cegate.engine.progress import Reporter, logging_to, without_log
 from cegate.engine.recorder import Recorder, Silent
 from cegate.engine.results import Result, stage_title
@@ -31,6 +31,7 @@ from cegate.engine.team import Team, open_team
 from cegate.errors import ConfigError
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run
 from cegate.segmenter import Segmenter, build, starting_plan
+from cegate.tasks.crossearth import check_style
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def train(
             )
         if "tensorboard" in config.run.log:
             refuse_missing()
+        check_style(config)  # no folder is made for a run that cannot begin
         config, sets = open_sets(config)
         segmenter = build(config)
         if team.size > 1:
@@ -127,6 +129,8 @@ def describe(config: Config) -> str:
             f"toolbox: {len(counts)} sites with {sum(counts.values()):,} weights; "
             f"training {trained.get(gate.method, f'{len(starting_plan(config, segmenter.toolbox).active)} sites')}",
             *_describe_refiner(config, segmenter),
+            *_describe_crossearth(config, segmenter),
+            *_describe_rasters(config, segmenter),
             f"head: {config.model.head} with {sum(p.numel() for p in segmenter.head.parameters()):,} weights",
             *_describe_adaptation(config, sets),
             f"schedule: {config.train.iterations} iterations of {config.data.batch_size} crops, {config.data.crop} px",
@@ -139,6 +143,34 @@ def _describe_refiner(config: Config, segmenter: Segmenter) -> list[str]:
         return []
     count, refiner = sum(p.numel() for p in segmenter.refiner.parameters()), config.refiner
     return [f"refiner: {refiner.method}, {refiner.tokens} tokens of rank {refiner.rank} a layer, {count:,} weights"]
+
+
+def _describe_crossearth(config: Config, segmenter: Segmenter) -> list[str]:
+    style, mim, lines = config.style, config.mim, []
+    if (injector := segmenter.parts().get("injector")) is not None:
+        count = sum(p.numel() for p in injector.parameters())
+        lines.append(f"injector: {config.injector.method} at {config.injector.at}, {count:,} weights")
+    if origin := check_style(config):
+        share = f"{100 * style.ratio:g} % of blocks of {style.block} px"
+        lines.append(f"styles: {origin}; in {100 * style.probability:g} % of the iterations, {share}")
+    if mim.method != "none":
+        lines.append(f"masked images: {100 * mim.ratio:g} % of blocks of {mim.block} px, {mim.decoder}, {mim.loss}")
+    return lines
+
+
+def _describe_rasters(config: Config, segmenter: Segmenter) -> list[str]:
+    second, modal = segmenter.recipe.second, config.modal
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in segmenter.parts().items()}
+    lines = [f"modalities: {modal.method} with {counts['modal']:,} weights"] if "modal" in counts else []
+    if second is not None:
+        without = " or ".join(second.dispensable) or "neither"
+        bands = ", ".join(map(str, second.bands))
+        lines.insert(
+            0, f"second raster: {second.name}, band {bands}, scaled by {second.scale}; learns to miss {without}"
+        )
+    if "fusion" in counts:
+        lines.append(f"neck: {modal.fusion} with {counts['fusion']:,} weights")
+    return lines
 
 
 def _describe_adaptation(config: Config, sets: Sets) -> list[str]:
@@ -270,7 +302,7 @@ class _Loop:
         self.reporter.evaluated(self.recorder.evaluated(self.stage, evaluations))
 
     def _evaluate_on(self, dataset: SegmentationSet) -> Evaluation:
-        stage, data = self.stage, self.stage.config.data
+        stage, config = self.stage, self.stage.config
         part = stage.team.share(len(dataset))
         with self.reporter.meanwhile(f"evaluating {domain_title(dataset.name)}", len(part)) as progress:
 
@@ -284,8 +316,9 @@ class _Loop:
                 mine = evaluate(
                     stage.network,
                     dataset,
-                    **windows_of(stage.config),
-                    workers=data.workers if stage.numerics.device.type == "cuda" else 0,
+                    **windows_of(config),
+                    mean_classes=config.evaluate.mean_classes,
+                    workers=config.data.workers if stage.numerics.device.type == "cuda" else 0,
                     precision=stage.numerics.precision,
                     part=part,
                     progress=after_image,
@@ -311,3 +344,4 @@ def _draw(run: RunFolder, stage: Stage, recorder: Recorder) -> None:
         backbone_sha256=recorder.backbone_sha256,
         precision=stage.numerics.precision,
     )
+    draw_tasks(run, stage, checkpoints / "best.pt")

@@ -198,6 +198,7 @@ def _measure(stage: Stage, held_out: SegmentationSet, reporter: Reporter) -> tup
             network,
             held_out,
             **windows_of(stage.config),
+            mean_classes=stage.config.evaluate.mean_classes,
             precision=stage.numerics.precision,
             progress=progress,
         )

@@ -1,4 +1,4 @@
-"""Numbers of the CrossEarth-Gate paper, to stand beside measured ones; they are in published.yaml."""
+"""Numbers of the CrossEarth-Gate and CrossEarth papers, to stand beside measured ones; they are in published.yaml."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import yaml
 
 LABEL = "paper, DINOv2-L"
 NOTE = (
-    f"{LABEL}: published in arXiv:2511.20302 with DINOv2-L, one figure per entry without seeds; by the protocol of the "
-    "benchmark it is the best evaluation on the target. What is measured here is the last evaluation, or the best on "
-    "source labels where there is a validation set."
+    f"{LABEL}: published with DINOv2-L, one figure per entry without seeds. rein and crossearth are of "
+    "arXiv:2410.22629, which does not say which evaluation counts; the others are of arXiv:2511.20302, and by the "
+    "protocol of the benchmark the best evaluation on the target. The two papers' figures on RescueNet lie too far "
+    "apart to be of one label map and protocol. What is measured here is the last evaluation, or the best on source "
+    "labels where there is a validation set."
 )
 
 

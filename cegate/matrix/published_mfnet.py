@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+LABEL = "paper, SAM"
+"""Begins the title of a column, which ends with the encoder's size."""
 NOTE = (
-    "paper, SAM: published in arXiv:2410.11160, one figure per entry without seeds, the best evaluation on the test "
+    f"{LABEL}: published in arXiv:2410.11160, one figure per entry without seeds, the best evaluation on the test "
     "set over all epochs. Its encoder ran without relative positions, which its code never loads "
     "(model.official_relpos). What is measured here is the last evaluation."
 )
@@ -75,7 +77,12 @@ SETTINGS: dict[str, dict[str, dict[str, Row]]] = {
 """Setting -> method -> backbone -> figures. MMHunan's unused land and built-up area are probably exchanged."""
 
 
-def miou(setting: str, method: str, backbone: str) -> float | None:
-    """The paper's mIoU of a method on a set, with that backbone; None where it has none."""
-    row = SETTINGS.get(setting, {}).get(method, {}).get(backbone)
-    return None if row is None else row.mIoU
+SIZES = {"samvit_base_patch16": "ViT-B", "samvit_large_patch16": "ViT-L", "samvit_huge_patch16": "ViT-H"}
+
+
+def column(setting: str, backbone: str) -> tuple[str, dict[str, float]]:
+    """What stands beside measured figures of a setting: a title, and method -> mIoU, with that backbone, or with ViT-L
+    where the paper does not have it."""
+    backbone = backbone if backbone in SIZES else "samvit_large_patch16"
+    rows = {method: of[backbone] for method, of in SETTINGS[setting].items() if backbone in of}
+    return f"{LABEL} {SIZES[backbone]}", {method: row.mIoU for method, row in rows.items()}

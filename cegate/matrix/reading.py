@@ -36,6 +36,12 @@ class Domain:
         return figures.headline(self.record)[0] != "mIoU"
 
     @property
+    def chosen(self) -> list[int] | None:
+        """Indices of the classes that means go over; None: all."""
+        names = self.record.get("mean_classes")
+        return names and [index for index, name in enumerate(self.record["per_class"]) if name in names]
+
+    @property
     def foreground(self) -> float | None:
         """IoU of the foreground of a binary task, 0..1."""
         return self.score if self.binary else None
@@ -124,7 +130,7 @@ def _read_domain(cell: Cell, name: str, record: Mapping[str, Any]) -> Domain:
             f"{cell.folder}: domain {name} has no score, for none of its pixels has a label that counts; leave it out "
             "of data.targets"
         )
-    pooled = float(headline(confusion.sum(0), binary=domain.binary))
+    pooled = float(headline(confusion.sum(0), binary=domain.binary, chosen=domain.chosen))
     if not abs(pooled - domain.score) < 1e-6:
         raise CheckpointError(
             f"{path} adds up to {100 * pooled:.3f} % where result.json says {100 * domain.score:.3f} %: they are not "

@@ -74,11 +74,13 @@ def iou(confusion: np.ndarray) -> np.ndarray:
         return right / union
 
 
-def headline(confusion: np.ndarray, *, binary: bool) -> np.ndarray:
-    """The score that is compared, [...] of counts [..., K, K]: mIoU, or the foreground's IoU of a binary task."""
+def headline(confusion: np.ndarray, *, binary: bool, chosen: Sequence[int] | None = None) -> np.ndarray:
+    """The score that is compared, [...] of counts [..., K, K]: mIoU over the chosen classes (default: all), or the
+    foreground's IoU of a binary task."""
     shares = iou(confusion)
     if binary:
         return shares[..., 1]
+    shares = shares if chosen is None else shares[..., list(chosen)]
     known = np.isfinite(shares)
     with np.errstate(invalid="ignore"):
         return np.where(known, shares, 0.0).sum(-1) / known.sum(-1)
@@ -94,7 +96,12 @@ def mean_over_seeds(values: Sequence[float]) -> Mean:
 
 
 def resample_tiles(
-    names: Sequence[str], confusions: np.ndarray, *, binary: bool, replicates: int = REPLICATES
+    names: Sequence[str],
+    confusions: np.ndarray,
+    *,
+    binary: bool,
+    chosen: Sequence[int] | None = None,
+    replicates: int = REPLICATES,
 ) -> np.ndarray:
     """Score every model on resampled test sets.
 
@@ -108,6 +115,7 @@ def resample_tiles(
         names: [T] names of the tiles.
         confusions: [M, T, K, K] int64 pixel counts of M models on each tile, rows truth.
         binary: score the foreground's IoU instead of mIoU.
+        chosen: classes of the mIoU; default: all.
         replicates: R.
 
     Returns:
@@ -125,7 +133,7 @@ def resample_tiles(
         cells = drawn + tiles * np.arange(rows)[:, None]
         counts = np.bincount(cells.ravel(), minlength=rows * tiles).reshape(rows, tiles).astype(float)
         pooled = (counts @ flat).reshape(models, rows, classes, classes)
-        scores.append(headline(pooled, binary=binary))
+        scores.append(headline(pooled, binary=binary, chosen=chosen))
     return np.concatenate(scores, axis=1)
 
 

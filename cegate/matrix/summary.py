@@ -38,7 +38,7 @@ class Matrix:
         for domain in results[0].targets:
             first = results[0].domains[domain]
             confusions = np.stack([result.domains[domain].confusion for result in results])
-            drawn = resample_tiles(first.names, confusions, binary=first.binary)
+            drawn = resample_tiles(first.names, confusions, binary=first.binary, chosen=first.chosen)
             for result, row in zip(results, drawn, strict=True):
                 scores[result.cell.method, result.cell.seed, domain] = row
         return scores

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from cegate.matrix import published
+from cegate.matrix import published, published_mfnet
 from cegate.matrix.published import Group
 from cegate.matrix.reading import CellResult
 from cegate.matrix.statistics import Difference, Mean
@@ -72,7 +72,7 @@ def _average_table(matrix: Matrix, average: Group) -> Table:
 
 def _score_table(matrix: Matrix, setting: str) -> Table:
     domains = matrix.domains_of(setting)
-    paper = published.SETTINGS.get(setting, {})
+    label, paper = _published(matrix, setting)
     rows = []
     for method in matrix.methods_of(setting):
         scores = [_score(matrix, setting, method, domain) for domain in domains]
@@ -81,10 +81,24 @@ def _score_table(matrix: Matrix, setting: str) -> Table:
         seeds = str(len(matrix.of_setting(setting, method)))
         cost = _cost(matrix, [setting], method)
         rows.append((method, seeds, *scores, average, validation, *cost, _paper(paper, method)))
-    header = ("method", "n", *domains, "average", "validation", *_COST, published.LABEL)
+    header = ("method", "n", *domains, "average", "validation", *_COST, label)
     tiles = ", ".join(f"{domain} {matrix.tiles_of(setting, domain)}" for domain in domains)
     headline = "foreground IoU (two-class mean)" if matrix.is_binary(setting) else "mIoU"
     return Table(setting, header, tuple(rows), f"{headline}; test tiles: {tiles}.")
+
+
+def _published(matrix: Matrix, setting: str) -> tuple[str, Mapping[str, float]]:
+    """Title of the column of a paper's figures, and method -> figure."""
+    if setting in published_mfnet.SETTINGS:
+        return published_mfnet.column(setting, matrix.of_setting(setting)[0].config.model.backbone)
+    return published.LABEL, published.SETTINGS.get(setting, {})
+
+
+def _notes_on_papers(tables: Iterable[Table]) -> list[str]:
+    """What a reader must know of the columns of papers that there are."""
+    titles = [title for table in tables for title in table.header]
+    papers = (published, published_mfnet)
+    return [paper.NOTE for paper in papers if any(title.startswith(paper.LABEL) for title in titles)]
 
 
 def _difference_table(matrix: Matrix, setting: str) -> Table:
@@ -164,8 +178,8 @@ def to_markdown(tables: Iterable[Table], notes: Sequence[str], *, figure: str | 
     tables = list(tables)
     lines = ["# Methods compared", "", HOW_TO_READ, ""]
     lines += [f"* {note}" for note in notes] + [""] * bool(notes)
-    if any(published.LABEL in table.header for table in tables):
-        lines += [published.NOTE, ""]
+    for note in _notes_on_papers(tables):
+        lines += [note, ""]
     if figure is not None:
         lines += [f"![difference to gate]({figure})", ""]
     return "\n".join([*lines, *map(markdown_table, tables)])
@@ -186,7 +200,7 @@ def markdown_table(table: Table) -> str:
 def to_latex(tables: Iterable[Table]) -> str:
     """The tables in the manner of booktabs, for \\input; ``\\usepackage{booktabs}`` is all they need."""
     tables = list(tables)
-    notes = [HOW_TO_READ, *([published.NOTE] if any(published.LABEL in table.header for table in tables) else [])]
+    notes = [HOW_TO_READ, *_notes_on_papers(tables)]
     parts = ["% made by cegate bench; needs \\usepackage{booktabs}", *(f"% {note}" for note in notes)]
     for table in tables:
         head, *body = (f"{' & '.join(map(_tex, row))} \\\\" for row in (table.header, *table.rows))

@@ -30,6 +30,8 @@ class Part(nn.Module):
     """Whether it changes the backbone's features; in the frozen stage such parts stand aside."""
     active: bool = True
     """Whether it takes part now."""
+    further: int = 0
+    """Channels, the last ones, that it takes for a second raster's: NaN there is what is not known."""
 
     def enter(self, images: Tensor) -> Tensor:
         """What it makes of images [B, bands, H, W] before the backbone sees them."""

@@ -32,6 +32,7 @@ class Streams(Part):
     def __init__(self, names: Sequence[str], bands: Sequence[int], channels: int = 3) -> None:
         super().__init__()
         self.names, self.bands, self.channels = tuple(names), tuple(bands), channels
+        self.further = sum(bands[1:])
         for name, count in zip(names, bands, strict=True):
             if not 1 <= count <= channels:
                 raise ConfigError(

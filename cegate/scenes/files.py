@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,7 +17,7 @@ from cegate.errors import DataError
 from cegate.recipe import Recipe
 from cegate.runfolder import writable_folder
 from cegate.scenes.predictor import Predictor
-from cegate.scenes.reader import open_reader
+from cegate.scenes.reader import check_rasters, open_reader
 from cegate.scenes.sink import open_mask_file
 
 
@@ -57,6 +58,43 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
         found.update(dict.fromkeys(images))
     return list(found)
+
+
+def pair_second(images: Sequence[Path], seconds: Sequence[Path]) -> dict[Path, Path]:
+    """Image -> its second raster: one for all of them, or one each, whose name is the image's.
+
+    Names may differ by a word of letters before the first or behind the last ``_`` or ``-`` that all files of a side
+    have in common: a_1_rgb.tif goes with a_1_dsm.tif.
+
+    Raises:
+        DataError: an image has none, or two.
+    """
+    if len(seconds) == 1:
+        return dict.fromkeys(images, seconds[0])
+    first_missing: Path | None = None
+    for of_second, of_image in itertools.product(_ways_to_name(seconds), _ways_to_name(images)):
+        by_name: dict[str, Path] = {}
+        for second, name in zip(seconds, of_second, strict=True):
+            if by_name.setdefault(name, second) != second:
+                raise DataError(f"{by_name[name]} and {second} have one name; give the second rasters of one folder")
+        missing = [image for image, name in zip(images, of_image, strict=True) if name not in by_name]
+        if not missing:
+            return {image: by_name[name] for image, name in zip(images, of_image, strict=True)}
+        first_missing = first_missing or missing[0]
+    raise DataError(
+        f"{first_missing} has no second raster of its name among the {len(seconds)} of --second; add it, or leave that "
+        "image out"
+    )
+
+
+def _ways_to_name(files: Sequence[Path]) -> Iterator[list[str]]:
+    """What files may be called: their stems, and these without a last or first word that all have."""
+    stems = [file.stem for file in files]
+    yield stems
+    for word in (r"[_-][A-Za-z]+$", r"^[A-Za-z]+[_-]"):
+        words = {found and found[0] for found in (re.search(word, stem) for stem in stems)}
+        if len(words) == 1 and None not in words:
+            yield [re.sub(word, "", stem) for stem in stems]
 
 
 def _is_image(file: Path) -> bool:
@@ -122,6 +160,8 @@ def predict_files(
     masks: dict[Path, Path],
     progress: Callable[[float], None] = lambda done: None,
     *,
+    seconds: Mapping[Path, Path] | None = None,
+    alone: bool = False,
     all_pixels: bool = False,
     stride: int | None = None,
     blend: str = "cosine",
@@ -137,6 +177,8 @@ def predict_files(
         segmenter: the model.
         masks: image -> mask file, see `plan_outputs`.
         progress: told how many of the images are done, with the share of the one that is being segmented.
+        seconds: image -> its second raster, for a model of two.
+        alone: the images are second rasters, and there is nothing beside them.
         all_pixels: predict also where an image says that it has no data.
         stride, blend: see `cegate.scenes.mosaic.Mosaic`.
         tta: see `cegate.scenes.predictor.TTA`.
@@ -145,18 +187,20 @@ def predict_files(
         Masks as they are written.
 
     Raises:
-        DataError: a mask cannot be written: at once; those before it stay, and so does an older one in its place. Or,
-            at the end: images that cannot be read, take more memory than there is, or do not fit the model. Each is
-            named with its reason in either.
+        DataError: the model needs a raster that is not given, or a mask cannot be written: at once; masks before it
+            stay, and so does an older one in its place. Or, at the end: images that cannot be read, take more memory than
+            there is, or do not fit the model. Each is named with its reason in either.
         ConfigError: stride or blend does not fit.
     """
     predictor, recipe = segmenter.predictor(stride=stride, blend=blend, tta=tta), segmenter.recipe
+    check_rasters(recipe, image=not alone, second=alone or bool(seconds))
     failed: list[str] = []
     for done, (image, mask) in enumerate(masks.items()):
+        given = (None, image) if alone else (image, (seconds or {}).get(image))
         try:
             with (
                 _memory_errors_named(image),
-                open_reader(image, recipe, all_pixels=all_pixels) as reader,
+                open_reader(given[0], recipe, second=given[1], all_pixels=all_pixels) as reader,
                 open_mask_file(mask, reader.size, like=image, palette=recipe.palette) as sink,
             ):
                 predictor.run(reader, sink, lambda share, done=done: progress(done + share))

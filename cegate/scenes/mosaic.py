@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -93,6 +94,8 @@ class Mosaic:
     log_shares: bool = False
     """The logits are logarithms of shares (`Head.log_shares`) and are averaged as shares. The mean of logarithms would
     let one sure window overrule all others."""
+    further: int = 0
+    """Channels, the last ones, of a second raster: NaN there is unknown, and so is what lies beyond a small image."""
 
     def __post_init__(self) -> None:
         if self.blend not in BLENDS:
@@ -159,13 +162,17 @@ class Mosaic:
         strip = source.read(first, min(last or self.crop, height))
         pixels = strip.pixels.to(device)
         below, right = max(self.crop - height, 0), max(self.crop - width, 0)
-        return strip._replace(pixels=F.pad(pixels, (0, right, 0, below)) if below or right else pixels)
+        if below or right:
+            pixels = F.pad(pixels, (0, right, 0, below))
+            beyond = pixels[len(pixels) - self.further :]
+            beyond[:, height:] = beyond[:, :, width:] = torch.nan
+        return strip._replace(pixels=pixels)
 
     def _fitted(self, forward: Forward, source: Source, device: torch.device) -> Iterator[Rows]:
         height, width = source.size
         whole = source.read(0, height)
         size = [max(1, round(side * self.fit / max(source.size))) for side in source.size]
-        shrunk = F.interpolate(whole.pixels[None], size, mode="bilinear", antialias=True)[0]
+        shrunk = _shrunk(whole.pixels, size)
         parts = replace(self, fit=None)._slide(forward, Pixels(shrunk), device)
         logits = torch.cat([rows.logits for rows in parts], dim=1)
         for first in range(0, height, self.crop):
@@ -217,6 +224,15 @@ def _joined(held: Strip, dropped: int, more: Strip) -> Strip:
     """Strips one below the other, without the first rows."""
     empty = None if held.empty is None else np.concatenate((held.empty[dropped:], more.empty))
     return Strip(torch.cat((held.pixels[:, dropped:], more.pixels), dim=1), empty)
+
+
+def _shrunk(pixels: Tensor, size: Sequence[int]) -> Tensor:
+    """[C, H, W] -> [C, *size]; of pixels that are NaN in part the known count, where they are half or more."""
+    shrink = partial(F.interpolate, size=list(size), mode="bilinear", antialias=True)
+    if not (holes := pixels.isnan()).any():
+        return shrink(pixels[None])[0]
+    known = shrink((~holes).to(pixels)[None])[0]
+    return torch.where(known >= 0.5, shrink(pixels.nan_to_num(nan=0.0)[None])[0] / known, torch.nan)
 
 
 def _enlarged(logits: Tensor, size: tuple[int, int], place: slice) -> Tensor:

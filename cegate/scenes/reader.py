@@ -11,9 +11,20 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from cegate.data.rasters import Header, Window, open_image
-from cegate.data.scale import EIGHT_BIT, SCALE_SIDE, ValueRange, check_depth, check_scale, has_doubtful_scale, to_unit
+from cegate.data.rasters import Header, Window, open_image, read_header
+from cegate.data.scale import (
+    EIGHT_BIT,
+    SCALE_SIDE,
+    ValueRange,
+    check_depth,
+    check_scale,
+    has_doubtful_scale,
+    is_measured,
+    to_unit,
+)
+from cegate.data.second import epsilon_of, open_second, scaled, unknown
 from cegate.errors import DataError
+from cegate.recipe import SecondRecipe
 from cegate.scenes.mosaic import Strip
 
 RawImage = np.ndarray | str | Path
@@ -39,6 +50,12 @@ class Learned(Protocol):
     def classes(self) -> Sequence[str]: ...
     @property
     def crop(self) -> int: ...
+    @property
+    def second(self) -> SecondRecipe | None: ...
+
+
+Pixels = Callable[[Window], np.ndarray]
+"""[C, h, w] of a window."""
 
 
 class Reader:
@@ -54,11 +71,13 @@ class Reader:
         name: str,
         size: tuple[int, int],
         dtype: str,
-        pixels: Callable[[Window], np.ndarray],
+        pixels: Pixels,
         without_data: Callable[[Window], np.ndarray | None],
         learned: Learned,
+        second: Pixels | None = None,
     ) -> None:
         self.name, self.size, self._pixels, self._without_data = name, size, pixels, without_data
+        self._second = second
         self._range = learned.value_range or [EIGHT_BIT] * len(learned.bands)
         check_depth(dtype, self._range, name, _ADVICE)
         if has_doubtful_scale(dtype, self._range):
@@ -67,7 +86,7 @@ class Reader:
         self._mean, self._std = (np.array(x, np.float32).reshape(-1, 1, 1) for x in (learned.mean, learned.std))
 
     def read(self, first: int, last: int) -> Strip:
-        """Rows first..last-1, normalised.
+        """Rows first..last-1, normalised; channels of a second raster come last, 0..1, and are NaN where it is unknown.
 
         A pixel is empty where a band is NaN or infinite, or the image says that it has no data. The former is given as
         black, the latter as it is stored, both as in training.
@@ -82,22 +101,47 @@ class Reader:
             empty = gaps if empty is None else gaps | empty
         unit -= self._mean
         unit /= self._std
+        if self._second is not None:
+            unit = np.concatenate((unit, self._second(window)))
         return Strip(torch.from_numpy(unit), empty)
 
 
+class SecondAlone:
+    """A second raster whose image is missing, as a reader: a pixel is empty where it is unknown."""
+
+    def __init__(self, name: str, size: tuple[int, int], pixels: Pixels, bands: int) -> None:
+        self.name, self.size, self._pixels, self._bands = name, size, pixels, bands
+
+    def read(self, first: int, last: int) -> Strip:
+        """Rows first..last-1; the image's channels are NaN."""
+        known = self._pixels(Window(first, 0, last - first, self.size[1]))
+        nothing = unknown(self._bands, known.shape[1:])
+        return Strip(torch.from_numpy(np.concatenate((nothing, known))), np.isnan(known).all(0))
+
+
 @contextmanager
-def open_reader(image: RawImage, learned: Learned, *, all_pixels: bool = False) -> Iterator[Reader]:
+def open_reader(
+    image: RawImage | None, learned: Learned, *, second: RawImage | None = None, all_pixels: bool = False
+) -> Iterator[Reader | SecondAlone]:
     """Open an image for weights that learned from its like.
 
     Args:
-        image: array or file.
+        image: array or file; None where weights that learned to do without it are given the second raster alone.
         learned: the bands that are read, how their pixels become 0..1 and are normalised, and the side of a window.
+        second: the second raster, for weights that learned from two: a file, on any grid, or an array of the image's
+            size. None where they learned to do without.
         all_pixels: pixels that the image calls without data are pixels like any other.
 
     Raises:
         DataError: a file is missing, damaged, or too wide for this machine, bands are missing, or pixels are of another
-            depth or scale.
+            depth or scale; a raster that the weights need is missing, or does not lie where the image does.
     """
+    check_rasters(learned, image=image is not None, second=second is not None)
+    if image is None:
+        with open_second_pixels(second, learned.second, None) as (size, pixels):
+            name = str(second) if isinstance(second, str | Path) else "second raster"
+            yield SecondAlone(name, size, pixels, len(learned.bands))
+        return
     if not isinstance(image, str | Path):
         given = _bands_first(np.asanyarray(image), len(learned.bands))
         pixels, masked = np.asarray(given), None
@@ -105,7 +149,9 @@ def open_reader(image: RawImage, learned: Learned, *, all_pixels: bool = False) 
             masked = given.mask.all(axis=0)
         read = lambda part: pixels[:, *part.slices]  # noqa: E731
         without_data = lambda part: None if masked is None else masked[part.slices]  # noqa: E731
-        yield Reader("image", pixels.shape[1:], str(pixels.dtype), read, without_data, learned)
+        header = Header(*pixels.shape[1:], len(pixels), str(pixels.dtype))
+        with _second_beside(header, learned, second) as further:
+            yield Reader("image", header.size, header.dtype, read, without_data, learned, further)
         return
     with open_image(image) as file, file.read_once():
         header, bands = file.header, learned.bands
@@ -119,15 +165,102 @@ def open_reader(image: RawImage, learned: Learned, *, all_pixels: bool = False) 
         _refuse_too_wide(image, header, dtype, learned)
         read = lambda part: file.read(bands, window=part)  # noqa: E731
         without_data = lambda part: None if all_pixels else file.without_data(window=part)  # noqa: E731
-        yield Reader(str(image), header.size, dtype, read, without_data, learned)
+        with _second_beside(header, learned, second) as further:
+            yield Reader(str(image), header.size, dtype, read, without_data, learned, further)
 
 
-def _bands_first(image: np.ndarray, bands: int) -> np.ndarray:
+def check_rasters(learned: Learned, *, image: bool, second: bool) -> None:
+    """Whether weights can do with what is given.
+
+    Args:
+        learned: what they know.
+        image, second: whether there is one.
+
+    Raises:
+        DataError: a raster is missing that they never learned to do without, or is one too many.
+    """
+    wanted = learned.second
+    if wanted is None:
+        if second or not image:
+            raise DataError("the model learned from images alone, it has no use for a second raster; leave it out")
+        return
+    for name, given, what in (("image", image, "the image"), ("second", second, f"the second raster ({wanted.name})")):
+        if not given and name not in wanted.dispensable:
+            raise DataError(
+                f"the model never learned to do without {what}; give it, or train with modal.dropout above 0"
+            )
+    if not image and not second:
+        raise DataError("there is neither an image nor a second raster; give one of them, or both")
+
+
+@contextmanager
+def _second_beside(image: Header, learned: Learned, second: RawImage | None) -> Iterator[Pixels | None]:
+    """The channels of a second raster beside an image; None for weights that learned from images alone."""
+    if learned.second is None:
+        yield None
+    elif second is None:
+        yield lambda part: unknown(len(learned.second.bands), (part.height, part.width))
+    else:
+        with open_second_pixels(second, learned.second, image) as (_, pixels):
+            yield pixels
+
+
+@contextmanager
+def open_second_pixels(
+    second: RawImage, learned: SecondRecipe, image: Header | None
+) -> Iterator[tuple[tuple[int, int], Pixels]]:
+    """(H, W) of a second raster on the grid of its image, and its pixels, 0..1 and NaN where unknown.
+
+    Args:
+        second: array or file.
+        learned: how it is read.
+        image: the image's header; None: the raster's own grid.
+
+    Raises:
+        DataError: it is damaged, has too few bands, lies elsewhere, or knows nothing and is needed.
+    """
+    if isinstance(second, str | Path):
+        if image is None:
+            image = read_header(second)
+        with open_second(second, image, learned.bands) as opened:
+            if not opened.fit.same_grid and not learned.align:
+                raise DataError(f"{second} lies on another grid than its image ({opened.fit.text}); warp it first")
+            low_high = opened.low_high(learned.scale, learned.value_range)
+            yield image.size, _scaled(opened.read, low_high, str(second), learned)
+        return
+    values = np.ma.filled(np.ma.asanyarray(second).astype(np.float32), np.nan)
+    values = _bands_first(values[None] if values.ndim == 2 else values, len(learned.bands), "second raster")
+    if image is not None and values.shape[1:] != image.size:
+        raise DataError(
+            f"the second raster has {values.shape[2]}x{values.shape[1]} pixels, the image {image.width}x"
+            f"{image.height}; give an array of the image's size, or files that say where they lie"
+        )
+    values = np.where(is_measured(values), values, np.nan)
+    low_high = None
+    if not np.isnan(values).all((1, 2)).any():
+        ends = np.stack([np.nanmin(values, (1, 2)), np.nanmax(values, (1, 2))], 1)
+        low_high = ends if learned.scale != "fixed" else np.array([learned.value_range] * len(values))
+    read = lambda part: values[:, *part.slices].copy()  # noqa: E731
+    yield values.shape[1:], _scaled(read, low_high, "the second raster", learned)
+
+
+def _scaled(read: Pixels, low_high: np.ndarray | None, name: str, learned: SecondRecipe) -> Pixels:
+    if low_high is not None:
+        return lambda part: scaled(read(part), low_high, epsilon=epsilon_of(learned.scale))
+    if "second" not in learned.dispensable:
+        raise DataError(
+            f"{name}: no pixel of the second raster is known there, and the model never learned to do without; mend "
+            "it, or train with modal.dropout above 0"
+        )
+    return lambda part: unknown(len(learned.bands), (part.height, part.width))
+
+
+def _bands_first(image: np.ndarray, bands: int, name: str = "image") -> np.ndarray:
     if image.ndim == 3 and image.shape[0] == bands:
         return image
     if image.ndim == 3 and image.shape[-1] == bands:
         return np.moveaxis(image, -1, 0)
-    raise DataError(f"image has shape {image.shape}; the model takes ({bands}, H, W) or (H, W, {bands})")
+    raise DataError(f"{name} has shape {image.shape}; the model takes ({bands}, H, W) or (H, W, {bands})")
 
 
 def _refuse_hollow(image: str | Path, header: Header) -> None:
@@ -144,7 +277,8 @@ def _refuse_hollow(image: str | Path, header: Header) -> None:
 
 def _refuse_too_wide(image: str | Path, header: Header, dtype: str, learned: Learned) -> None:
     """The least that one row of windows takes: its pixels as stored and normalised, its logits and their sums."""
-    of_pixel = len(learned.bands) * (np.dtype(dtype).itemsize + 4) + 2 * 4 * len(learned.classes)
+    further = 0 if learned.second is None else 4 * len(learned.second.bands)
+    of_pixel = len(learned.bands) * (np.dtype(dtype).itemsize + 4) + further + 2 * 4 * len(learned.classes)
     needed, free = header.width * learned.crop * of_pixel, _free_memory()
     if needed > free:
         raise DataError(

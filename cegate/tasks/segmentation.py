@@ -23,6 +23,7 @@ class Segmentation(Task):
     """
 
     name = "segmentation"
+    scored = True
 
     def __init__(self, config: Config, network: Segmenter, source: SegmentationSet, share: Share = range) -> None:
         self.network, self.piece = network, config.data.batch_size

@@ -6,7 +6,7 @@ In an iteration every task prepares views (batches of images), each view is enco
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -69,6 +69,8 @@ class Step:
     slots: range | None = None
     """Numbers of the samples within the batch of all processes; default: 0..B-1."""
     views: dict[str, View] = field(default_factory=dict)
+    clean: bool = False
+    """Of a Fisher probe: samples as they are, and nothing of it is told to the journal."""
     features: dict[str, Features] = field(default_factory=dict)
     """View -> what the backbone makes of it, once `encode` has run; the network's neck has not seen it yet."""
 
@@ -87,7 +89,7 @@ class Step:
         for leader, names in calls.items():
             assert leader in names and self.views[leader].beside is None, f"views {names} are beside none that leads"
             images = [self.views[name].images for name in names]
-            whole = self.network.whole_patches(images[0] if len(images) == 1 else torch.cat(images), 0.0)
+            whole = self.network.whole_images(images[0] if len(images) == 1 else torch.cat(images))
             features = self.network.encode(whole, plain=self.views[leader].plain)
             for name, part in zip(names, features.split([len(batch) for batch in images]), strict=True):
                 self.features[name] = part
@@ -96,7 +98,7 @@ class Step:
         """Semantic loss of each sample of a view, [B]."""
         shown, network = self.views[view], self.network
         weights = None if shown.weights is None else network.whole_patches(shown.weights, 0.0)
-        features = network.neck(self.features[view], network.whole_patches(shown.images, 0.0))
+        features = network.neck(self.features[view], network.whole_images(shown.images))
         return network.loss_of(features, network.whole_patches(shown.labels, IGNORE), weights)
 
 
@@ -105,6 +107,8 @@ class Task(Protocol):
     exactly, and so that tasks do not disturb one another."""
 
     name: str
+    scored: bool = False
+    """Whether its terms are part of the likelihood of a labelled sample as it is (gate.loss: all)."""
 
     def parts(self) -> dict[str, nn.Module]:
         """What it trains besides the network: in the optimiser and the checkpoint, in no adapter folder."""
@@ -133,12 +137,45 @@ class Task(Protocol):
         """What the next line of the journal says besides the loss: means since the last one."""
         return {}
 
+    def pictures(self, step: Step) -> dict[str, Tensor]:
+        """Title -> [B, C, H, W], normalised: what it makes of the images of a step that is not trained on."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of it, but for the weights of its parts."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
+
+
+class CleanLoss:
+    """Loss of labelled samples as they are, with what every task that is scored asks of them; for Fisher scores.
+
+    Args:
+        tasks: of the stage.
+        step: makes a step of a batch and the slots of its samples.
+        first: slot of the first sample; the batches follow one another.
+    """
+
+    def __init__(self, tasks: Sequence[Task], step: Callable[[Batch, range], Step], first: int = 0) -> None:
+        self.tasks, self.step, self.next = [task for task in tasks if task.scored], step, first
+
+    @property
+    def views(self) -> int:
+        """How often a sample is in the one pass through the network."""
+        return len(self.tasks)
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """[B], of each sample alone."""
+        slots = range(self.next, self.next + len(batch))
+        self.next = slots.stop
+        step = self.step(batch, slots)
+        for task in self.tasks:
+            task.prepare(step)
+        assert all(view.beside == "image" for name, view in step.views.items() if name != "image"), "more passes than 1"
+        step.encode()
+        return torch.stack([t.weight * t.losses for task in self.tasks for t in task.terms(step)]).sum(0)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ def miniature(tmp_path_factory):
 
     @cache
     def make(name):
-        name = "isprs-potsdam" if name == "potsdam-rescue" else name
+        name = {"potsdam-rescue": "isprs-potsdam"}.get(name, name.removesuffix("-dsm"))
         folder = tmp_path_factory.mktemp("downloads") / name
         generate(name, folder)
         return folder

@@ -48,7 +48,7 @@ def test_missing_files_and_wrong_labels_end_with_1(capsys, tmp_path, miniature):
     [
         (
             ["prepar"],
-            "unknown action 'prepar'; cegate data knows list, prepare, check, generate; did you mean 'prepare'?",
+            "cegate data knows list, prepare, check, generate, style-stats, style-preview; did you mean 'prepare'?",
         ),
         (["prepare", "--root", "x"], "the name of a data set is missing"),
         (["prepare", "whu", "--out", "x"], "--root is missing"),

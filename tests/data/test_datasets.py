@@ -15,11 +15,13 @@ from rasterio.transform import from_origin
 
 from cegate.config import SetConfig
 from cegate.data import climates, datasets, generator, pairs
-from cegate.data.datasets import LOVEDA_CLASSES, open_set
+from cegate.data.datasets import open_set
+from cegate.data.published.catalogue import CATALOGUE
 from cegate.data.rasters import Window, read_header, read_image
 from cegate.errors import ConfigError, DataError
 
 CLASSES = ("field", "road", "water")
+LOVEDA_CLASSES = CATALOGUE["loveda"].classes
 
 
 def write(path: Path, array: np.ndarray) -> Path:
@@ -118,7 +120,7 @@ def test_side_files_are_no_images_to_a_bare_star(folder):
     st.lists(st.text("ab1[].-_ ", min_size=1, max_size=5).filter(lambda t: t.strip(". ") == t), min_size=1, unique=True)
 )
 def test_the_open_part_of_a_glob_is_found_again(texts):
-    expression = re.compile(pairs._expression("x [!q]*_?/y*.png"))
+    expression = re.compile(pairs.expression_of("x [!q]*_?/y*.png"))
     for text in texts:
         match = expression.fullmatch(f"x z{text}_7/y{text}.png")
         assert match.groups() == ("z", text, "7", text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -11,7 +12,6 @@ import numpy as np
 import pytest
 
 from cegate.data.prepared import FILE, Counts, read_manifest
-from cegate.data.published import isprs, mmhunan
 from cegate.data.published import prepare as prepare_module
 from cegate.data.published.catalogue import CATALOGUE
 from cegate.data.published.check import check_files, check_prepared
@@ -42,6 +42,8 @@ FOUND = {
     "massachusetts": {"train": 3, "val": 1, "test": 2},
     "casid": {f"{d}/{p}": n for d in ("SubMs", "TemMs", "TroMs", "TroRf") for p, n in (("train", 75), ("test", 25))},
     "mmhunan": {"train": 6, "test": 3},
+    "isprs-potsdam-dsm": {"RGB/train": 18, "RGB/test": 6},
+    "isprs-vaihingen-dsm": {"train": 12, "test": 4},
 }
 
 
@@ -124,6 +126,48 @@ def test_mmhunan_becomes_true_colour_with_elevation_beside(prepared, miniature):
     assert elevation.shape == (1, 64, 64) and elevation.min() == 0 and elevation.max() == 255
     assert (prepared("mmhunan") / "img_dir/train/9.png").is_file()  # the official validation part trains
     assert (prepared("mmhunan") / "img_dir/test/1239.png").is_file()
+
+
+def test_potsdam_with_heights_as_mfnet_has_it(prepared, miniature):
+    """Tiles stay whole; full labels train, eroded ones test; the 8-bit heights lie beside."""
+    folder, root = prepared("isprs-potsdam-dsm"), miniature("isprs-potsdam-dsm")
+    assert read_image(folder / "img_dir/RGB/train/2_10.png").shape == (3, 72, 72)
+    for tile, split, source in (
+        ("2_10", "train", "5_Labels_for_participants/top_potsdam_2_10_label.tif"),
+        ("2_11", "test", "5_Labels_for_participants_no_Boundary/top_potsdam_2_11_label_noBoundary.tif"),
+    ):
+        stored = read_codes(folder / f"ann_dir/RGB/{split}/{tile}.png", colours=False)
+        colours = read_codes(root / source, colours=True)
+        assert ((stored == 2) == (colours == 0x0000FF)).all() and ((stored == 0) == (colours == 0)).all()
+        assert (stored == 0).any() == (split == "test")
+        jpeg = root / f"1_DSM_normalisation/dsm_potsdam_02_{tile[2:]}_normalized_lastools.jpg"
+        assert (read_image(folder / f"dsm_dir/RGB/{split}/{tile}.png") == read_image(jpeg)).all()
+
+
+def test_vaihingen_with_heights_in_metres(prepared, miniature):
+    folder, root = prepared("isprs-vaihingen-dsm"), miniature("isprs-vaihingen-dsm")
+    metres = read_image(folder / "dsm_dir/test/area5.tif")
+    stored = read_image(root / "ISPRS_semantic_labeling_Vaihingen/dsm/dsm_09cm_matching_area5.tif")
+    assert metres.dtype == np.float32 and (metres == stored).all()
+    assert (read_codes(folder / "ann_dir/test/area5.png", colours=False) == 0).any()
+    assert (read_codes(folder / "ann_dir/train/area1.png", colours=False) != 0).all()
+
+
+def test_a_missing_height_is_named(miniature, prepare_set, tmp_path):
+    root = copy(miniature("isprs-vaihingen-dsm"), tmp_path / "down")
+    (root / "ISPRS_semantic_labeling_Vaihingen/dsm/dsm_09cm_matching_area21.tif").unlink()
+    with pytest.raises(DataError, match=r"missing: dsm/dsm_09cm_matching_area21\.tif"):
+        prepare_set("isprs-vaihingen-dsm", root, tmp_path / "out", partial_data=False)
+
+
+def test_the_check_finds_a_second_raster_that_is_gone_or_of_another_size(prepared, tmp_path):
+    folder = copy(prepared("mmhunan"), tmp_path / "set")
+    write_mask(folder / "dsm_dir/train/2.png", np.zeros((9, 8), np.uint8))
+    (folder / "dsm_dir/test/1239.png").unlink()
+    problems = check_prepared(folder)
+    assert len(problems) == 2
+    assert "dsm_dir/train/2.png: the second raster is (8, 9) pixels" in problems[0]
+    assert "1 of 3 images have no second raster" in problems[1]
 
 
 def test_mmhunan_with_the_other_table(miniature, prepare_set, prepared, tmp_path):
@@ -285,9 +329,11 @@ def test_a_missing_elevation_is_refused_though_images_and_labels_are_complete(
     miniature, prepare_set, tmp_path, monkeypatch
 ):
     root = copy(miniature("mmhunan"), tmp_path / "mmhunan")
-    tests = tuple(int(path.stem.removeprefix("s2_")) for path in (root / "test/s2").iterdir())
-    monkeypatch.setattr(mmhunan, "TEST", tests)
-    monkeypatch.setattr(mmhunan, "_COUNTS", {"train": Counts(6, 6), "test": Counts(3, 3)})
+    tests = " ".join(path.stem.removeprefix("s2_") for path in (root / "test/s2").iterdir())
+    whole = CATALOGUE["mmhunan"]
+    row = whole.row | {"listed": whole.row["listed"] | {"names": tests}}
+    counts = {"train": Counts(6, 6), "test": Counts(3, 3)}
+    monkeypatch.setitem(CATALOGUE, "mmhunan", dataclasses.replace(whole, row=row, splits=counts))
     prepare_set("mmhunan", root, tmp_path / "whole", partial_data=False)
     (root / "train/topo/topo_5.tif").unlink()
     with pytest.raises(DataError, match=r"mmhunan: numbers are as published; missing: topo/topo_5\.tif; .*--partial"):
@@ -501,7 +547,7 @@ def test_bands_and_sources_are_on_record(prepared):
     assert manifest.splits["RGB/val"].bands == ("red", "green", "blue")
     first = manifest.sources[0]
     assert (first.split, first.name, first.image) == ("IRRG/train", "2_10", "top_potsdam_2_10_IRRG.tif")
-    assert first.image_bytes > 0 and len(manifest.sources) == 2 * len(isprs.POTSDAM_TRAIN + isprs.POTSDAM_VAL)
+    assert first.image_bytes > 0 and len(manifest.sources) == 2 * 38
     assert dict(manifest.options) == {"crop": 48, "bands": "RGB,IRRG"}
 
 

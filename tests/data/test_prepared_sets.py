@@ -8,10 +8,9 @@ import shutil
 import numpy as np
 import pytest
 
-from cegate.config import SetConfig
-from cegate.data.datasets import LOVEDA_PALETTE, open_set
+from cegate.config import SecondConfig, SetConfig
+from cegate.data.datasets import open_set
 from cegate.data.prepared import FILE, read_manifest, write_manifest
-from cegate.data.published import isprs
 from cegate.data.published.catalogue import CATALOGUE
 from cegate.data.rasters import read_codes, read_image
 from cegate.errors import ConfigError, DataError
@@ -39,6 +38,19 @@ def test_every_split_of_every_set_opens_and_reads(prepared, name):
     assert len(seen - {255}) > 1
 
 
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("isprs-potsdam-dsm", "RGB/test"), ("isprs-vaihingen-dsm", "train"), ("mmhunan", "test")],
+)
+def test_prepared_heights_are_a_second_raster(prepared, caplog, name, split):
+    data = open_set(config(prepared(name), split, second=SecondConfig()), name="source")
+    data.check()
+    assert data.channels == (3, 1) and caplog.records == []
+    for index in range(len(data)):
+        heights = data.read(index).image[3]
+        assert heights.min() == 0 and heights.max() == pytest.approx(1)
+
+
 def test_stored_ids_become_train_ids(prepared):
     folder = prepared("isprs-potsdam")
     data = open_set(config(folder, "IRRG/train"), name="source")
@@ -51,11 +63,11 @@ def test_stored_ids_become_train_ids(prepared):
 
 
 def test_classes_in_another_order_take_their_colours_along(prepared):
-    folder, order = prepared("isprs-potsdam"), isprs.CLASSES[::-1]
+    folder, order = prepared("isprs-potsdam"), CATALOGUE["isprs-potsdam"].classes[::-1]
     plain = open_set(config(folder, "RGB/val"), name="x").read_label(0)
     data = open_set(config(folder, "RGB/val"), name="x", classes=order)
     assert (data.read_label(0) == np.where(plain == 255, 255, 5 - plain.astype(int))).all()
-    assert data.palette == isprs.PALETTE[::-1]
+    assert data.palette == CATALOGUE["isprs-potsdam"].palette[::-1]
 
 
 def test_other_classes_need_a_label_map(prepared):
@@ -119,7 +131,7 @@ def test_images_alone_need_no_labels(prepared, tmp_path):
 
 def test_loveda_as_downloaded_has_its_colours_and_says_where_it_comes_from(miniature, tmp_path):
     data = open_set(SetConfig(kind="loveda", root=str(miniature("loveda")), split="Val/Urban"), name="x")
-    assert data.palette == LOVEDA_PALETTE
+    assert data.palette == CATALOGUE["loveda"].palette
     with pytest.raises(
         DataError, match=r"has no Val/Urban/images_png; LoveDA comes from https://zenodo.*unpacked it is"
     ):

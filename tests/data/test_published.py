@@ -11,13 +11,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cegate.data.published import binary, casid, isprs, mmhunan, rescuenet
-from cegate.data.published.base import crop_boxes, grid_starts, recode, to_bytes
+from cegate.data.published import casid, labels
 from cegate.data.published.catalogue import CATALOGUE, find_published
 from cegate.data.published.downloads import Member, find
+from cegate.data.published.labels import ISPRS_COLOURS, label_reader, recode, to_bytes
 from cegate.data.published.miniature import CROPS, MINIATURES
+from cegate.data.published.plan import crop_boxes, grid_starts
 from cegate.data.rasters import write_image, write_mask
 from cegate.errors import ConfigError, DataError
+
+
+def reader(name: str, **options: str):
+    """The reader of a set's labels."""
+    published = CATALOGUE[name]
+    return label_reader(published.row, published.stored, published.parse_options(options))
+
+
+def tiles(name: str, split: str) -> list[str]:
+    return CATALOGUE[name].row["tiles"][split].split()
 
 
 def colour_codes(text: str) -> list[int]:
@@ -49,14 +60,15 @@ def test_a_grid_covers_the_side_with_as_few_crops_as_can(side, crop):
 
 def test_published_crop_counts_follow_from_tile_sizes(vaihingen_sizes):
     counts = CATALOGUE["isprs-potsdam"].splits
-    per_tile = len(crop_boxes(6000, 6000, isprs.CROP))
-    assert counts["RGB/train"].files == per_tile * len(isprs.POTSDAM_TRAIN) == 3456
-    assert counts["IRRG/val"].files == per_tile * len(isprs.POTSDAM_VAL) == 2016
-    crops = {area: len(crop_boxes(*size, isprs.CROP)) for area, size in vaihingen_sizes.items()}
+    per_tile = len(crop_boxes(6000, 6000, 512))
+    assert counts["RGB/train"].files == per_tile * len(tiles("isprs-potsdam", "train")) == 3456
+    assert counts["IRRG/val"].files == per_tile * len(tiles("isprs-potsdam", "val")) == 2016
+    crops = {area: len(crop_boxes(*size, 512)) for area, size in vaihingen_sizes.items()}
     counts = CATALOGUE["isprs-vaihingen"].splits
-    assert counts["train"].files == sum(crops[area] for area in isprs.VAIHINGEN_TRAIN) == 344
-    assert counts["val"].files == sum(crops[area] for area in isprs.VAIHINGEN_VAL) == 398
-    assert len(crop_boxes(5000, 5000, casid.CROP)) == casid.CROPS_PER_IMAGE == 25
+    assert counts["train"].files == sum(crops[area] for area in tiles("isprs-vaihingen", "train")) == 344
+    assert counts["val"].files == sum(crops[area] for area in tiles("isprs-vaihingen", "val")) == 398
+    per_image = len(crop_boxes(5000, 5000, CATALOGUE["casid"].row["crop"]))
+    assert all(c.files == per_image * c.images == 25 * c.images for c in CATALOGUE["casid"].splits.values())
     assert len(crop_boxes(1024, 1024, 512)) == 4
 
 
@@ -85,11 +97,16 @@ def test_splits_and_counts_are_the_published_ones():
             "TroMs/train": (136, 3400), "TroMs/test": (66, 1650), "TroRf/train": (148, 3700), "TroRf/test": (62, 1550),
         },
         "mmhunan": {"train": (450, 450), "test": (50, 50)},
+        "isprs-potsdam-dsm": {"RGB/train": (18, 18), "RGB/test": (6, 6)},
+        "isprs-vaihingen-dsm": {"train": (12, 12), "test": (4, 4)},
     }  # fmt: skip
-    assert sum(train + test for train, test in casid.IMAGES.values()) == 980
-    assert len(set(isprs.POTSDAM_TRAIN) | set(isprs.POTSDAM_VAL)) == 38
-    assert len(set(isprs.VAIHINGEN_TRAIN) | set(isprs.VAIHINGEN_VAL)) == 33
-    assert len(set(mmhunan.TEST)) == 50
+    assert sum(counts.images for counts in CATALOGUE["casid"].splits.values()) == 980
+    assert len({*tiles("isprs-potsdam", "train"), *tiles("isprs-potsdam", "val")}) == 38
+    assert len({*tiles("isprs-vaihingen", "train"), *tiles("isprs-vaihingen", "val")}) == 33
+    assert len(set(CATALOGUE["mmhunan"].row["listed"]["names"].split())) == 50
+    for city in ("potsdam", "vaihingen"):  # MFNet splits what everybody trains on
+        both = [*tiles(f"isprs-{city}-dsm", "train"), *tiles(f"isprs-{city}-dsm", "test")]
+        assert sorted(both) == sorted(tiles(f"isprs-{city}", "train"))
 
 
 def test_every_entry_is_whole():
@@ -117,7 +134,9 @@ def test_palettes_are_the_published_colours():
         "(0,0,0) (61,230,250) (180,120,120) (235,255,7) (255,184,6) (255,0,0) (255,0,245) (140,140,140) (160,150,20) "
         "(4,250,7) (255,235,0)"
     )
-    assert list(rescuenet.RAW_COLOURS) == colour_codes(raw)
+    assert [int(c, 16) for c in CATALOGUE["rescuenet"].row["raw_colours"].split()] == colour_codes(raw)
+    isprs = [int(colour[1:], 16) for colour in CATALOGUE["isprs-potsdam"].palette]
+    assert list(ISPRS_COLOURS) == [0, *isprs]
 
 
 # --- labels ---------------------------------------------------------------------------------------------------------
@@ -137,26 +156,26 @@ def values(path, *stored):
 
 def test_isprs_colours_become_ids_and_others_are_ignored_and_counted(tmp_path):
     codes = [0, *colour_codes("(255,255,255) (0,0,255) (0,255,255) (0,255,0) (255,255,0) (255,0,0)"), 0xFEFFFF]
-    label = isprs.read_label(paint(tmp_path / "a.png", codes))
+    label = reader("isprs-potsdam")(paint(tmp_path / "a.png", codes))
     assert label.ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 0]]
     assert label.unknown_px == 1
 
 
 @pytest.mark.parametrize(("option", "expected"), [("ignore", [0, 1, 2, 0, 3, 4, 5]), ("merge", [0, 1, 2, 3, 3, 4, 5])])
 def test_potsdam_in_unified_classes(tmp_path, option, expected):
-    codes = [0, *(int(colour[1:], 16) for colour in isprs.PALETTE)]
-    path = paint(tmp_path / "a.png", codes)
-    assert isprs.read_label(path, isprs.UNIFIED[option]).ids.tolist() == [expected]
+    path = paint(tmp_path / "a.png", ISPRS_COLOURS)
+    assert reader("potsdam-rescue", low_vegetation=option)(path).ids.tolist() == [expected]
 
 
 def test_rescuenet_raw_ids_and_colours_become_unified_ids(tmp_path):
-    expected = [[5, 5, 2, 2, 2, 2, 4, 1, 1, 3, 5]]
-    assert rescuenet.read_label(values(tmp_path / "a.png", *range(11))).ids.tolist() == expected
-    assert rescuenet.read_label(paint(tmp_path / "b.png", rescuenet.RAW_COLOURS)).ids.tolist() == expected
+    expected, read = [[5, 5, 2, 2, 2, 2, 4, 1, 1, 3, 5]], reader("rescuenet")
+    raw = [int(colour, 16) for colour in CATALOGUE["rescuenet"].row["raw_colours"].split()]
+    assert read(values(tmp_path / "a.png", *range(11))).ids.tolist() == expected
+    assert read(paint(tmp_path / "b.png", raw)).ids.tolist() == expected
     with pytest.raises(DataError, match=r"c\.png: values out of range: 11 \(2 px\), 200 \(1 px\); labels .* hold 0, 1"):
-        rescuenet.read_label(values(tmp_path / "c.png", 11, 3, 200, 11))
+        read(values(tmp_path / "c.png", 11, 3, 200, 11))
     with pytest.raises(DataError, match=r"d\.png: colours out of range: #123456 \(1 px\)"):
-        rescuenet.read_label(paint(tmp_path / "d.png", [0, 0x123456]))
+        read(paint(tmp_path / "d.png", [0, 0x123456]))
 
 
 @pytest.mark.parametrize(
@@ -168,9 +187,10 @@ def test_rescuenet_raw_ids_and_colours_become_unified_ids(tmp_path):
 )
 def test_mmhunan_has_two_tables(tmp_path, label_map, expected):
     path = values(tmp_path / "a.png", *range(13), 255)
-    assert mmhunan.read_label(path, label_map).ids.tolist() == [expected]
+    read = reader("mmhunan", label_map=label_map)
+    assert read(path).ids.tolist() == [expected]
     with pytest.raises(DataError, match=r"b\.png: values out of range: 13 \(1 px\)"):
-        mmhunan.read_label(values(tmp_path / "b.png", 1, 13), label_map)
+        read(values(tmp_path / "b.png", 1, 13))
 
 
 @pytest.mark.parametrize(
@@ -178,16 +198,16 @@ def test_mmhunan_has_two_tables(tmp_path, label_map, expected):
     [((0, 255, 127, 128), [0, 1, 0, 1]), ((0, 1, 1), [0, 1, 1]), ((0, 0), [0, 0]), ((3, 90), [0, 0])],
 )
 def test_masks_of_one_class_are_bright_where_it_is(tmp_path, stored, expected):
-    assert binary.read_label(values(tmp_path / "a.png", *stored)).ids.tolist() == [expected]
+    assert labels.read_bright(values(tmp_path / "a.png", *stored)).ids.tolist() == [expected]
 
 
 def test_casid_ids_less_an_offset_or_colours(tmp_path):
-    palette = [int(colour[1:], 16) for colour in casid.PALETTE]
-    assert casid.read_label(paint(tmp_path / "a.png", palette)).ids.tolist() == [[0, 1, 2, 3, 4]]
-    assert casid.read_label(values(tmp_path / "b.png", 0, 4, 255)).ids.tolist() == [[0, 4, 255]]
-    assert casid.read_label(values(tmp_path / "c.png", 0, 1, 5, 255), 1).ids.tolist() == [[255, 0, 4, 255]]
+    palette = [int(colour[1:], 16) for colour in CATALOGUE["casid"].palette]
+    assert casid.read_label(paint(tmp_path / "a.png", palette), 0, palette).ids.tolist() == [[0, 1, 2, 3, 4]]
+    assert casid.read_label(values(tmp_path / "b.png", 0, 4, 255), 0, palette).ids.tolist() == [[0, 4, 255]]
+    assert casid.read_label(values(tmp_path / "c.png", 0, 1, 5, 255), 1, palette).ids.tolist() == [[255, 0, 4, 255]]
     with pytest.raises(DataError, match=r"c\.png: values out of range: 5 \(1 px\)"):
-        casid.read_label(tmp_path / "c.png", 0)
+        casid.read_label(tmp_path / "c.png", 0, palette)
 
 
 def test_recoding_floats_and_wide_integers_names_what_is_unknown():
@@ -220,6 +240,7 @@ def test_an_earlier_pattern_wins_and_a_later_one_fills_gaps():
 
 def test_a_seeded_split_has_the_published_shares_and_depends_on_names_and_seed_only():
     names = [f"image{k}" for k in range(284)]
-    split = casid._draw("SubMs", names, 0)
+    draw = lambda names, seed: casid._draw(names, seed, "SubMs", (196, 88))  # noqa: E731
+    split = draw(names, 0)
     assert sorted(split.values()).count("train") == 196
-    assert split == casid._draw("SubMs", names[::-1], 0) != casid._draw("SubMs", names, 1)
+    assert split == draw(names[::-1], 0) != draw(names, 1)

@@ -341,9 +341,15 @@ def test_an_image_is_written_as_png_and_read_back_out_of_a_zip_too(tmp_path):
         read_header(f"/vsizip/{{{tmp_path}/z z.zip}}/in/b.png")
 
 
+def test_heights_are_written_as_tiff_as_they_are(tmp_path):
+    metres = np.random.default_rng(0).random((1, 6, 5), np.float32) * 300
+    write_image(tmp_path / "a.tif", metres)
+    assert read_image(tmp_path / "a.tif").dtype == np.float32 and (read_image(tmp_path / "a.tif") == metres).all()
+
+
 @pytest.mark.parametrize(
     ("name", "pixels"),
-    [("a.tif", np.zeros((3, 4, 4), np.uint8)), ("a.png", np.zeros((3, 4, 4), np.uint16)),
+    [("a.jpg", np.zeros((3, 4, 4), np.uint8)), ("a.png", np.zeros((3, 4, 4), np.uint16)),
      ("a.png", np.zeros((4, 4), np.uint8)), ("a.png", np.zeros((5, 4, 4), np.uint8))],
 )  # fmt: skip
 def test_what_is_no_png_is_refused(tmp_path, name, pixels):

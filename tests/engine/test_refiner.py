@@ -36,8 +36,8 @@ def test_the_baseline_is_the_frozen_backbone_and_the_refiner_learns_after_it(sma
     trained = load_state(result.path / "checkpoints/last.pt").trained
     assert all(not torch.equal(trained[f"refiner.{name}"], p) for name, p in fresh.refiner.named_parameters())
     folder = RunFolder(result.path)
-    assert not load_checkpoint(folder, str(folder.checkpoints / "before.pt"), config, "cpu").refiner.attached
-    assert load_checkpoint(folder, "best", config, "cpu").refiner.attached
+    assert not load_checkpoint(folder, str(folder.checkpoints / "before.pt"), config, "cpu").refiner.active
+    assert load_checkpoint(folder, "best", config, "cpu").refiner.active
 
 
 @pytest.mark.parametrize(("stage", "iteration"), [("before", 2), ("after", 0), ("after", 2)])

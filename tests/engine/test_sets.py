@@ -10,6 +10,7 @@ import rasterio
 
 import cegate
 from cegate.config import IGNORE
+from cegate.configfile import read_config
 from cegate.engine.evaluator import evaluate_run
 from cegate.engine.sets import open_sets
 from cegate.engine.trainer import train
@@ -83,3 +84,22 @@ def test_other_numbers_of_bands_are_refused_before_anything_is_read(deep, tmp_pa
     message = str(error.value)
     wrong = "data.validation.bands 1, data.unlabelled.bands 2, data.targets.north.bands 2"
     assert f"data.source.bands has 3 bands, but {wrong} (" in message and "south" not in message
+
+
+def heights(split: str, **second) -> dict:
+    return {"kind": "generated", "split": split, "limit": 1, "tile": 32, "second": second}
+
+
+def test_bands_of_a_second_raster_are_those_of_the_source_in_every_set():
+    data = {"source": heights("arid"), "targets": {"boreal": heights("boreal")}}
+    config, sets = open_sets(read_config({"data": data, "run": {"method": "mfnet_adapter"}}))
+    assert sets.source.channels == sets.targets[0].channels == (3, 1)
+    assert config.data.source.second.bands == config.data.targets["boreal"].second.bands == [1]
+
+
+def test_a_set_without_the_source_s_second_raster_is_refused():
+    bare = {key: value for key, value in heights("boreal").items() if key != "second"}
+    config = read_config({"data": {"source": heights("arid"), "targets": {"boreal": bare}}})
+    said = r"set 'boreal' gives 3 bands of its images, the source 3 bands of its images and 1 band of a second raster"
+    with pytest.raises(ConfigError, match=said):
+        open_sets(config)

@@ -9,14 +9,14 @@ import torch
 import yaml
 
 import cegate
-from cegate.checkpoint import load_state
+from cegate.checkpoint import load_state, trained_weights
 from cegate.engine.results import Result
 from cegate.engine.stage import Stage
 from cegate.engine.trainer import describe, train
 from cegate.errors import CheckpointError, ConfigError, DataError, TrainingError
 from cegate.methods import METHODS
 from cegate.runfolder import folder_of
-from cegate.tasks import task
+from cegate.tasks.task import Step
 
 PROMISED = (
     *("config.yaml", "env.json", "train.log", "metrics.jsonl", "gates.jsonl"),
@@ -92,12 +92,12 @@ def test_workers_and_scoring_do_not_change_the_stream(small, no_figures):
 
 
 def test_nan_loss_stops_with_the_file_names_saved(small, no_figures, monkeypatch):
-    loss = task.semantic_loss
+    loss = Step.loss
 
-    def half_nan(*args):
-        return loss(*args) * torch.tensor([1.0, float("nan")])
+    def half_nan(self, view):
+        return loss(self, view) * torch.tensor([1.0, float("nan")])
 
-    monkeypatch.setattr(task, "semantic_loss", half_nan)
+    monkeypatch.setattr(Step, "loss", half_nan)
     config = small()
     with pytest.raises(TrainingError, match=r"iteration 0 is not finite for temperate/\d+ .*nan_batch.json"):
         train(config)
@@ -164,19 +164,32 @@ def test_describe_says_what_a_run_would_do_and_writes_nothing(small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
+# those of two rasters: below
+@pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("mfnet")])
 def test_every_method_trains_what_its_name_says(small, no_figures, method):
-    result = train(small(run__method=method))
+    result = train(small(run__method=method, style__block=8, mim__block=8))
     written = json.loads((result.path / "result.json").read_text())
     assert written["after"]["arid"]["mIoU"] == result.after["arid"]["mIoU"]
     state = load_state(result.path / "checkpoints/best.pt")
     sizes = {name: value.numel() for name, value in state.trained.items()}
     on = sum(size for name, size in sizes.items() if ".".join(name.split(".")[1:3]) in state.active)
-    beside = sum(size for name, size in sizes.items() if name.startswith(("vit.", "refiner.")))
+    beside = sum(size for name, size in sizes.items() if not name.startswith(("toolbox.", "head.")))
     assert written["trained_parameters"] == on + beside
     assert (written["trained_parameters"] == 0) == (method == "frozen")
     assert written["step_seconds"] > 0 and written["peak_memory_bytes"] > 0
     assert {site.partition(".")[0] for site in state.active} <= set(cegate.load(result.path).config.toolbox.kinds)
+
+
+@pytest.mark.parametrize("method", ["mfnet_adapter", "mfnet_lora_single", "mfnet_gate"])
+def test_the_adapter_of_a_model_of_two_rasters_is_loaded_whole(small, no_figures, method):
+    second = {f"data__{name}__second": "{}" for name in ("source", "targets__arid")}
+    short = {"data__validation": "null", "train__iterations": 1, "model__head": "unetformer", "run__method": method}
+    path = train(small(**second, **short)).path
+    loaded = trained_weights(cegate.load(path, "cpu"))
+    state = load_state(path / "checkpoints/best.pt")
+    off = {key for key in state.trained if key.startswith("toolbox.") and not any(s in key for s in state.active)}
+    assert loaded.keys() == state.trained.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in state.trained.items() if key not in off)
 
 
 def test_full_tuning_moves_the_backbone_and_the_adapter_brings_it_back(small, no_figures):

@@ -13,7 +13,7 @@ from cegate.necks.dfm import DFM, StreamSum, sam_neck
 def test_pyramids_and_fusion_are_the_published_ones(shared):
     stored = np.load(shared / "vectors" / "mfnet_pyramid.npz")
     vector = {k: torch.as_tensor(stored[k]).double() for k in stored}
-    weights = convert_weights({k[2:]: v for k, v in vector.items() if k.startswith("w.")}).weights["neck"]
+    weights = convert_weights({k[2:]: v for k, v in vector.items() if k.startswith("w.")}).weights["fusion"]
     neck = DFM(32, width=32, official_norm=True).double().eval()
     neck.load_state_dict(weights, strict=True)
     levels = neck.pyramids((vector["F_x"], vector["F_y"]))

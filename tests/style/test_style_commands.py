@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cegate.cli import FAILED, GOOD, USAGE
+from cegate.data.__main__ import main
 from cegate.data.rasters import read_image, write_image
 from cegate.masks import BlockMask
-from cegate.style.__main__ import main
 from cegate.style.networks import ColourStatistics
 from cegate.style.preview import GAP_PX, TITLE_PX, preview
 from cegate.style.statistics import StyleStatistics, load_statistics

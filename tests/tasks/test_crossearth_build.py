@@ -51,7 +51,9 @@ def config(style=None, mim=None, **injector) -> SimpleNamespace:
 
 
 NETWORK = SimpleNamespace(
-    vit=SimpleNamespace(embed_dim=8), bands=(1, 2, 3), mean=(0.5,) * 3, std=(0.2,) * 3, device=torch.device("cpu")
+    backbone=SimpleNamespace(width=8),
+    recipe=SimpleNamespace(bands=(1, 2, 3), mean=(0.5,) * 3, std=(0.2,) * 3),
+    device=torch.device("cpu"),
 )
 
 

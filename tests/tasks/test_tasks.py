@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import cegate
-from cegate.checkpoint import load_state, parts_of
+from cegate.checkpoint import load_state
 from cegate.data.stream import Batch
 from cegate.engine import stage
 from cegate.engine.stage import Stage
@@ -71,7 +71,7 @@ class Restore(Task):
         step.views["masked"] = View(masked, beside="image" if self.together else None)
 
     def terms(self, step: Step) -> list[Term]:
-        clean, masked = step.features["image"][-1].detach(), step.features["masked"][-1]
+        clean, masked = step.features["image"].maps[-1].detach(), step.features["masked"].maps[-1]
         losses = (self.layer(masked) - clean).abs().flatten(1).mean(1)
         self.mean = 0.9 * self.mean + 0.1 * losses.detach().mean().item()
         return [Term("restore", losses, list(step.batch.names), 0.3)]
@@ -169,18 +169,18 @@ def test_the_loss_of_a_view_is_the_networks(small):
 def test_views_beside_one_another_share_a_pass_and_others_do_not(small, monkeypatch):
     masked, apart = torch.randn(2, 3, 32, 32), torch.randn(1, 3, 16, 16)
     step = make_step(small, masked=View(masked, beside="image"), apart=View(apart))
-    features, calls = step.network.features, []
+    encode, calls = step.network.encode, []
 
-    def noted(images):
+    def noted(images, **how):
         calls.append(tuple(images.shape))
-        return features(images)
+        return encode(images, **how)
 
-    monkeypatch.setattr(step.network, "features", noted)
+    monkeypatch.setattr(step.network, "encode", noted)
     step.encode()
     assert calls == [(4, 3, 32, 32), (1, 3, 16, 16)]
     for name in step.views:
-        alone = features(step.views[name].images)
-        for together, expected in zip(step.features[name], alone, strict=True):
+        alone = encode(step.views[name].images)
+        for together, expected in zip(step.features[name].maps, alone.maps, strict=True):
             torch.testing.assert_close(together, expected)
 
 
@@ -208,9 +208,10 @@ def test_parts_of_tasks_come_after_those_of_the_network_in_the_optimiser(small, 
         train(small(run__method="rein", refiner__tokens=4, refiner__rank=2))
     made = kept["stage"]
     order = {id(p): number for group in made.optimizer.param_groups for number, p in enumerate(group["params"])}
-    network = [order[id(p)] for part in parts_of(made.network).values() for p in part.parameters() if p.ndim > 1]
+    learning = made.network.learning_modules()
+    network = [order[id(p)] for part in learning.values() for p in part.parameters() if p.ndim > 1]
     assert order[id(made.task_parts["restore.decoder"].weight)] > max(network)
-    assert list(parts_of(made.network)) == ["toolbox", "head", "refiner"]
+    assert list(learning) == ["toolbox", "head", "refiner"]
 
 
 def test_draws_are_made_for_the_crops_they_belong_to():

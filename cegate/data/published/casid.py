@@ -1,4 +1,4 @@
-"""CASID: four climates."""
+"""CASID: four climates. Splits come by folder, by list or by chance, and ids from 0 or from 1."""
 
 from __future__ import annotations
 
@@ -11,46 +11,24 @@ import numpy as np
 
 from cegate.config import IGNORE
 from cegate.data.prepared import Counts
-from cegate.data.published.base import (
-    RGB,
-    Label,
-    Options,
-    Piece,
-    Plan,
-    Published,
-    Setting,
-    crop_setting,
-    pair,
-    read_rgb,
-    read_values_or_colours,
-)
 from cegate.data.published.downloads import Member, find, list_members
+from cegate.data.published.labels import Label, image_reader, read_table
+from cegate.data.published.plan import BANDS, Options, Piece, Plan, Published, expected_counts, pair
 from cegate.data.rasters import read_codes, read_header
 from cegate.errors import DataError
 
-CLASSES = ("background", "building", "forest", "road", "water")
-PALETTE = ("#000000", "#FFFF00", "#55FF00", "#FF0000", "#0070FF")
 DOMAINS = ("SubMs", "TemMs", "TroMs", "TroRf")
-IMAGES = {"SubMs": (196, 88), "TemMs": (201, 83), "TroMs": (136, 66), "TroRf": (148, 62)}
-"""Images of 5000x5000 in the training and test part of a domain, as the published numbers of crops imply."""
-CROP, CROPS_PER_IMAGE = 1024, 25
-_COLOURS = {int(colour[1:], 16): k for k, colour in enumerate(PALETTE)}
+_CLASSES, _PARTS = 5, ("train", "test")
 _SAMPLE = 16  # labels that are looked at to tell 0-4 from 1-5
-_PARTS = ("train", "test")
-_COUNTS = {
-    f"{domain}/{part}": Counts(images, images * CROPS_PER_IMAGE)
-    for domain in DOMAINS
-    for part, images in zip(_PARTS, IMAGES[domain], strict=True)
-}
 
 
-def read_label(path: Path, offset: int = 0) -> Label:
-    """Ids less the offset, or colours, as 0-4 and 255."""
-    ids = {k + offset: k for k in range(len(CLASSES))} | {IGNORE: IGNORE} | ({0: IGNORE} if offset else {})
-    return read_values_or_colours(path, ids, _COLOURS)
+def read_label(path: Path, offset: int, colours: Sequence[int]) -> Label:
+    """Ids less the offset, or colours 0xRRGGBB by class, as 0-4 and 255."""
+    ids = {k + offset: k for k in range(_CLASSES)} | {IGNORE: IGNORE} | ({0: IGNORE} if offset else {})
+    return read_table(path, ids, {colour: k for k, colour in enumerate(colours)})
 
 
-def plan_casid(members: Sequence[Member], options: Options) -> Plan:
+def plan_casid(published: Published, members: Sequence[Member], options: Options) -> Plan:
     """Crops of every image. Which part an image belongs to says its folder, else a list, else chance with a seed."""
     place, part = rf"({'|'.join(DOMAINS)})", r"(?:(?:all_)?(train|test)/)?"
     images = find(members, rf"{place}/{part}image/([^/]+)\.(?:png|tiff?|jpg)")
@@ -61,10 +39,11 @@ def plan_casid(members: Sequence[Member], options: Options) -> Plan:
     )
     keys, missing = pair(images, labels)
     lists = _read_lists(members, str(options["lists"]))
-    notes, parts = [], {key: key[1] for key in keys if key[1]}
+    notes, parts, codes = [], {key: key[1] for key in keys if key[1]}, [int(c[1:], 16) for c in published.palette]
     for domain in DOMAINS:
         names = [key[2] for key in keys if key[0] == domain and not key[1]]
-        chosen, note, absent = _split(domain, names, lists, int(options["seed"]))
+        shares = tuple(published.splits[f"{domain}/{part}"].images for part in _PARTS)
+        chosen, note, absent = _split(domain, names, lists, int(options["seed"]), shares)
         parts |= {(domain, "", name): chosen[name] for name in chosen}
         missing += absent
         notes += [note] if note else []
@@ -75,8 +54,8 @@ def plan_casid(members: Sequence[Member], options: Options) -> Plan:
             name=key[2],
             image=images[key],
             label=labels[key],
-            read_label=partial(read_label, offset=offset),
-            read_image=read_rgb,
+            read_label=partial(read_label, offset=offset, colours=codes),
+            read_image=image_reader(published.row["image"]),
             crop=options["crop"],
         )
         for key in keys
@@ -84,11 +63,11 @@ def plan_casid(members: Sequence[Member], options: Options) -> Plan:
     ]
     cut = any(key[1] for key in keys)  # the published crops: how many images they came from does not show
     expected = {
-        split: Counts(None if cut else counts.images, counts.files if options["crop"] == CROP else None)
-        for split, counts in _COUNTS.items()
+        split: Counts(None if cut else counts.images, counts.files)
+        for split, counts in expected_counts(published, options, published.splits).items()
     }
     recorded = {"lists": _fingerprint(lists)}  # a folder's name says nothing on another machine
-    return Plan(pieces, expected, dict.fromkeys(_COUNTS, RGB), missing, (*notes, note), recorded)
+    return Plan(pieces, expected, dict.fromkeys(expected, BANDS["RGB"]), missing, (*notes, note), recorded)
 
 
 def _read_lists(members: Sequence[Member], folder: str) -> dict[tuple[str, str], list[str]]:
@@ -108,14 +87,19 @@ def _fingerprint(lists: Mapping[tuple[str, str], Sequence[str]]) -> str:
 
 
 def _split(
-    domain: str, names: Sequence[str], lists: Mapping[tuple[str, str], Sequence[str]], seed: int
+    domain: str,
+    names: Sequence[str],
+    lists: Mapping[tuple[str, str], Sequence[str]],
+    seed: int,
+    shares: tuple[int, int],
 ) -> tuple[dict[str, str], str, tuple[str, ...]]:
     """Name -> part, how that was decided, and what the lists name but is not there."""
     if not names:
         return {}, "", ()
     train, test = (lists.get((domain, part)) for part in _PARTS)
     if train is None and test is None:
-        return _draw(domain, names, seed), f"{domain}: no lists, so train and test are drawn with seed {seed}", ()
+        note = f"{domain}: no lists, so train and test are drawn with seed {seed}"
+        return _draw(names, seed, domain, shares), note, ()
     train, test = train or [], test or []
     if both := sorted(set(train) & set(test)):
         raise DataError(f"lists of {domain}: {both[0]} and {len(both) - 1} more are in train and in test; mend them")
@@ -126,10 +110,10 @@ def _split(
     return chosen, note, tuple(f"{domain}/image/{name}" for name in listed if name not in chosen)
 
 
-def _draw(domain: str, names: Sequence[str], seed: int) -> dict[str, str]:
+def _draw(names: Sequence[str], seed: int, domain: str, images: tuple[int, int]) -> dict[str, str]:
     """A split with the published shares; it depends on nothing but the names and the seed."""
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{domain}/{name}".encode()).digest())
-    train, test = IMAGES[domain]
+    train, test = images
     first = round(len(names) * train / (train + test))
     return dict.fromkeys(order[:first], "train") | dict.fromkeys(order[first:], "test")
 
@@ -143,7 +127,7 @@ def _find_offset(labels: Sequence[Path], given: str) -> tuple[int, str]:
     for path in (labels[k] for k in chosen):
         if read_header(path).bands == 1:
             seen |= set(np.unique(read_codes(path, colours=False)).tolist())
-    if len(CLASSES) not in seen:
+    if _CLASSES not in seen:
         return 0, f"labels: taken as 0-4, for none of {len(chosen)} that were looked at holds a 5"
     if 0 in seen:
         raise DataError(
@@ -151,27 +135,3 @@ def _find_offset(labels: Sequence[Path], given: str) -> tuple[int, str]:
             "say --label_offset 1 (ids are 1-5, 0 is ignored) or --label_offset 0 (ids are 0-4)"
         )
     return 1, f"labels: taken as 1-5, for {len(chosen)} that were looked at hold a 5 and no 0"
-
-
-CASID = Published(
-    name="casid",
-    title="CASID: satellite, 1 m, 5 classes, four climates of Asia",
-    origin="https://github.com/Linwei-Chen/CASID",
-    licence="the repository names it",
-    layout=(
-        "{SubMs,TemMs,TroMs,TroRf}/image/<name>.png and {...}/label/<name>-label.png, 980 images of 5000x5000 with "
-        "<domain>_train.txt and <domain>_test.txt as --lists or beside them; or the crops of 1024 px in "
-        "{...}/{all_train,all_test}/{image,label}"
-    ),
-    classes=CLASSES,
-    palette=PALETTE,
-    stored=dict(enumerate(CLASSES)) | {IGNORE: "ignore"},
-    splits=_COUNTS,
-    plan=plan_casid,
-    settings={
-        "crop": crop_setting(CROP),
-        "lists": Setting("", "casid: folder with <domain>_train.txt and <domain>_test.txt, a name a line."),
-        "seed": Setting(0, "casid: seed of the split where no list says it (default 0)."),
-        "label_offset": Setting("auto", "casid: subtract auto (default), 0 or 1 from label ids.", ("auto", "0", "1")),
-    },
-)

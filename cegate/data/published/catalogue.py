@@ -1,23 +1,51 @@
-"""The catalogue of published data sets."""
+"""The catalogue of published data sets, a table: sets.yaml."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
 from rich.table import Table
 
 from cegate.data.prepared import Counts
-from cegate.data.published.base import Published
-from cegate.data.published.binary import DEEPGLOBE, MASSACHUSETTS, WHU
-from cegate.data.published.casid import CASID
-from cegate.data.published.isprs import POTSDAM, RESCUE, VAIHINGEN
-from cegate.data.published.loveda import LOVEDA
-from cegate.data.published.mmhunan import MMHUNAN
-from cegate.data.published.rescuenet import RESCUENET
+from cegate.data.published.casid import plan_casid
+from cegate.data.published.downloads import Member
+from cegate.data.published.plan import Options, Plan, Published, Setting, plan_pairs, plan_tiles
 from cegate.errors import ConfigError, nearest
 
-CATALOGUE: dict[str, Published] = {
-    published.name: published
-    for published in (*(POTSDAM, VAIHINGEN, RESCUE, LOVEDA, RESCUENET, WHU, DEEPGLOBE, MASSACHUSETTS, CASID, MMHUNAN),)
+PLANNERS: dict[str, Callable[[Published, Sequence[Member], Options], Plan]] = {
+    "pairs": plan_pairs,
+    "tiles": plan_tiles,
+    "casid": plan_casid,
 }
+
+
+def plan_of(published: Published, members: Sequence[Member], options: Options) -> Plan:
+    """What the files of a download become."""
+    return PLANNERS[published.row["plan"]](published, members, options)
+
+
+def _published(name: str, row: Mapping[str, Any]) -> Published:
+    classes, colours = zip(*(pair.split() for pair in row["classes"].split(", ")), strict=True)
+    stored = {row["first"] + k: of for k, of in enumerate(classes)}
+    if "ignored" in row:
+        ignored = {row["ignored"]: "ignore"}
+        stored = stored | ignored if row["ignored"] > max(stored) else ignored | stored
+    settings = {
+        option: Setting(*(tuple(v) if isinstance(v, list) else v for v in values))
+        for option, values in row.get("options", {}).items()
+    }
+    if side := row.get("crop"):
+        settings = {"crop": Setting(side, f"Side of the crops in pixels (default {side}).")} | settings
+    splits = {split: Counts(*counts) for split, counts in row["splits"].items()}
+    told = (row[key] for key in ("title", "origin", "licence", "layout"))
+    return Published(name, *told, classes, tuple(f"#{c}" for c in colours), stored, splits, settings, row)
+
+
+_TABLE = yaml.safe_load(Path(__file__).with_name("sets.yaml").read_text())
+CATALOGUE: dict[str, Published] = {name: _published(name, row) for name, row in _TABLE.items()}
 
 
 def find_published(name: str) -> Published:

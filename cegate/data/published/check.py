@@ -11,9 +11,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from cegate.data.pairs import Pair, find_files, find_pairs
-from cegate.data.prepared import IMAGES, LABELS, Manifest, read_manifest
-from cegate.data.published.base import unknown_codes
+from cegate.data.pairs import Pair, find_files, find_pairs, find_second
+from cegate.data.prepared import IMAGES, LABELS, SECOND, Manifest, read_manifest
+from cegate.data.published.labels import unknown_codes
 from cegate.data.published.prepare import run_all
 from cegate.data.rasters import SUFFIXES, misplacement, read_codes, read_header
 from cegate.errors import DataError
@@ -52,6 +52,7 @@ def check_prepared(folder: Path, *, workers: int = 1, console: Console | None = 
         results = run_all(partial(_check_pair, allowed=allowed), pairs, workers, name, console)
         findings = [result for _, result in results]
         problems += [line for finding in findings for line in finding.problems]
+        problems += _check_second(folder, name, pairs)
         values = frozenset().union(*(finding.values for finding in findings))
         numbers = (len(pairs), split.found.files, split.expected.files)
         table.add_row(name, *map(_number, numbers), _ranges(values))
@@ -126,6 +127,22 @@ def _open_split(folder: Path, name: str, manifest: Manifest) -> tuple[list[str],
         hint = "run cegate data prepare again" if len(pairs) < expected else "move away what is not of the set"
         return [f"{folder / IMAGES / name}: {len(pairs)} images, but the manifest has {expected}; {hint}"], pairs
     return [], pairs
+
+
+def _check_second(folder: Path, split: str, pairs: list[Pair]) -> list[str]:
+    """Problems with the second rasters of a split, if it has any: each image has one of its size."""
+    if not (folder / SECOND / split).is_dir():
+        return []
+    try:
+        images = {pair.name: pair.image for pair in pairs}
+        files = find_second(folder, f"{SECOND}/{split}/*", images, split)
+        return [
+            f"{file}: the second raster is {read_header(file).size[::-1]} pixels, its image {image} is of another size"
+            for file, image in zip(files, images.values(), strict=True)
+            if read_header(file).size != read_header(image).size
+        ]
+    except DataError as error:
+        return [str(error)]
 
 
 def _check_pair(pair: Pair, allowed: Sequence[int]) -> Findings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,9 @@ from rasterio.errors import NotGeoreferencedWarning
 
 from cegate.data.climates import BACKGROUND, BUILDING, CLIMATES, FOREST, ROAD, WATER
 from cegate.data.generator import render_scene
-from cegate.data.published import casid, isprs, mmhunan, rescuenet
+from cegate.data.published.casid import DOMAINS
+from cegate.data.published.catalogue import CATALOGUE
+from cegate.data.published.labels import ISPRS_COLOURS
 from cegate.errors import ConfigError, DataError, nearest
 
 CROPS = {"isprs-potsdam": 48, "potsdam-rescue": 48, "isprs-vaihingen": 32, "loveda": 32, "casid": 16}
@@ -81,7 +83,7 @@ class _Writer:
         self.files += 1
 
 
-def _colours(ids: np.ndarray, palette: tuple[int, ...]) -> np.ndarray:
+def _colours(ids: np.ndarray, palette: Sequence[int]) -> np.ndarray:
     """[3, H, W] of ids [H, W] and 0xRRGGBB colours."""
     table = np.array([[code >> 16, code >> 8 & 255, code & 255] for code in palette], np.uint8)
     return table[ids].transpose(2, 0, 1)
@@ -132,11 +134,12 @@ def _eroded(ids: np.ndarray) -> np.ndarray:
 
 
 def _isprs_colours(ids: np.ndarray) -> np.ndarray:
-    return _colours(ids, (0, *_codes(isprs.PALETTE)))
+    return _colours(ids, ISPRS_COLOURS)
 
 
 def _potsdam(writer: _Writer) -> None:
-    for tile in (*isprs.POTSDAM_TRAIN, *isprs.POTSDAM_VAL):
+    train, val = (tiles.split() for tiles in CATALOGUE["isprs-potsdam"].row["tiles"].values())
+    for tile in (*train, *val):
         image, label = writer.scene("temperate", 72)
         ids, infrared, height = _isprs_ids(image, label), _infrared(image, label), _elevation(image, label)
         row, _, column = tile.partition("_")
@@ -150,7 +153,7 @@ def _potsdam(writer: _Writer) -> None:
         if tile == "4_12":  # some published labels hold a few other colours
             eroded[:, 3, 4:9] = np.array([[254], [252], [1]], np.uint8)
         labels = {"5_Labels_all": (whole, "label"), "5_Labels_all_noBoundary": (eroded, "label_noBoundary")}
-        if tile in isprs.POTSDAM_TRAIN:
+        if tile in train:
             labels["5_Labels_for_participants"] = labels["5_Labels_all"]
             labels["5_Labels_for_participants_no_Boundary"] = labels["5_Labels_all_noBoundary"]
         for folder, (colours, kind) in labels.items():
@@ -159,13 +162,14 @@ def _potsdam(writer: _Writer) -> None:
 
 def _vaihingen(writer: _Writer) -> None:
     folder = "ISPRS_semantic_labeling_Vaihingen"
-    for number in (*isprs.VAIHINGEN_TRAIN, *isprs.VAIHINGEN_VAL):
+    train, val = (areas.split() for areas in CATALOGUE["isprs-vaihingen"].row["tiles"].values())
+    for number in (*train, *val):
         image, label = writer.scene("boreal", 70 + int(number) % 5, 56)
         ids, infrared = _isprs_ids(image, label), _infrared(image, label)
         top = f"top_mosaic_09cm_area{number}"
         writer.write(f"{folder}/top/{top}.tif", np.stack((infrared, image[0], image[1])))
         writer.write(f"{folder}/dsm/dsm_09cm_matching_area{number}.tif", _elevation(image, label))
-        if number in isprs.VAIHINGEN_TRAIN:
+        if number in train:
             writer.write(f"{folder}/gts_for_participants/{top}.tif", _isprs_colours(ids))
             eroded = f"{folder}/gts_eroded_for_participants/{top}_noBoundary.tif"
             writer.write(eroded, _isprs_colours(_eroded(ids)))
@@ -193,6 +197,7 @@ def _loveda(writer: _Writer) -> None:
 
 def _rescuenet(writer: _Writer) -> None:
     raw = np.array([0, 2, 9, 7, 1], np.uint8)  # by class of a scene
+    raw_colours = [int(colour, 16) for colour in CATALOGUE["rescuenet"].row["raw_colours"].split()]
     for split, first, count in (("train", 10781, 3), ("val", 10778, 2), ("test", 15005, 2)):
         for number in range(first, first + count):
             image, label = writer.scene("tropical", 48, 64)
@@ -201,7 +206,7 @@ def _rescuenet(writer: _Writer) -> None:
                 stored[4 * k : 4 * k + 4, :4] = other
             writer.write(f"{split}/{split}-org-img/{number}.jpg", image)
             writer.write(f"{split}/{split}-label-img/{number}_lab.png", stored)
-            writer.write(f"{split}/{split}-colour-img/{number}_lab.png", _colours(stored, rescuenet.RAW_COLOURS))
+            writer.write(f"{split}/{split}-colour-img/{number}_lab.png", _colours(stored, raw_colours))
 
 
 def _whu(writer: _Writer) -> None:
@@ -236,14 +241,14 @@ def _massachusetts(writer: _Writer) -> None:
 
 
 def _casid(writer: _Writer) -> None:
-    climates = dict(zip(casid.DOMAINS, ("monsoon", "temperate", "tropical", "boreal"), strict=True))
+    climates = dict(zip(DOMAINS, ("monsoon", "temperate", "tropical", "boreal"), strict=True))
     for domain, climate in climates.items():
         names = [f"{domain.lower()}_{number:03d}" for number in range(4)]
         for name in names:
             image, label = writer.scene(climate, 80)
             writer.write(f"{domain}/image/{name}.png", image)
             if domain == "SubMs":  # the colours of the release
-                writer.write(f"{domain}/label/{name}-label.png", _colours(label, _codes(casid.PALETTE)))
+                writer.write(f"{domain}/label/{name}-label.png", _colours(label, _codes(CATALOGUE["casid"].palette)))
             else:
                 folder = "label_id" if domain == "TroMs" else "label"
                 writer.write(f"{domain}/{folder}/{name}-label.png", label)
@@ -253,7 +258,12 @@ def _casid(writer: _Writer) -> None:
 
 def _mmhunan(writer: _Writer) -> None:
     raw = np.array([1, 8, 2, 7, 6], np.uint8)  # by class of a scene
-    for part, numbers in (("train", (1, 2, 3, 5)), ("val", (9, 10)), ("test", mmhunan.TEST[:3])):
+    listed = CATALOGUE["mmhunan"].row["listed"]["names"].split()
+    for part, numbers in (
+        ("train", (1, 2, 3, 5)),
+        ("val", (9, 10)),
+        ("test", listed[:3]),
+    ):
         for number in numbers:
             image, label = writer.scene("monsoon", 64)
             infrared = _infrared(image, label)
@@ -278,9 +288,8 @@ def _climates(writer: _Writer) -> None:
 
 
 MINIATURES: dict[str, Callable[[_Writer], None]] = {
-    "isprs-potsdam": _potsdam,
-    "isprs-vaihingen": _vaihingen,
-    "potsdam-rescue": _potsdam,
+    **dict.fromkeys(("isprs-potsdam", "isprs-potsdam-dsm", "potsdam-rescue"), _potsdam),
+    **dict.fromkeys(("isprs-vaihingen", "isprs-vaihingen-dsm"), _vaihingen),
     "loveda": _loveda,
     "rescuenet": _rescuenet,
     "whu": _whu,

@@ -30,8 +30,9 @@ from cegate.data.prepared import (
     read_manifest,
     write_manifest,
 )
-from cegate.data.published.base import Box, Options, Piece, Plan, Published, crop_boxes
+from cegate.data.published.catalogue import plan_of
 from cegate.data.published.downloads import list_members
+from cegate.data.published.plan import Box, Options, Piece, Plan, Published, crop_boxes
 from cegate.data.rasters import read_header, write_image, write_mask
 from cegate.errors import DataError
 
@@ -96,7 +97,7 @@ def prepare(
     """
     console = console or Console()
     members = list_members(roots)
-    plan = published.plan(members, options)
+    plan = plan_of(published, members, options)
     closed = [m for m in members if m.inner is not None and m.name.lower().endswith(".zip")]
     unpack = f"unpack {closed[0].file}, a zip in a zip is not looked into; " if closed else ""
     where = f"{unpack}{published.name} comes from {published.origin}; the layout is {published.layout}"
@@ -171,7 +172,7 @@ def _list_jobs(plan: Plan) -> list[Job]:
 def _targets(piece: Piece) -> Iterator[Target]:
     def target(box: Box | None, suffix: str) -> Target:
         stem = f"{piece.split}/{piece.name}" + ("" if box is None else "_" + "_".join(map(str, box)))
-        extras = tuple(f"{folder}/{stem}.png" for folder, _, _ in piece.extras)
+        extras = tuple(f"{extra.folder}/{stem}{extra.suffix}" for extra in piece.extras)
         return Target(box, f"{IMAGES}/{stem}{suffix}", f"{LABELS}/{stem}.png", extras)
 
     if piece.crop is None:
@@ -322,7 +323,7 @@ def _convert(job: Job, out: Path) -> int:
             f"{piece.label} is {label.ids.shape[1]}x{label.ids.shape[0]} pixels, but its image {piece.image} is "
             f"{size[1]}x{size[0]}; download them again"
         )
-    extras = [read(member.readable) for _, member, read in piece.extras]
+    extras = [extra.read(extra.member.readable) for extra in piece.extras]
     for target in job.targets:
         x0, y0, x1, y1 = target.box or (0, 0, size[1], size[0])
         part = np.s_[..., y0:y1, x0:x1]
