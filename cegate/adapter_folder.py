@@ -57,6 +57,8 @@ from cegate.segmenter import Segmenter, build
 FORMAT_VERSION = 1
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 NAMED_WEIGHTS = ("auto", "none")
+CHECKSUM = "cegate_sha256"
+"""Key of the weight file's own metadata; who changes weights with other tools writes none."""
 MOST_PATCHES = 2**18
 """Of a window: what a file may ask a machine to compute at once, ten times what is trained with."""
 Sha256 = Annotated[str, Pattern("[0-9a-f]{64}", "sha256", "64 hexadecimal digits")]
@@ -86,8 +88,6 @@ class Description:
     resample: Resample = "timm"
     normalize: Normalize = "pretrained"
     official_relpos: bool = False
-    weights_sha256: Sha256 | None = None
-    """Of the file with the trained weights; None: not checked."""
     cegate_version: str = "unknown"
     """That wrote it."""
 
@@ -123,9 +123,8 @@ def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, resul
         if key.partition(".")[0] in shared
     }
     with written_aside(folder / WEIGHTS_FILE) as aside:
-        safetensors.torch.save_file(weights, aside, metadata={"format": "pt"})
-        weights_sha256 = _file_hash(aside)
-    mapping = _describe(segmenter, backbone_sha256) | {"weights_sha256": weights_sha256}
+        safetensors.torch.save_file(weights, aside, metadata={"format": "pt", CHECKSUM: _checksum(weights)})
+    mapping = _describe(segmenter, backbone_sha256)
     write_json(folder / CONFIG_FILE, mapping)
     write_text(folder / "README.md", _card(mapping, weights, results))
 
@@ -253,31 +252,34 @@ def _problems(description: Description, recipe: Recipe) -> Iterator[str]:
     yield from find_problems(_config_of(description, recipe, description.backbone_weights))
 
 
-def read_weights(folder: Path, description: Description) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
     """Trained weights of an adapter folder, by name.
 
     Raises:
-        CheckpointError: unreadable, not floating-point, NaN or infinite, or not what was written; the first are named.
+        CheckpointError: unreadable, not what was written, not floating-point, NaN or infinite; the first are named.
     """
     file = folder / WEIGHTS_FILE
     try:
-        weights = safetensors.torch.load_file(file)
+        with safetensors.safe_open(file, framework="pt") as opened:
+            weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no dict
+            checksum = (opened.metadata() or {}).get(CHECKSUM)
     except Exception as error:  # safetensors and torch raise whatever comes up where a file is damaged
-        why = " ".join(f"{error}".split())[:200] or type(error).__name__
+        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{file} cannot be read: {why}; copy the adapter folder again") from error
     if problems := not_numbers(weights):
         raise CheckpointError(f"{file}: {'; '.join(problems)}; copy the adapter folder again")
-    if description.weights_sha256 not in (None, _file_hash(file)):
-        raise CheckpointError(
-            f"{file} is damaged, or not the one that {CONFIG_FILE} belongs to (its sha256 is not weights_sha256); copy "
-            "the adapter folder again, or take weights_sha256 out if you changed the weights yourself"
-        )
+    if checksum not in (None, _checksum(weights)):
+        raise CheckpointError(f"{file} is damaged (its checksum is another); copy the adapter folder again")
     return weights
 
 
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _checksum(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_adapter(path: Path, device: str | torch.device | None = None, *, weights: str | None = None) -> Segmenter:
@@ -295,7 +297,7 @@ def load_adapter(path: Path, device: str | torch.device | None = None, *, weight
     """
     folder = find_adapter(Path(path))
     description, recipe = read_description(folder)
-    trained = read_weights(folder, description)
+    trained = read_weights(folder)
     backbone = weights or _backbone_weights(folder, description.backbone_weights)
     segmenter = build(_config_of(description, recipe, backbone))
     check_fit(segmenter, folder, recipe.classes, description.backbone_sha256)
@@ -347,7 +349,7 @@ def read_adapter(path: Path) -> Adapter:
         backbone_sha256=description.backbone_sha256,
         recipe=recipe,
         source=str(folder / WEIGHTS_FILE),
-        weights=read_weights(folder, description),
+        weights=read_weights(folder),
     )
 
 

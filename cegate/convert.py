@@ -302,7 +302,8 @@ def _write_adapter(found: Converted, config: Mapping[str, Any], folder: Path, fi
 
 
 def _fitting_backbone(path: Path, folder: Path, crop: int) -> str:
-    """A backbone file at the size that is wanted: itself, or a resampled copy in the folder."""
+    """A backbone file at the size that is wanted, in the folder, for an adapter opens no file elsewhere: the same file
+    once more, without taking room where the disk can do that, or a resampled copy."""
     state, _ = read_checkpoint(path)
     state = {key.removeprefix("backbone."): value for key, value in state.items()}
     kernel, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
@@ -310,7 +311,13 @@ def _fitting_backbone(path: Path, folder: Path, crop: int) -> str:
         raise CheckpointError(f"--weights {path} is no ViT: patch_embed.proj.weight or pos_embed is missing")
     fits = kernel.shape[-1] == PATCH_PX and positions.shape[1] == 1 + (crop // PATCH_PX) ** 2
     if fits and path.suffix in (".pth", ".safetensors") and not any(key.startswith("reins.") for key in state):
-        return str(path)
+        own = folder / Path(BACKBONE_FILE).with_suffix(path.suffix)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            own.hardlink_to(path.resolve())
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, own)
+        return str(own)
     _write_backbone(state, folder / BACKBONE_FILE, crop)
     return str(folder / BACKBONE_FILE)
 

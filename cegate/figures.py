@@ -31,6 +31,8 @@ STAGES = {"before": "frozen", "after": "gate"}
 """Stage, as journals and checkpoints name it -> as readers know it."""
 PANEL_ROWS = 4
 PANEL_SIDE_PX = 512
+RESTORED = "restored.png"
+"""Name of the picture of what tasks make of training crops."""
 IGNORED_COLOUR = "#FFFFFF"
 INK, SOFT, RULE, GREY, ON = "#1c2226", "#59646b", "#dfe2df", "#8b949a", "#d55e00"
 LINES = ("#0072b2", "#c85200", "#00805d", "#a2558a", "#a06f00", "#3f8fbf", "#4b3fa5", "#882255")
@@ -341,6 +343,24 @@ def draw_panels(
         if any((item.label == IGNORE).any() for item in items):
             used.append(Patch(facecolor=IGNORED_COLOUR, edgecolor="#BBBBBB", label="not labelled"))
         figure.legend(handles=used, loc="outside lower center", ncols=min(len(used), 2 * columns), handlelength=1.2)
+    save_png(figure, path)
+
+
+def draw_images(columns: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
+    """Write images [C, H, W] in 0..1 side by side: a column per title, a row per image."""
+    rows = len(next(iter(columns.values())))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.35 * len(columns), 2.35 * rows + 0.2), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.01)
+        for across, (title, images) in zip(
+            figure.subplots(rows, len(columns), squeeze=False).T, columns.items(), strict=True
+        ):
+            across[0].set_title(title, loc="center")
+            for ax, image in zip(across, images, strict=True):
+                step = -(-max(image.shape[1:]) // PANEL_SIDE_PX)
+                ax.imshow(_picture(image)[::step, ::step], interpolation="none")
+                ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_visible(False)
     save_png(figure, path)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,16 +44,24 @@ def trained(**changes) -> cegate.api.Segmenter:
     return segmenter.eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def segmenter():
-    return trained()
+    model = trained()
+    model.recipe = dataclasses.replace(model.recipe, value_range=[[0.0, 1000.0]] * 3)
+    return model
+
+
+@pytest.fixture(scope="module")
+def written(segmenter, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("written") / "adapter"
+    save_adapter(folder, segmenter, weight_hash(segmenter.vit), {"arid": 0.5})
+    return folder
 
 
 @pytest.fixture
-def folder(segmenter, tmp_path) -> Path:
-    segmenter.recipe = dataclasses.replace(segmenter.recipe, value_range=[[0.0, 1000.0]] * 3)
-    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {"arid": 0.5})
-    return tmp_path / "adapter"
+def folder(written, tmp_path) -> Path:
+    """An adapter folder of one's own."""
+    return Path(shutil.copytree(written, tmp_path / "adapter"))
 
 
 def test_an_adapter_gives_the_same_predictions(segmenter, folder):
@@ -290,12 +298,10 @@ def test_a_description_that_is_no_json_object_is_one_line(folder, text, message)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def change_weights(folder: Path, change, *, signed: bool = False) -> None:
-    """Other weights in the file; ``signed``: by someone who also mends the checksum."""
+def change_weights(folder: Path, change) -> None:
+    """Other weights in the file, as other tools write them."""
     file = folder / "adapter_model.safetensors"
     safetensors.torch.save_file(change(safetensors.torch.load_file(file)), file)
-    if signed:
-        rewrite(folder, weights_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
 
 
 def one(key: str, value) -> Callable[[dict], dict]:
@@ -328,7 +334,7 @@ def planted(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     ids=["nan", "inf", "overflow", "int8", "bool", "shape"],
 )
 def test_weights_that_are_no_numbers_are_refused_whichever_way_they_come_in(folder, change, message):
-    change_weights(folder, change, signed=True)
+    change_weights(folder, change)
     for read in (cegate.load, lambda path: cegate.load_many({"a": path})):
         with pytest.raises(CheckpointError, match=message) as error:
             read(folder)
@@ -337,20 +343,18 @@ def test_weights_that_are_no_numbers_are_refused_whichever_way_they_come_in(fold
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_weights_of_another_precision_are_taken(folder, dtype):
-    change_weights(folder, lambda weights: {key: value.to(dtype) for key, value in weights.items()}, signed=True)
+    change_weights(folder, lambda weights: {key: value.to(dtype) for key, value in weights.items()})
     assert all(value.dtype == torch.float32 for value in cegate.load(folder).head.state_dict().values())
 
 
-def test_a_flipped_bit_in_the_weights_is_refused_and_an_older_adapter_has_none_to_check(folder):
+def test_a_flipped_bit_in_the_weights_is_refused_and_files_of_others_have_no_checksum(folder):
     file = folder / "adapter_model.safetensors"
     good = bytearray(file.read_bytes())
     good[-5] ^= 1  # in the mantissa of a weight: nothing else would tell
     file.write_bytes(good)
-    with pytest.raises(CheckpointError, match=r"safetensors is damaged, .*\(its sha256 is not weights_sha256\)"):
+    with pytest.raises(CheckpointError, match=r"safetensors is damaged \(its checksum is another\); copy the adapter"):
         cegate.load(folder)
-    mapping = json.loads((folder / "adapter_config.json").read_text())
-    del mapping["weights_sha256"]
-    (folder / "adapter_config.json").write_text(json.dumps(mapping))
+    change_weights(folder, lambda weights: weights)
     assert cegate.load(folder).classes == ("land", "water")
 
 
@@ -435,8 +439,10 @@ def test_any_damage_to_the_weights_is_refused_in_a_line(folder, built, data):
     bad = bytes(bad[: data.draw(st.just(len(good)) | st.integers(0, len(good)))])
     try:
         path.write_bytes(bad)
-        assert accepted(folder) == (bad == good)
-        assert inspect_command(["--adapter", str(folder)]) == (bad != good)
+        taken = accepted(folder)
+        assert inspect_command(["--adapter", str(folder)]) == (0 if taken else 1)
+        if taken:  # the damage is in a part that says nothing of the weights
+            assert bad[header:] == good[header:]
     finally:
         path.write_bytes(good)
 

@@ -10,6 +10,7 @@ from cegate.data.datasets import SegmentationSet
 from cegate.engine.results import domain_title
 from cegate.engine.sets import Sets
 from cegate.segmenter import Segmenter, starting_plan
+from cegate.tasks.crossearth import check_style
 
 TIMED_STEPS = 10
 """Iterations after which the time is told."""
@@ -17,7 +18,7 @@ _SHOWN = 12
 
 
 def facts_of(config: Config, sets: Sets, segmenter: Segmenter) -> list[str]:
-    """At most nine lines about a run that is going to be trained."""
+    """Some lines about a run that is going to be trained."""
     return [f"{what}: {text}" for what, text in _facts(config, sets, segmenter)]
 
 
@@ -50,12 +51,38 @@ def _facts(config: Config, sets: Sets, segmenter: Segmenter) -> Iterator[tuple[s
             "refiner",
             f"{refiner.method}, {refiner.tokens} tokens of rank {refiner.rank} a layer, {weights:,} weights",
         )
+    yield from _crossearth(config, segmenter)
+    yield from _rasters(config, segmenter)
     train, data = config.train, config.data
     yield (
         "schedule",
         f"{train.iterations} iterations of {data.batch_size} crops of {data.crop} px, rate {train.lr:g}; "
         f"evaluated every {train.eval_every}",
     )
+
+
+def _crossearth(config: Config, segmenter: Segmenter) -> Iterator[tuple[str, str]]:
+    style, mim = config.style, config.mim
+    if (injector := segmenter.parts().get("injector")) is not None:
+        count = sum(p.numel() for p in injector.parameters())
+        yield "injector", f"{config.injector.method} at {config.injector.at}, {count:,} weights"
+    if origin := check_style(config):
+        share = f"{100 * style.ratio:g} % of blocks of {style.block} px"
+        yield "styles", f"{origin}; in {100 * style.probability:g} % of the iterations, {share}"
+    if mim.method != "none":
+        yield "masked images", f"{100 * mim.ratio:g} % of blocks of {mim.block} px, {mim.decoder}, {mim.loss}"
+
+
+def _rasters(config: Config, segmenter: Segmenter) -> Iterator[tuple[str, str]]:
+    second, modal = segmenter.recipe.second, config.modal
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in segmenter.parts().items()}
+    if second is not None:
+        without, bands = " or ".join(second.dispensable) or "neither", ", ".join(map(str, second.bands))
+        yield "second raster", f"{second.name}, band {bands}, scaled by {second.scale}; learns to miss {without}"
+    if "modal" in counts:
+        yield "modalities", f"{modal.method} with {counts['modal']:,} weights"
+    if "fusion" in counts:
+        yield "neck", f"{modal.fusion} with {counts['fusion']:,} weights"
 
 
 def _bands(source: SegmentationSet) -> str:

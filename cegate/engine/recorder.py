@@ -293,12 +293,13 @@ class Recorder:
     def complete(self, result: Result, stage: Stage) -> None:
         """Write result.json, by which others know that the run is complete."""
         counts, steps, scorings = _learned(stage.network), stage.step_seconds, stage.score_seconds
+        behind = [name for name, part in stage.network.parts().items() if not part.adapts]  # head, fusion
         record = {
             "iteration": result.iteration,
             "before": result.before,
             "after": result.after,
-            "trained_parameters": sum(counts.values()) - counts["head"],
-            "head_parameters": counts["head"],
+            "trained_parameters": sum(count for name, count in counts.items() if name not in behind),
+            "head_parameters": sum(counts[name] for name in behind),
             "step_seconds": statistics.median(steps) if steps else None,
             "score_seconds": statistics.median(scorings) if scorings else None,
             "peak_memory_bytes": self.peak_memory,

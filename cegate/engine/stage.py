@@ -205,7 +205,7 @@ class Stage:
         seed_everything(self.config.run.seed, "fisher", self.iteration)
         with self.numerics.precision():  # a teacher labels samples of the target as it does in training
             probe = chain.from_iterable([task.probe(self.iteration) for task in self.tasks])
-        every = CleanLoss(self.tasks, self._clean_step, self.team.share(gate.samples).start)
+        every = CleanLoss(self.tasks, self.clean_step, self.team.share(gate.samples).start)
         return measure_fisher(
             self.network,
             self.network.toolbox,
@@ -217,9 +217,6 @@ class Stage:
             loss_scale=FISHER_LOSS_SCALE if self.numerics.name == "fp16" else 1.0,
             precision=self.numerics.precision,
         )
-
-    def _clean_step(self, batch: Batch, slots: range) -> Step:
-        return Step(self.iteration, batch, self.network, self.config.run.seed, slots=slots, clean=True)
 
     # journal and state ----------------------------------------------------------------------------------------------
 
@@ -270,9 +267,7 @@ class Stage:
         if problems := misfits(self._task_weights(), state.task_weights):
             raise CheckpointError(f"{where} does not fit the tasks of this run: {'; '.join(problems)}")
         restore(self.network, state, where, backbone_sha256=backbone_sha256)
-        with torch.no_grad():
-            for name, value in self._task_weights().items():
-                value.copy_(state.task_weights[name])
+        self.load_task_weights(state)
         self.optimizer.load_state_dict(state.optimizer)
         self.scaler.load_state_dict(state.scaler)
         for task in self.tasks:
@@ -286,6 +281,16 @@ class Stage:
             self.class_pixels = torch.tensor(state.class_pixels)
         else:  # of an older version: nobody counted, so nothing is said of labels that are missing
             self.class_pixels.fill_(1)
+
+    @torch.no_grad()
+    def load_task_weights(self, state: State) -> None:
+        """Put those of a state into the tasks' parts."""
+        for name, value in self._task_weights().items():
+            value.copy_(state.task_weights[name])
+
+    def clean_step(self, batch: Batch, slots: range) -> Step:
+        """A step on samples as they are, that is not trained on."""
+        return Step(self.iteration, batch, self.network, self.config.run.seed, slots=slots, clean=True)
 
     def _task_weights(self) -> dict[str, Tensor]:
         parts = self.task_parts.items()

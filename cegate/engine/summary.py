@@ -67,7 +67,7 @@ def describe_adapter(path: Path) -> list[Table | str]:
     """
     folder = find_adapter(path)
     made, recipe = read_description(folder)
-    counts = _weights_per_site({key: value.numel() for key, value in read_weights(folder, made).items()})
+    counts = _weights_per_site({key: value.numel() for key, value in read_weights(folder).items()})
     facts = {
         "adapter": str(folder),
         "backbone": f"{made.backbone}, sha256 {made.backbone_sha256[:12]}",

@@ -15,7 +15,7 @@ from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
 from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
 from cegate.engine.facts import TIMED_STEPS, expected_time, facts_of
-from cegate.engine.pictures import draw_run
+from cegate.engine.pictures import draw_run, draw_tasks
 from cegate.engine.progress import Reporter, logging_to
 from cegate.engine.recorder import Recorder
 from cegate.engine.results import Result, domain_title, stage_title
@@ -26,6 +26,7 @@ from cegate.engine.team import Team, open_team
 from cegate.errors import ConfigError
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run
 from cegate.segmenter import Segmenter, build
+from cegate.tasks.crossearth import check_style
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
             "run.deterministic=true: torch has no deterministic form of mask2former's sampling on a GPU; use "
             "model.head=linear, run.device=cpu, or leave it out"
         )
+    check_style(config)  # no folder is made for a run that cannot begin
     config, sets = open_sets(config)
     segmenter = build(config)
     with (
@@ -223,3 +225,4 @@ def _draw(run: RunFolder, stage: Stage, recorder: Recorder) -> None:
         backbone_sha256=recorder.backbone_sha256,
         precision=stage.numerics.precision,
     )
+    draw_tasks(run, stage, checkpoints / "best.pt")

@@ -172,19 +172,29 @@ def worst_mistake(counts: np.ndarray, classes: Sequence[str]) -> str:
     return f"{share:.1f} % of pixels are {classes[true]} taken for {classes[predicted]}"
 
 
-def _opener(config: Config, domain: str, classes: Sequence[str], like: ValueRange) -> Callable[[str], Item]:
-    """A function that reads a tile of a domain by its name, in the range of pixels that the model knows."""
+def open_domain(config: Config, domain: str, classes: Sequence[str], like: ValueRange) -> SegmentationSet:
+    """The set of a domain, in the range of pixels that the model knows.
+
+    Raises:
+        DataError: the configuration has none, or it cannot be read.
+    """
     source = config.data.validation if domain == SOURCE_DOMAIN else config.data.targets.get(domain)
     if source is None:
         raise DataError(f"the configuration has no set for the domain {domain}; give --data.targets.{domain}.root DIR")
-    dataset: SegmentationSet = open_set(
+    return open_set(
         source, name=domain, classes=classes, like=like, seed=config.run.seed, held_out=domain == SOURCE_DOMAIN
     )
+
+
+def _opener(config: Config, domain: str, classes: Sequence[str], like: ValueRange) -> Callable[[str], Item]:
+    """A function that reads a tile of a domain by its name."""
+    dataset = open_domain(config, domain, classes, like)
+    root = (config.data.validation if domain == SOURCE_DOMAIN else config.data.targets[domain]).root
     indices = {dataset.item_name(index): index for index in range(len(dataset))}
 
     def read(name: str) -> Item:
         if name not in indices:
-            where = source.root or f"the set {domain!r}"
+            where = root or f"the set {domain!r}"
             raise DataError(f"{where} has no tile {name}; give the data that was evaluated")
         return dataset.read(indices[name])
 

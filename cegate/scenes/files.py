@@ -185,9 +185,9 @@ def predict_files(
         Masks as they are written.
 
     Raises:
-        DataError: the model needs a raster that is not given: at once. A mask cannot be written: at once; those before
-            it stay, and so does an older one in its place. Or, at the end: images that cannot be read, take more memory than there is, or do not fit the model. Each is
-            named with its reason in either.
+        DataError: the model needs a raster that is not given, or a mask cannot be written: at once; masks before it
+            stay, and so does an older one in its place. Or, at the end: images that cannot be read, take more memory
+            than there is, or do not fit the model. Each is named with its reason in either.
         ConfigError: stride or blend does not fit.
     """
     predictor, recipe = segmenter.predictor(stride=stride, blend=blend), segmenter.recipe
