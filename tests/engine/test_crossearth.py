@@ -93,7 +93,7 @@ def test_pictures_show_what_is_styled_masked_and_restored_by_the_weights_that_co
     hidden = ~BlockMask(0.7, 8).draw((32, 32), 0, 3, range(3)).numpy()
     kept = np.broadcast_to(~hidden, (3, 3, 32, 32))
     image, masked, restored = (np.stack(seen[title]) for title in ("image", "masked", "restored"))
-    assert 0 <= image.min() and image.max() <= 1
+    assert image.min() >= 0 and image.max() <= 1
     np.testing.assert_allclose(masked[kept], image[kept], atol=1e-6)
     state = load_state(path / "checkpoints/best.pt")
     network, decoder = load_checkpoint(RunFolder(path), "best", config, "cpu").eval(), build_decoder("linear", 128, 3)
