@@ -222,7 +222,9 @@ def _other_keys(old: Config, new: Config, *, moved: bool) -> list[str]:
     free = set(FREE_ON_RESUME)
     if not new.data.classes:  # the source set brought them along
         free |= {"data.classes", "data.palette"}
-    return [key for key in changed_values(old, new) if key not in free and not (moved and is_place(key))]
+    changed = changed_values(old, new)
+    free |= {key for key, (_, given) in changed.items() if key.endswith(".second.bands") and given is None}  # likewise
+    return [key for key in changed if key not in free and not (moved and is_place(key))]
 
 
 def is_place(key: str) -> bool:

@@ -14,6 +14,7 @@ from cegate.engine.sets import open_sets
 from cegate.engine.stage import Stage
 from cegate.engine.trainer import train
 from cegate.errors import ConfigError
+from cegate.matrix.cells import _other_keys
 from cegate.runfolder import RunFolder, read_json
 from tests.conftest import SMALL
 
@@ -114,3 +115,12 @@ def test_the_teacher_of_two_rasters_sees_both(two):
 def test_what_does_not_fit_is_said_in_a_line(two, changes, message):
     with pytest.raises(ConfigError, match=message):
         cegate.build(open_sets(two(**changes))[0])
+
+
+def test_bands_that_the_files_decided_do_not_keep_a_matrix_from_going_on(two):
+    config = two()
+    saved, _ = open_sets(config)
+    assert saved.data.source.second.bands == [1] and config.data.source.second.bands is None
+    assert not _other_keys(saved, config, moved=False)
+    other = two(data__source__second__bands="[2]")
+    assert _other_keys(saved, other, moved=False) == ["data.source.second.bands"]
