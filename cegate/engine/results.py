@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,13 @@ class Result:
             console.print(line, highlight=False, soft_wrap=True)
         return console.file.getvalue().rstrip()
 
+    def next_commands(self) -> list[str]:
+        """What one does with a run, a line each."""
+        return [
+            f"next: cegate report --run {shlex.quote(str(self.path))}",
+            f"      cegate predict --run {shlex.quote(str(self.path))} --input IMAGES --output MAPS",
+        ]
+
     def rich_table(self) -> Table:
         """The table with styles, for a console."""
         table = Table(title="IoU (%)", title_justify="left")
@@ -97,8 +105,8 @@ class Result:
             console.print("Nothing was evaluated: the configuration has neither targets nor a validation set.")
         else:
             console.print(self.rich_table())
-        for line in (*self.notes, f"Run folder: {self.path}"):
-            console.print(line, highlight=False, soft_wrap=True)
+        for line in (*self.notes, f"Run folder: {self.path}", *self.next_commands()):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _iou(record: Record | None, name: str) -> float | None:

@@ -20,6 +20,7 @@ from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
 from cegate.engine.board import refuse_missing
 from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
+from cegate.engine.facts import TIMED_STEPS, expected_time, facts_of
 from cegate.engine.pictures import draw_run, draw_tasks
 from cegate.engine.progress import Reporter, logging_to, without_log
 from cegate.engine.recorder import Recorder, Silent
@@ -30,7 +31,7 @@ from cegate.engine.stage import NotFiniteError, Numerics, Stage
 from cegate.engine.team import Team, open_team
 from cegate.errors import ConfigError
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run
-from cegate.segmenter import Segmenter, build, starting_plan
+from cegate.segmenter import Segmenter, build
 from cegate.tasks.crossearth import check_style
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ def train(
         held.enter_context(deterministic(config.run.deterministic))
         several = f", {team.size} processes" if team.size > 1 else ""
         log.info("run folder %s, device %s%s", run.path, device, several)
+        for line in facts_of(config, sets, segmenter):
+            log.info("%s", line)
         return _train(config, run, sets, segmenter.to(device), team, console)
 
 
@@ -114,70 +117,8 @@ def describe(config: Config) -> str:
     """
     config, sets = open_sets(config)
     segmenter = build(config)
-    counts = segmenter.toolbox.counts()
-    gate, path = config.gate, folder_of(config)
-    trained = {"fisher": f"the {gate.k} best of {len(counts)} sites, chosen anew every {gate.interval} iterations"}
-    domains = [f"  {data.name}: {len(data)} images" for data in sets.evaluated]
-    return "\n".join(
-        [
-            f"run folder: {path}{' (exists)' if path.exists() else ''}",
-            f"source: {len(sets.source)} images, classes {', '.join(segmenter.classes)}",
-            "evaluated on:",
-            *(domains or ["  nothing"]),
-            f"backbone: {config.model.backbone}, patch {segmenter.backbone.patch}, "
-            f"features of layers {segmenter.layers}",
-            f"toolbox: {len(counts)} sites with {sum(counts.values()):,} weights; "
-            f"training {trained.get(gate.method, f'{len(starting_plan(config, segmenter.toolbox).active)} sites')}",
-            *_describe_refiner(config, segmenter),
-            *_describe_crossearth(config, segmenter),
-            *_describe_rasters(config, segmenter),
-            f"head: {config.model.head} with {sum(p.numel() for p in segmenter.head.parameters()):,} weights",
-            *_describe_adaptation(config, sets),
-            f"schedule: {config.train.iterations} iterations of {config.data.batch_size} crops, {config.data.crop} px",
-        ]
-    )
-
-
-def _describe_refiner(config: Config, segmenter: Segmenter) -> list[str]:
-    if segmenter.refiner is None:
-        return []
-    count, refiner = sum(p.numel() for p in segmenter.refiner.parameters()), config.refiner
-    return [f"refiner: {refiner.method}, {refiner.tokens} tokens of rank {refiner.rank} a layer, {count:,} weights"]
-
-
-def _describe_crossearth(config: Config, segmenter: Segmenter) -> list[str]:
-    style, mim, lines = config.style, config.mim, []
-    if (injector := segmenter.parts().get("injector")) is not None:
-        count = sum(p.numel() for p in injector.parameters())
-        lines.append(f"injector: {config.injector.method} at {config.injector.at}, {count:,} weights")
-    if origin := check_style(config):
-        share = f"{100 * style.ratio:g} % of blocks of {style.block} px"
-        lines.append(f"styles: {origin}; in {100 * style.probability:g} % of the iterations, {share}")
-    if mim.method != "none":
-        lines.append(f"masked images: {100 * mim.ratio:g} % of blocks of {mim.block} px, {mim.decoder}, {mim.loss}")
-    return lines
-
-
-def _describe_rasters(config: Config, segmenter: Segmenter) -> list[str]:
-    second, modal = segmenter.recipe.second, config.modal
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in segmenter.parts().items()}
-    lines = [f"modalities: {modal.method} with {counts['modal']:,} weights"] if "modal" in counts else []
-    if second is not None:
-        without = " or ".join(second.dispensable) or "neither"
-        bands = ", ".join(map(str, second.bands))
-        lines.insert(
-            0, f"second raster: {second.name}, band {bands}, scaled by {second.scale}; learns to miss {without}"
-        )
-    if "fusion" in counts:
-        lines.append(f"neck: {modal.fusion} with {counts['fusion']:,} weights")
-    return lines
-
-
-def _describe_adaptation(config: Config, sets: Sets) -> list[str]:
-    if sets.unlabelled is None:
-        return []
-    adapt = config.adapt
-    return [f"adapting to: {len(sets.unlabelled)} unlabelled images, {adapt.method} from iteration {adapt.warmup} on"]
+    path = folder_of(config)
+    return "\n".join([f"run folder: {path}{' (exists)' if path.exists() else ''}", *facts_of(config, sets, segmenter)])
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
@@ -272,6 +213,8 @@ class _Loop:
             if stage.scoring_is_due():
                 self._score()
             self.reporter.step(stage.step(data))
+            if len(stage.step_seconds) == TIMED_STEPS:
+                log.info("%s", expected_time(stage.step_seconds, train.iterations - stage.iteration))
             self._tell_bytes()
             if line := stage.journal():
                 recorder.loss(stage, line)

@@ -188,8 +188,8 @@ def predict_files(
 
     Raises:
         DataError: the model needs a raster that is not given, or a mask cannot be written: at once; masks before it
-            stay, and so does an older one in its place. Or, at the end: images that cannot be read, take more memory than
-            there is, or do not fit the model. Each is named with its reason in either.
+            stay, and so does an older one in its place. Or, at the end: images that cannot be read, take more memory
+            than there is, or do not fit the model. Each is named with its reason in either.
         ConfigError: stride or blend does not fit.
     """
     predictor, recipe = segmenter.predictor(stride=stride, blend=blend, tta=tta), segmenter.recipe
