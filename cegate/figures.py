@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from cegate.config import IGNORE
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.configfile import domain_title
 from cegate.runfolder import written_aside
 from cegate.sites import SiteId, kinds
 
@@ -31,6 +31,8 @@ STAGES = {"before": "frozen", "after": "gate"}
 """Stage, as journals and checkpoints name it -> as readers know it."""
 PANEL_ROWS = 4
 PANEL_SIDE_PX = 512
+RESTORED = "restored.png"
+"""Name of the picture of what tasks make of training crops."""
 IGNORED_COLOUR = "#FFFFFF"
 INK, SOFT, RULE, GREY, ON = "#1c2226", "#59646b", "#dfe2df", "#8b949a", "#d55e00"
 LINES = ("#0072b2", "#c85200", "#00805d", "#a2558a", "#a06f00", "#3f8fbf", "#4b3fa5", "#882255")
@@ -100,11 +102,6 @@ def site_groups(sites: Iterable[str]) -> dict[str, dict[int, str]]:
         title = f"{site.kind} · {site.stream}" if site.stream else site.kind
         groups.setdefault(title, {})[site.layer] = site
     return groups
-
-
-def domain_title(domain: str) -> str:
-    """A domain's name as readers understand it."""
-    return "validation" if domain == SOURCE_DOMAIN else domain
 
 
 def headline(record: Record) -> tuple[str, float | None]:
@@ -341,6 +338,24 @@ def draw_panels(
         if any((item.label == IGNORE).any() for item in items):
             used.append(Patch(facecolor=IGNORED_COLOUR, edgecolor="#BBBBBB", label="not labelled"))
         figure.legend(handles=used, loc="outside lower center", ncols=min(len(used), 2 * columns), handlelength=1.2)
+    save_png(figure, path)
+
+
+def draw_images(columns: Mapping[str, Sequence[np.ndarray]], path: Path) -> None:
+    """Write images [C, H, W] in 0..1 side by side: a column per title, a row per image."""
+    rows = len(next(iter(columns.values())))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2.35 * len(columns), 2.35 * rows + 0.2), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.01)
+        for across, (title, images) in zip(
+            figure.subplots(rows, len(columns), squeeze=False).T, columns.items(), strict=True
+        ):
+            across[0].set_title(title, loc="center")
+            for ax, image in zip(across, images, strict=True):
+                step = -(-max(image.shape[1:]) // PANEL_SIDE_PX)
+                ax.imshow(_picture(image)[::step, ::step], interpolation="none")
+                ax.set(xticks=[], yticks=[])
+                ax.spines[:].set_visible(False)
     save_png(figure, path)
 
 

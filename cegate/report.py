@@ -21,6 +21,9 @@ USAGE = cli.Usage(
         cli.Option("run", "Run folders, the main one first.", "DIR", many=True),
         cli.Option("output", "The page; default report.html in the folder of the first run.", "FILE.html"),
         cli.Option("tiles", f"Best and worst tiles of a domain, each; 0 for none, default {TILES}.", "N"),
+        cli.Option(
+            "features", "Also picture the backbone's features, by class and domain where umap-learn is installed."
+        ),
         cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
         cli.Option("overwrite", "Replace an existing page."),
     ),
@@ -45,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     config = cli.parse_config(argv, USAGE, base=main_run.config_file, more=main_run.overrides(options["weights"]))
     page = Path(options["output"]) if options["output"] else folders[0] / "report.html"
     check_output(page, overwrite=options["overwrite"])
-    write_page(runs, config, page, tiles=tiles)
+    write_page(runs, config, page, tiles=tiles, features=options["features"])
     print(page)
     return cli.GOOD
 

@@ -16,6 +16,7 @@ from cegate.figures import (
     chart_figure,
     draw_curves,
     draw_gate,
+    draw_images,
     draw_panels,
     gate_figure,
     headline,
@@ -167,3 +168,10 @@ def test_panels_show_the_palette_for_any_bands_and_size(tmp_path, bands, height,
     draw_panels([item, item], {"prediction": [label, 1 - label % 2]}, ("land", "water"), PALETTE, tmp_path / "p.png")
     picture = matplotlib.image.imread(tmp_path / "p.png")
     assert all(colour_share(picture, colour) > 0.1 for colour in PALETTE)
+
+
+def test_images_stand_side_by_side_whatever_their_size_and_bands(tmp_path):
+    columns = {"image": [np.zeros((4, 40, 30)), np.ones((4, 40, 30))], "restored": [np.full((1, 20, 15), 0.5)] * 2}
+    draw_images(columns, tmp_path / "restored.png")
+    height, width, _ = matplotlib.image.imread(tmp_path / "restored.png").shape
+    assert width > 400 and height > 400

@@ -90,6 +90,8 @@ class SegmentationSet(ABC):
         palette: one "#RRGGBB" per class where the set is published with colours, else nothing.
         fit: side of the square that a test image is shrunk to fit; None: it stays as it is.
         second_bands: 1-based bands that are read of a second raster; nothing without one.
+        division: what is held out, in words; None where nothing is.
+        shares: class -> share of the labelled pixels that `check` looked at; nothing before, or where it does not look.
     """
 
     labelled: ClassVar[bool] = True
@@ -100,6 +102,8 @@ class SegmentationSet(ABC):
         self.palette: tuple[str, ...] = ()
         self.fit: int | None = None
         self.second_bands: tuple[int, ...] = ()
+        self.division: str | None = None
+        self.shares: dict[str, float] = {}
         self._labels, self._nan = labels, nan
         self._cache = _Cache(CACHE_BYTES)
 
@@ -107,6 +111,11 @@ class SegmentationSet(ABC):
     def channels(self) -> tuple[int, ...]:
         """Channels of an item's image by raster: the image's bands, and those of a second raster."""
         return (len(self.bands), *([len(self.second_bands)] if self.second_bands else []))
+
+    @property
+    def band_names(self) -> tuple[str, ...]:
+        """Of each band that is read; nothing where files do not say."""
+        return ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -263,10 +272,6 @@ class FileSet(SegmentationSet):
         self._misplaced: dict[str, float] = {}  # mask -> pixels
         self._dtype: str | None = None  # of every file, where the range was not given
         self._rasters: SecondRasters | None = None
-        self.division: str | None = None
-        """In words, where a part is held out."""
-        self.shares: dict[str, float] = {}
-        """Class -> share of the labelled pixels looked at, once `check` has looked."""
         self._header(0)
 
     def divide(self, fraction: float, seed: int, *, held: bool) -> None:
@@ -301,6 +306,12 @@ class FileSet(SegmentationSet):
 
     def item_name(self, index: int) -> str:
         return self._pairs[index].name
+
+    @property
+    def band_names(self) -> tuple[str, ...]:
+        names = self._header(0).names
+        chosen = tuple(names[band - 1] for band in self.bands)
+        return chosen if len(set(chosen)) == len(set(self.bands)) else ()
 
     def image_path(self, index: int) -> Path:
         """The image file of an item."""

@@ -44,7 +44,7 @@ def draft(found: Survey, out: Path) -> tuple[str, dict[Path, str]]:
             "attribute": found.labels.attribute,
             "label_map": meaning.label_map,
             "bands": bands,
-            "nan": "ignore" if found.images.has_nan else None,
+            "nan": "ignore" if any(dtype.startswith("float") for dtype in found.images.dtypes) else None,
         }
         return entry | {key: value for key, value in more.items() if value is not None}
 
@@ -117,7 +117,7 @@ def _set(entry: Mapping[str, Any], found: Survey, indent: str, *, told: bool = F
         "split": "names of the pairs that can be used",
         "label_map": "value in the masks: class, by its place in classes from 0 on",
         "bands": why,
-        "nan": "NaN pixels are neither trained on nor counted",
+        "nan": "pixels that are NaN are neither trained on nor counted",
         "attribute": "what of each shape is its class",
     }
     if found.labels.attribute is not None:

@@ -79,6 +79,8 @@ def find_parts(files: Sequence[Name]) -> list[Part]:
     for images, masks in itertools.product(kinds, kinds):
         if images.role == "mask" or masks.role != "mask" or images.vector:
             continue
+        if _stage([images.folder or ""]) != _stage([masks.folder or ""]):
+            continue
         affixes, count = _match(images, masks)
         if count:
             parts = list(_parts(files, images, masks, affixes))
@@ -157,7 +159,8 @@ def _roles_within(files: Sequence[Name]) -> dict[Name, str | None]:
     is the mask; shapes are masks."""
     roles = {file: "mask" if is_vector(file) else _role_of_stem(file.stem) for file in files}
     if "mask" in roles.values():
-        return roles if any(role != "mask" for role in roles.values()) else dict.fromkeys(files, None)
+        alone = all(role == "mask" for role in roles.values())  # then the word is no difference
+        return {file: None if alone and not is_vector(file) else role for file, role in roles.items()}
     by_stem: dict[str, list[Name]] = defaultdict(list)
     for file in files:
         by_stem[file.stem].append(file)

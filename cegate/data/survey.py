@@ -284,7 +284,7 @@ def _look_at_images(paths: Sequence[Path], headers: Sequence[Header]) -> Images:
         largest=max((header.size for header in headers), key=lambda size: size[0] * size[1]),
         systems=dict(Counter("without a system" if s is None else s.to_string()[:40] for _, s in places)),
         pixel_sizes=(min(sides), max(sides)) if sides else None,
-        nodata=tuple(sorted({tag for header in headers for tag in header.nodata if tag is not None})),
+        nodata=tuple(sorted({tag for header in headers for tag in header.nodata if tag is not None and tag == tag})),
         ranges=tuple((float(low), float(high)) for low, high in ranges),
         has_nan=has_nan,
     )
@@ -295,7 +295,7 @@ def _odd_images(images: Images) -> list[str]:
     if len(images.counts) > 1:
         lines.append(f"numbers of bands differ: {_counted(images.counts)}")
     if len(images.systems) > 1:
-        lines.append(f"{len(images.systems)} coordinate systems: {_counted(images.systems)}")
+        lines.append(f"{len(images.systems)} coordinate systems")
     if images.pixel_sizes and images.pixel_sizes[1] > 1.5 * images.pixel_sizes[0] and len(images.systems) == 1:
         lines.append("pixel sizes differ: {:g} to {:g}".format(*images.pixel_sizes))
     if images.has_nan:
@@ -553,7 +553,8 @@ def _place(images: Images) -> str:
 
 
 def _counted(counts: dict) -> str:
-    return ", ".join(f"{key}" if len(counts) == 1 else f"{key} ({count})" for key, count in list(counts.items())[:4])
+    shown = ", ".join(f"{key}" if len(counts) == 1 else f"{key} ({count})" for key, count in list(counts.items())[:4])
+    return f"{shown}, …" if len(counts) > 4 else shown
 
 
 def _shares(labels: Labels) -> str:

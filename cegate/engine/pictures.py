@@ -14,10 +14,12 @@ from cegate.compute import Precision
 from cegate.data.datasets import Item, SegmentationSet
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import predictor_of, windows_of
+from cegate.engine.stage import Stage
 from cegate.runfolder import RunFolder
 from cegate.scenes.mosaic import Pixels
 from cegate.scenes.sink import ClassArray
 from cegate.segmenter import Segmenter
+from cegate.tasks.task import Task
 
 
 def draw_run(
@@ -53,6 +55,35 @@ def draw_run(
     for domain, items in shown.items():
         drawn = {title: by_domain[domain] for title, by_domain in masks.items()}
         figures.draw_panels(items, drawn, segmenter.classes, segmenter.recipe.palette, folder / f"panels_{domain}.png")
+
+
+@torch.no_grad()
+def draw_tasks(run: RunFolder, stage: Stage, checkpoint: Path) -> None:
+    """Write figures/restored.png where tasks have something to show: crops of the source, styled, masked and restored.
+
+    Args:
+        run: its folder.
+        stage: whose network holds the checkpoint; afterwards its tasks do too.
+        checkpoint: with the weights of what tasks train.
+    """
+    shows = [task for task in stage.tasks if type(task).pictures is not Task.pictures]
+    if not shows:
+        return
+    stage.load_task_weights(load_state(checkpoint))
+    rows: dict[str, list[np.ndarray]] = {}
+    first = 0
+    for batch in stage.tasks[0].probe(0):
+        step = stage.clean_step(batch, range(first, first := first + len(batch)))
+        with stage.numerics.precision():
+            shown = {"image": batch.image} | {k: v for task in shows for k, v in task.pictures(step).items()}
+        for title, images in shown.items():
+            rows.setdefault(title, []).extend(images.float().cpu().numpy())
+        if first >= figures.PANEL_ROWS:
+            break
+    recipe = stage.network.recipe
+    mean, std = (np.reshape(values, (-1, 1, 1)) for values in (recipe.mean, recipe.std))
+    drawn = {title: [image * std + mean for image in images[: figures.PANEL_ROWS]] for title, images in rows.items()}
+    figures.draw_images(drawn, run.figures / figures.RESTORED)
 
 
 def mask_of(segmenter: Segmenter, item: Item, precision: Precision) -> np.ndarray:

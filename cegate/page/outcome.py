@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from cegate.config import Config, SetConfig
-from cegate.configfile import SOURCE_DOMAIN, changed_values
+from cegate.configfile import SOURCE_DOMAIN, changed_values, domain_title
 from cegate.engine.evaluator import percent
 from cegate.engine.results import Record
 from cegate.errors import CheckpointError
-from cegate.figures import chart_figure, domain_title, headline, run_charts, svg_uri
+from cegate.figures import RESTORED, chart_figure, headline, run_charts, svg_uri
 from cegate.methods import METHODS
 from cegate.metrics import Confusion
 from cegate.page.grids import NOTHING, Grid, GridCell, share_cell
@@ -268,6 +269,14 @@ def curves(run: RunFiles) -> list[dict[str, str]]:
         {"src": svg_uri(figure), "alt": f"{chart.title}, over the iterations", "note": ""}
         for chart, figure in zip(charts, drawn, strict=True)
     ]
+
+
+def restored(run: RunFiles) -> str:
+    """data: URI of the run's picture of styled, masked and restored crops; "" where it has none."""
+    path = run.folder.figures / RESTORED
+    if not path.is_file():
+        return ""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
 def confusions(run: RunFiles) -> Iterator[tuple[str, Grid | None, str]]:

@@ -17,12 +17,12 @@ from PIL import Image
 from cegate.checkpoint import load_checkpoint
 from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.configfile import SOURCE_DOMAIN, domain_title
 from cegate.data.datasets import Item, SegmentationSet, open_set
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import percent, predict_logits, windows_of
 from cegate.errors import CegateError, DataError
-from cegate.figures import domain_title, headline
+from cegate.figures import headline
 from cegate.metrics import Confusion
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain
 from cegate.palette import default_palette
@@ -172,19 +172,29 @@ def worst_mistake(counts: np.ndarray, classes: Sequence[str]) -> str:
     return f"{share:.1f} % of pixels are {classes[true]} taken for {classes[predicted]}"
 
 
-def _opener(config: Config, domain: str, classes: Sequence[str], like: ValueRange) -> Callable[[str], Item]:
-    """A function that reads a tile of a domain by its name, in the range of pixels that the model knows."""
+def open_domain(config: Config, domain: str, classes: Sequence[str], like: ValueRange) -> SegmentationSet:
+    """The set of a domain, in the range of pixels that the model knows.
+
+    Raises:
+        DataError: the configuration has none, or it cannot be read.
+    """
     source = config.data.validation if domain == SOURCE_DOMAIN else config.data.targets.get(domain)
     if source is None:
         raise DataError(f"the configuration has no set for the domain {domain}; give --data.targets.{domain}.root DIR")
-    dataset: SegmentationSet = open_set(
+    return open_set(
         source, name=domain, classes=classes, like=like, seed=config.run.seed, held_out=domain == SOURCE_DOMAIN
     )
+
+
+def _opener(config: Config, domain: str, classes: Sequence[str], like: ValueRange) -> Callable[[str], Item]:
+    """A function that reads a tile of a domain by its name."""
+    dataset = open_domain(config, domain, classes, like)
+    root = (config.data.validation if domain == SOURCE_DOMAIN else config.data.targets[domain]).root
     indices = {dataset.item_name(index): index for index in range(len(dataset))}
 
     def read(name: str) -> Item:
         if name not in indices:
-            where = source.root or f"the set {domain!r}"
+            where = root or f"the set {domain!r}"
             raise DataError(f"{where} has no tile {name}; give the data that was evaluated")
         return dataset.read(indices[name])
 

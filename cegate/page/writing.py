@@ -14,6 +14,7 @@ from cegate.engine.evaluator import percent
 from cegate.errors import CheckpointError
 from cegate.page import outcome
 from cegate.page.choice import gate_part, stability_part
+from cegate.page.features import features_part
 from cegate.page.reading import RunFiles
 from cegate.page.tiles import tiles_part
 from cegate.runfolder import writable_folder, write_text
@@ -36,7 +37,7 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     writable_folder(path.parent, "--output")
 
 
-def write_page(runs: Sequence[RunFiles], config: Config, path: Path, *, tiles: int) -> None:
+def write_page(runs: Sequence[RunFiles], config: Config, path: Path, *, tiles: int, features: bool = False) -> None:
     """Write the page of one or more runs; the file is whole or absent.
 
     Args:
@@ -44,11 +45,12 @@ def write_page(runs: Sequence[RunFiles], config: Config, path: Path, *, tiles: i
         config: the main run's configuration, perhaps with other data roots or another device, for the pictures.
         path: the .html file; it is replaced.
         tiles: best and worst tiles of a domain, each.
+        features: with pictures of the backbone's features.
     """
-    write_text(path, render_page(runs, config, tiles=tiles))
+    write_text(path, render_page(runs, config, tiles=tiles, features=features))
 
 
-def render_page(runs: Sequence[RunFiles], config: Config, *, tiles: int) -> str:
+def render_page(runs: Sequence[RunFiles], config: Config, *, tiles: int, features: bool = False) -> str:
     """The HTML of one or more runs, see `write_page`. Equal runs give equal text."""
     main = runs[0]
     parts: dict[str, Any] = {
@@ -56,6 +58,7 @@ def render_page(runs: Sequence[RunFiles], config: Config, *, tiles: int) -> str:
         "lead": outcome.lead(main),
         "warnings": outcome.warnings(main),
         "tiles": tiles_part(main, config, tiles),
+        "features": features_part(main, config) if features else None,
         "measure": outcome.measure_of(main),
         "method": outcome.method_of(main.config),
         "compared": bool(main.before),
@@ -66,6 +69,7 @@ def render_page(runs: Sequence[RunFiles], config: Config, *, tiles: int) -> str:
         "gate": gate_part(main),
         "stability": stability_part(runs, outcome.siblings(runs)),
         "curves": outcome.curves(main),
+        "restored": outcome.restored(main),
         "confusions": list(outcome.confusions(main)),
         "data": outcome.data_rows(main),
         "environment": outcome.environment(main),

@@ -15,7 +15,7 @@ from cegate.data.rasters import Window
 from cegate.masks import BlockMask
 from cegate.segmenter import Segmenter
 from cegate.style.injection import EarthStyleInjection, to_rgb
-from cegate.style.networks import load_style
+from cegate.style.networks import ColourStatistics, load_style
 from cegate.style.statistics import load_statistics, measure
 from cegate.tasks.masked_images import MaskedImages
 from cegate.tasks.styling import Styling
@@ -61,6 +61,23 @@ def crossearth_tasks(config: Config, network: Segmenter, source: SegmentationSet
         )
         tasks.append(task)
     return tasks
+
+
+def check_style(config: Config) -> str:
+    """Where styles come from, in words; '' where there are none. Reads all files that a run needs for them.
+
+    Raises:
+        CheckpointError: weights of another network, or statistics that do not fit them; file and keys are named.
+    """
+    given = config.style
+    if given.method == "none":
+        return ""
+    style = load_style(given.weights) if given.weights else ColourStatistics()
+    if given.statistics is None:
+        return f"the source's own, by {style.about}"
+    statistics = load_statistics(given.statistics)
+    statistics.check(style)
+    return f"{statistics.source}, by {style.about}"
 
 
 def build_styling(config: Config, network: Segmenter, source: SegmentationSet) -> Styling:

@@ -75,13 +75,22 @@ class MaskedImages(Task):
         """Visual prompt and decoder; neither is deployed."""
         return {"prompt": self.prompt, "decoder": self.decoder}
 
+    def _masked(self, step: Step) -> Tensor:
+        images = step.batch.image
+        kept = self.mask.draw(tuple(images.shape[-2:]), step.seed, step.iteration, step.slots)
+        return self.prompt(images, kept.to(images.device))
+
+    def pictures(self, step: Step) -> dict[str, Tensor]:
+        """Every sample masked, and restored from that."""
+        masked, network = self._masked(step), step.network
+        features = network.encode(network.whole_patches(masked, 0.0), plain=True)
+        return {"masked": masked, "restored": self.decoder(features.maps, _restored_size(masked))}
+
     def prepare(self, step: Step) -> None:
         """Add the view of masked images, made of clean ones."""
-        images, names = step.batch.image, tuple(step.batch.names)
-        kept = self.mask.draw(tuple(images.shape[-2:]), step.seed, step.iteration, step.slots)
+        masked, names = self._masked(step), tuple(step.batch.names)
         # one pass with the segmentation's images, unless that one injects at blocks
         beside = None if self.separate else "image"
-        masked = self.prompt(images, kept.to(images.device))
         step.views["masked"] = View(masked, names=names, beside=beside, plain=self.separate)
         if self.separate and len(rows := self._styled_rows(step)):
             styled = step.views["image"].images[rows]
@@ -90,7 +99,7 @@ class MaskedImages(Task):
     def terms(self, step: Step) -> list[Term]:
         """What restoring costs each sample."""
         clean, names = step.batch.image, step.batch.names
-        size = tuple(min(side, LARGEST_PX) for side in clean.shape[-2:])
+        size = _restored_size(clean)
         counts = _resize(inside(clean).to(clean.dtype), size) >= 1  # a pixel between picture and filling is none
         of_masked = at_least_float32(self.decoder(step.features["masked"].maps, size))
         target = self._target(clean, step.views["masked"].images, size)
@@ -141,6 +150,10 @@ class MaskedImages(Task):
     def _distance(self, restored: Tensor, target: Tensor, counts: Tensor) -> Tensor:
         error = restored - target
         return _mean(error.abs() if self.loss == "l1" else error.square(), counts)
+
+
+def _restored_size(images: Tensor) -> tuple[int, ...]:
+    return tuple(min(side, LARGEST_PX) for side in images.shape[-2:])
 
 
 def _at(names: Sequence[str], rows: Tensor) -> tuple[str, ...]:

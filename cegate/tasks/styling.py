@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -63,12 +64,18 @@ class Styling(Task):
         view = step.views["image"]
         rows = fired.nonzero()[:, 0]
         slots = [step.slots[row] for row in rows.tolist()]
-        kept = self.mask.draw(tuple(view.images.shape[-2:]), step.seed, step.iteration, slots)
-        drawn = self.injection.draw(step.seed, step.iteration, slots)
         rows = rows.to(view.images.device)
-        styled = self.injection(view.images[rows], kept, drawn)
+        styled = self._styled_images(view.images[rows], step, slots)
         images = view.images.index_copy(0, rows, styled.to(view.images.dtype))
         step.views["image"] = replace(view, images=images)
+
+    def _styled_images(self, images: Tensor, step: Step, slots: Sequence[int]) -> Tensor:
+        kept = self.mask.draw(tuple(images.shape[-2:]), step.seed, step.iteration, slots)
+        return self.injection(images, kept, self.injection.draw(step.seed, step.iteration, slots))
+
+    def pictures(self, step: Step) -> dict[str, Tensor]:
+        """Every sample styled."""
+        return {"styled": self._styled_images(step.batch.image, step, step.slots)}
 
     def journal(self) -> dict[str, float]:
         """Share of the samples since the last line that were styled."""

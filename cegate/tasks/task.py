@@ -137,6 +137,10 @@ class Task(Protocol):
         """What the next line of the journal says besides the loss: means since the last one."""
         return {}
 
+    def pictures(self, step: Step) -> dict[str, Tensor]:
+        """Title -> [B, C, H, W], normalised: what it makes of the images of a step that is not trained on."""
+        return {}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold of it, but for the weights of its parts."""
         return {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -14,11 +15,14 @@ from cegate.compute import precision_of
 from cegate.engine.sets import open_sets
 from cegate.engine.stage import Numerics, Stage
 from cegate.engine.team import open_team
-from cegate.engine.trainer import train
-from cegate.errors import ConfigError
+from cegate.engine.trainer import describe, train
+from cegate.errors import CheckpointError, ConfigError
 from cegate.gate import GatePlan
+from cegate.masks import BlockMask
+from cegate.parts.restore import build_decoder
 from cegate.runfolder import RunFolder
 from cegate.segmenter import build
+from cegate.style.statistics import StyleStatistics
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 
@@ -75,6 +79,32 @@ def test_a_run_cut_in_a_styled_iteration_goes_on_to_the_same_bytes_and_is_shared
     with torch.no_grad():
         assert torch.equal(loaded(image), trained(image))
         assert not torch.equal(loaded(image), build(config).eval()(image))
+
+
+def test_pictures_show_what_is_styled_masked_and_restored_by_the_weights_that_count(make, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("cegate.figures.draw_images", lambda columns, path: seen.update(columns, path=path))
+    config = make("crossearth", gate__samples=3)
+    path = train(config).path
+    assert seen.pop("path") == path / "figures/restored.png"
+    assert {title: np.shape(images) for title, images in seen.items()} == dict.fromkeys(
+        ("image", "styled", "masked", "restored"), (3, 3, 32, 32)
+    )
+    hidden = ~BlockMask(0.7, 8).draw((32, 32), 0, 3, range(3)).numpy()
+    kept = np.broadcast_to(~hidden, (3, 3, 32, 32))
+    image, masked, restored = (np.stack(seen[title]) for title in ("image", "masked", "restored"))
+    assert image.min() >= 0 and image.max() <= 1
+    np.testing.assert_allclose(masked[kept], image[kept], atol=1e-6)
+    state = load_state(path / "checkpoints/best.pt")
+    network, decoder = load_checkpoint(RunFolder(path), "best", config, "cpu").eval(), build_decoder("linear", 128, 3)
+    decoder.load_state_dict(
+        {key.removeprefix("mim.decoder."): v for key, v in state.task_weights.items() if ".decoder." in key}
+    )
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (network.recipe.mean, network.recipe.std))
+    with torch.no_grad():
+        x = ((torch.from_numpy(masked) - mean) / std).float()
+        expected = decoder(network.encode(x, plain=True).maps, (32, 32)) * std + mean
+    np.testing.assert_allclose(restored, expected.numpy(), atol=1e-4)
 
 
 def test_what_is_switched_off_is_as_if_it_were_not_there(make):
@@ -144,3 +174,45 @@ def test_all_of_the_loss_is_scored_sample_by_sample(make):
 def test_a_loss_that_cannot_be_scored_is_refused(make, method, changes, message):
     with pytest.raises(ConfigError, match=message):
         make(method, **changes)
+
+
+def test_what_a_run_would_do_is_said_before_it_begins(make):
+    told = describe(make("crossearth")).splitlines()
+    assert (
+        "styles: the source's own, by colour statistics (style.weights is not given); in 100 % of the iterations, "
+        in ("".join(told))
+    )
+    assert "masked images: 70 % of blocks of 8 px, linear, mse" in told
+    assert any(line.startswith("injector: gse at outputs, ") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"style__weights": "{}/other.safetensors"},
+            CheckpointError,
+            r"other\.safetensors is no pair of style networks",
+        ),
+        ({"style__weights": "{}"}, CheckpointError, r"there is no \S+checkpoint_stylepredictor\.pth; give the folder"),
+        (
+            {"style__statistics": "{}/hundred.npz"},
+            CheckpointError,
+            r"hundred\.npz is of embeddings of 100 numbers, but",
+        ),
+        ({"style__statistics": "{}/none.npz"}, CheckpointError, r"none\.npz cannot be read"),
+        ({"style__ratio": 1.5}, ConfigError, r"style\.ratio=1\.5 is out of range; use 0 to 1"),
+        ({"mim__ratio": -0.1}, ConfigError, r"mim\.ratio=-0\.1 is out of range; use 0 to 1"),
+        ({"style__block": 33}, ConfigError, r"style\.block=33 is larger than data\.crop=32; use at most the crop"),
+        ({"mim__block": 64}, ConfigError, r"mim\.block=64 is larger than data\.crop=32; use at most the crop"),
+        ({"injector__heads": 3}, ConfigError, r"injector\.width=16 is no multiple of injector\.heads=3"),
+        ({"injector__at": "blocks", "injector__chain": True}, ConfigError, r"injector\.chain=true goes with"),
+        ({"mim__method": "none"}, ConfigError, r"run\.method=crossearth means mim\.method=restore, but it is none"),
+    ],
+)
+def test_what_does_not_fit_is_one_line_and_makes_no_folder(make, tmp_path, changes, error, message):
+    safetensors.torch.save_file({"encoder.weight": torch.zeros(1)}, tmp_path / "other.safetensors")
+    StyleStatistics(np.zeros(100), np.eye(100)).save(tmp_path / "hundred.npz")
+    with pytest.raises(error, match=message) as raised:
+        train(make("crossearth", "run", **{key: str(value).format(tmp_path) for key, value in changes.items()}))
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -492,3 +493,13 @@ def test_errors_are_one_line(make_run, tmp_path, capsys, argv, code, message):
     names = {"run": str(make_run()), "gone": str(tmp_path / "gone")}
     found, line = refused(capsys, *(word.format(**names) for word in argv))
     assert found == code and message in line
+
+
+def test_restored_crops_of_a_run_are_in_its_page(make_run):
+    path = make_run()
+    config = RunFolder(path).config()
+    assert 'id="restored"' not in render_page(read_runs([path]), config, tiles=0)
+    (path / "figures").mkdir()
+    (path / "figures/restored.png").write_bytes(b"picture")
+    page = render_page(read_runs([path]), config, tiles=0)
+    assert 'id="restored"' in page and base64.b64encode(b"picture").decode() in page and 'href="#restored"' in page
