@@ -317,7 +317,7 @@ def load_checkpoint(run: RunFolder, which: str, config: Config, device: str | to
     state = load_state(path)
     if falls_back and state.stage != "after":
         raise CheckpointError(
-            f"{run.path} has no best checkpoint yet, its last is the frozen backbone and head of the baseline after "
+            f"{run.path} has no best checkpoint yet, its last is of stage frozen (backbone and head alone) after "
             f"{state.iteration} iterations; finish the run with --resume, or use the checkpoint last"
         )
     segmenter = build(config)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import errno
 import functools
+import io
 import os
 import re
 import shutil
@@ -61,6 +62,9 @@ def command(function: Callable[[Sequence[str]], int]) -> Main:
 
     @functools.wraps(function)
     def main(argv: Sequence[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):  # a terminal without é, or a name that is no text, stops nothing
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
             return function(sys.argv[1:] if argv is None else argv)
         except ConfigError as error:

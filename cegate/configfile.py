@@ -35,9 +35,6 @@ MOST_BYTES, MOST_DOTS = 2**20, 8
 
 NOT_YET: dict[str, tuple[str, ...]] = {
     "run.speed": (),
-    "run.log": (),
-    "train.loss": (),
-    "evaluate.tta": (),
 }
 """Section or key that nothing serves yet -> the words among its values that nothing serves; none: every value but the
 default. Who builds one takes it out; until then it is refused, and help does not show it."""
@@ -338,6 +335,11 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
+def domain_title(domain: str) -> str:
+    """What people read of a domain: *validation* for the held-out part, of which files say ``source``."""
+    return "validation" if domain == SOURCE_DOMAIN else domain
+
+
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
@@ -590,6 +592,11 @@ def _train_problems(config: Config) -> Iterator[str]:
         )
     if (train.schedule == "steps") != bool(train.milestones):
         yield "train.schedule=steps and train.milestones go together; give both or none"
+    if train.loss.name != "ce" and config.model.head == "mask2former":
+        yield (
+            f"train.loss.name={train.loss.name}: model.head=mask2former brings its own loss; leave it out "
+            "(class_weights it takes), or use another head"
+        )
     weights, classes = train.loss.class_weights, config.data.classes
     if weights is not None and classes and len(weights) != len(classes):
         yield f"train.loss.class_weights has {len(weights)} numbers for {len(classes)} classes; give one per class"

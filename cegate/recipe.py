@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-from cegate.config import IGNORE, Colour, Positive, Precision, Scale, Side, Word
+from cegate.config import IGNORE, Colour, LowHigh, Positive, Precision, Scale, Side, Word
 from cegate.errors import ConfigError, shown
 from cegate.fields import Meets, Range, read_fields
 
@@ -20,9 +20,7 @@ BandNumbers = Annotated[
 # of pixels on 0..1; no sensor and no file tells apart what differs by less than a millionth of its range
 Mean = Annotated[float, Range(-10, 10)]
 Deviation = Annotated[float, Range(1e-6, 10)]
-LowHigh = Annotated[
-    list[float], Meets(lambda ends: len(ends) == 2 and ends[0] <= ends[1], "[low, high] with low < high")
-]
+Ends = Annotated[list[float], Meets(lambda ends: len(ends) == 2 and ends[0] <= ends[1], "[low, high] with low < high")]
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ class Recipe:
     mean: tuple[Mean, ...]
     std: tuple[Deviation, ...]
     """Of each band, on 0..1: as the backbone was pretrained."""
-    value_range: list[LowHigh] | None = None
+    value_range: list[Ends] | None = None
     """(low, high) of each band, which become 0 and 1; low = high: the band was constant, and all of it is 0.
     None: 8-bit pixels, 0..255."""
     ignore: Annotated[int, Range(0, 255)] = IGNORE
@@ -107,5 +105,7 @@ class Recipe:
         for key, (wanted, of, one) in lengths.items():
             if len(given := getattr(self, key)) != len(wanted):
                 yield f"{key} has {len(given)} entries for {len(wanted)} {of}; give {one} for each"
+        if self.second is not None and self.second.scale == "fixed" and self.second.value_range is None:
+            yield "second.value_range is missing, which second.scale=fixed needs"
         if self.stride is not None and self.stride > self.crop:
             yield f"stride={self.stride} leaves gaps between windows of crop={self.crop}; use at most the crop"

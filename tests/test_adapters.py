@@ -304,11 +304,10 @@ def test_weights_that_are_not_finite_or_do_not_fit_are_refused(model, tmp_path):
         model.add_adapter("broken", cegate.read_adapter(folder))
     message = str(caught.value)
     assert message.startswith(f"{folder / WEIGHTS_FILE}: toolbox.spatial.1.up_q has 2 values that are not finite")
+    whole = cegate.read_adapter(write(tmp_path / "whole"))
+    half = dataclasses.replace(whole, weights={**whole.weights, "toolbox.spatial.1.up_q": nan})
     with pytest.raises(CheckpointError, match=r"cannot be added as 'broken': toolbox\.spatial\.1\.up_q has 2 values"):
-        whole = cegate.read_adapter(write(tmp_path / "whole"))
-        model.add_adapter(
-            "broken", dataclasses.replace(whole, weights={**whole.weights, "toolbox.spatial.1.up_q": nan})
-        )
+        model.add_adapter("broken", half)
     change_weights(folder, **{"toolbox.spatial.1.up_q": torch.zeros(128, 3), "vit.more": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"unexpected vit\.more; of another shape toolbox\.spatial\.1\.up_q"):
         model.add_adapter("broken", cegate.read_adapter(folder))

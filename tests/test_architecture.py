@@ -31,7 +31,7 @@ FLOORS = [
     ("engine",),
     ("matrix", "page"),
     ("cli",),
-    ("train", "evaluate", "predict", "inspect", "bench", "report", "convert", "init"),
+    ("train", "tune_lr", "evaluate", "predict", "inspect", "bench", "report", "convert", "init"),
     ("__main__",),
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

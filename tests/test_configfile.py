@@ -371,7 +371,6 @@ COMING = {
     "train.milestones": "[10]",
     "train.gamma": "0.5",
     "train.loss": "{name: ce+dice}",
-    "evaluate.tta": "flip",
 }
 
 

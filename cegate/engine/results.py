@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.configfile import SOURCE_DOMAIN, domain_title
 from cegate.engine.evaluator import percent
 
 Record = dict[str, Any]
@@ -22,11 +22,6 @@ def stage_title(stage: str, method: str | None = None) -> str:
     """What people read of a stage, of which files say ``before`` or ``after``: *frozen* for frozen backbone + head, and
     for what adapts it *gate*, or the method by its name where another was asked for."""
     return "frozen" if stage == "before" else method or "gate"
-
-
-def domain_title(domain: str) -> str:
-    """What people read of a domain: *validation* for the held-out part, of which files say ``source``."""
-    return "validation" if domain == SOURCE_DOMAIN else domain
 
 
 def best_iteration(records: Sequence[Record], stage: str, *, validated: bool) -> int | None:

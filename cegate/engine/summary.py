@@ -13,9 +13,10 @@ from rich.table import Table
 from cegate import ops
 from cegate.adapter_folder import find_adapter, read_description, read_weights
 from cegate.checkpoint import load_state
+from cegate.configfile import domain_title
 from cegate.engine.evaluator import percent
 from cegate.engine.results import best_iteration, records_of
-from cegate.figures import STAGES, domain_title, headline, in_order
+from cegate.figures import STAGES, headline, in_order
 from cegate.runfolder import RunFolder
 from cegate.sites import SiteId
 

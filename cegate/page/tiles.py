@@ -17,12 +17,12 @@ from PIL import Image
 from cegate.checkpoint import load_checkpoint
 from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.configfile import SOURCE_DOMAIN, domain_title
 from cegate.data.datasets import Item, SegmentationSet, open_set
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import percent, predict_logits, windows_of
 from cegate.errors import CegateError, DataError
-from cegate.figures import domain_title, headline
+from cegate.figures import headline
 from cegate.metrics import Confusion
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain
 from cegate.palette import default_palette

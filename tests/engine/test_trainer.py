@@ -230,7 +230,7 @@ def test_a_first_round_without_scores_stops_the_run(small, monkeypatch):
 
 
 def test_what_has_no_deterministic_form_on_a_gpu_is_refused_before_anything_is_written(small, monkeypatch):
-    monkeypatch.setattr("cegate.engine.trainer.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("cegate.engine.team.pick_device", lambda name: torch.device("cuda"))
     config = small(run__deterministic=True, model__head="mask2former")
     with pytest.raises(ConfigError, match=r"no deterministic form of mask2former.*use model\.head=linear"):
         train(config)
