@@ -10,11 +10,13 @@ from cegate import __version__, cli
 from cegate.errors import ConfigError, nearest
 
 VERBS = {
+    "init": "look at a folder of images and masks, and write a configuration for it",
     "train": "adapt a backbone to a source domain and test it on unseen target domains",
     "evaluate": "measure a trained run on labelled sets",
+    "tune-lr": "find a learning rate by short runs on what is held out of the source",
     "predict": "write the masks of images",
-    "convert": "turn a released checkpoint of Rein, CrossEarth or Earth-Adapter into an adapter folder",
-    "data": "published data sets: prepare, check or generate one; styles of images: measure or show them",
+    "convert": "turn a released checkpoint of Rein, CrossEarth, Earth-Adapter or MFNet into an adapter folder",
+    "data": "what lies in a folder; published data sets: prepare, check or generate; styles: measure or show them",
     "bench": "train methods on settings with several seeds, and compare them",
     "report": "write an HTML page about a run, or about a run among others",
     "inspect": "show what a run or adapter holds, or which backends run here",

@@ -59,13 +59,23 @@ class Adapter:
 
 
 def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """What is wrong with weights by name: missing, left over, or of another shape; one entry for each, keys named."""
+    """What is wrong with weights by name: missing, left over, of another shape, no numbers; one entry for each, keys
+    named."""
     wrong = {
         "missing": [key for key in expected if key not in weights],
         "unexpected": [key for key in weights if key not in expected],
         "of another shape": [k for k in expected if k in weights and expected[k].shape != weights[k].shape],
     }
-    return [f"{label} {some(keys)}" for label, keys in wrong.items() if keys]
+    return [f"{label} {some(keys)}" for label, keys in wrong.items() if keys] or not_numbers(weights)
+
+
+def not_numbers(weights: Mapping[str, Tensor]) -> list[str]:
+    """Weights that are not floating-point, or are NaN or infinite as float32, which all of them become."""
+    other = [f"{key} holds {value.dtype}" for key, value in weights.items() if not value.is_floating_point()]
+    floats = {key: value.float() for key, value in weights.items() if value.is_floating_point()}
+    counts = {key: int((~value.isfinite()).sum()) for key, value in floats.items()}
+    wrong = [f"{key} has {count} values that are not finite" for key, count in counts.items() if count]
+    return [f"{some(names)}" for names in (other, wrong) if names]
 
 
 def some(keys: Sequence[str]) -> str:
@@ -140,7 +150,7 @@ class AdapterBank(nn.Module):
         head = _build_head(network, adapter)
         expected = {f"toolbox.{site}.{key}": value for site, own in sites.items() for key, value in own.items()}
         expected |= {f"head.{key}": value for key, value in head.state_dict().items()}
-        if problems := misfits(expected, adapter.weights) or _not_finite(adapter.weights):
+        if problems := misfits(expected, adapter.weights):
             raise CheckpointError(f"{adapter.source} cannot be added as {name!r}: {'; '.join(problems)}")
         head.load_state_dict({key: adapter.weights[f"head.{key}"] for key in head.state_dict()})
         self._heads.append(head.to(next(network.vit.parameters()).device).requires_grad_(False).eval())
@@ -356,8 +366,3 @@ def _build_head(network: Network, adapter: Adapter) -> nn.Module:
         return build_head(
             adapter.config.model.head, channels=network.vit.embed_dim, classes=len(adapter.config.data.classes)
         )
-
-
-def _not_finite(weights: Mapping[str, Tensor]) -> list[str]:
-    counts = {key: int((~value.isfinite()).sum()) for key, value in weights.items()}
-    return [f"{key} has {count} values that are not finite" for key, count in counts.items() if count]

@@ -40,7 +40,7 @@ def load(path: str | Path, device: str | torch.device | None = None, *, weights:
     Raises:
         CheckpointError: no such folder, another backbone, or missing or extra weights.
     """
-    from cegate.checkpoint import load_adapter
+    from cegate.adapter_folder import load_adapter
 
     return load_adapter(Path(path), device, weights=None if weights is None else str(weights))
 
@@ -59,7 +59,7 @@ def load_many(
         ConfigError: no folder is given.
         CheckpointError: a folder has no adapter, or adapters differ in backbone, toolbox or layers of features.
     """
-    from cegate.checkpoint import load_adapter
+    from cegate.adapter_folder import load_adapter
 
     if not paths or not isinstance(paths, Mapping):
         raise ConfigError("load_many needs at least one adapter and its name, e.g. {'arid': 'runs/arid'}")
@@ -75,6 +75,6 @@ def read_adapter(path: str | Path) -> Adapter:
     Raises:
         CheckpointError: no such folder, or its files cannot be read.
     """
-    from cegate import checkpoint
+    from cegate import adapter_folder
 
-    return checkpoint.read_adapter(Path(path))
+    return adapter_folder.read_adapter(Path(path))

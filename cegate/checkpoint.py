@@ -1,51 +1,31 @@
-"""What is kept of a model: the full state for resume, and the adapter folder that is shared."""
+"""The full state of a training, for resume: written whole, with its checksum; what is shared is in `adapter_folder`."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import platform
 import shutil
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
-import safetensors.torch
-import timm
 import torch
 from torch import Tensor
 
 from cegate import __version__
-from cegate.adapters import Adapter, misfits
+from cegate.adapters import misfits
 from cegate.backbone.vit import weight_hash
-from cegate.compute import pick_device
 from cegate.config import Config
-from cegate.configfile import read_config
-from cegate.errors import CheckpointError, ConfigError, nearest
+from cegate.errors import CheckpointError, nearest
 from cegate.gate import GatePlan
-from cegate.recipe import Recipe
-from cegate.runfolder import RunFolder, write_json, write_text, written_aside
+from cegate.runfolder import RunFolder, written_aside
 from cegate.segmenter import Segmenter, build
 
-FORMAT_VERSION = 1  # of adapter folders
-STATE_VERSION = 2  # of checkpoints
-WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+STATE_VERSION = 2
 STAGES = ("before", "after")
-NEEDED_KEYS = (
-    *("backbone", "backbone_weights", "backbone_sha256", "image_size", "patch_size", "features", "toolbox"),
-    *("active_sites", "frozen_sites", "head", "classes", "palette", "bands", "mean", "std", "value_range", "ignore"),
-    *("crop", "stride", "seed"),
-)
-
-SECTIONS = ("toolbox", "refiner", "injector", "modal")
-"""Of the configuration, those whose parts are built anew from an adapter folder; older folders lack the later ones."""
-MODEL_WORDS = ("head", "tune", "resample", "normalize", "official_relpos")
-"""Of the section model, what an adapter folder has as it is."""
 
 
 @dataclass
@@ -286,16 +266,21 @@ def restore(segmenter: Segmenter, state: State, where: str | Path, *, backbone_s
     Raises:
         CheckpointError: other classes, another backbone, or weights that do not fit.
     """
-    _check_fit(segmenter, where, state.classes, state.backbone_sha256, backbone_sha256)
+    check_fit(segmenter, where, state.classes, state.backbone_sha256, backbone_sha256)
     load_trained(segmenter, state.trained, None, where)
     segmenter.toolbox.apply(GatePlan(state.active, state.frozen))
     segmenter.adapts(state.stage == "after")
     segmenter.recipe = replace(segmenter.recipe, value_range=state.value_range)
 
 
-def _check_fit(
+def check_fit(
     segmenter: Segmenter, where: str | Path, classes: Iterable[str], expected: str, found: str | None = None
 ) -> None:
+    """Whether weights belong to a model's classes and backbone.
+
+    Raises:
+        CheckpointError: they do not; both sides are named.
+    """
     if tuple(classes) != tuple(segmenter.classes):
         raise CheckpointError(
             f"{where} was trained for the classes {', '.join(classes)}, not {', '.join(segmenter.classes)}; "
@@ -307,200 +292,6 @@ def _check_fit(
             f"{where} was trained on a backbone with sha256 {expected[:12]}, this one "
             f"({segmenter.config.model.backbone}) has {found[:12]}; give the weights that were used in training"
         )
-
-
-# --- adapter folder -------------------------------------------------------------------------------------------------
-
-
-def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, results: Mapping[str, float | None]) -> None:
-    """Write the folder that one shares: trained sites that are on, the refiner, the head, and what is needed to rebuild
-    the model.
-
-    Args:
-        folder: made if needed; its three files are replaced.
-        segmenter: model with its final plan applied.
-        backbone_sha256: `weight_hash` of the frozen backbone.
-        results: domain -> mIoU, 0..1, for the card; None where no pixel has a label.
-    """
-    on = segmenter.toolbox.plan.on
-    shared = [name for name, part in segmenter.learning_modules().items() if getattr(part, "deployed", True)]
-    weights = {
-        key: value.cpu().contiguous()
-        for key, value in trained_weights(segmenter, on).items()
-        if key.partition(".")[0] in shared
-    }
-    description = _describe(segmenter, backbone_sha256)
-    with written_aside(folder / WEIGHTS_FILE) as aside:
-        safetensors.torch.save_file(weights, aside, metadata={"format": "pt"})
-    write_json(folder / CONFIG_FILE, description)
-    write_text(folder / "README.md", _card(description, weights, results))
-
-
-def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
-    config = segmenter.config
-    plan = segmenter.toolbox.plan
-    return {
-        "format_version": FORMAT_VERSION,
-        "cegate_version": __version__,
-        "torch_version": torch.__version__,
-        "timm_version": timm.__version__,
-        "backbone": config.model.backbone,
-        "backbone_weights": config.model.weights,
-        "backbone_sha256": backbone_sha256,
-        "image_size": config.model.image_size or config.data.crop,
-        "patch_size": segmenter.backbone.patch,
-        "features": segmenter.layers,
-        **{name: asdict(getattr(config, name)) for name in SECTIONS},
-        "active_sites": list(plan.active),
-        "frozen_sites": list(plan.frozen),
-        **{word: getattr(config.model, word) for word in MODEL_WORDS},
-        **segmenter.recipe.to_mapping(),
-        "seed": config.run.seed,
-    }
-
-
-def _card(description: Mapping[str, Any], weights: Mapping[str, Tensor], results: Mapping[str, float | None]) -> str:
-    sites = [*description["active_sites"], *description["frozen_sites"]]
-    shown = {domain: "–" if miou is None else f"{100 * miou:.1f}" for domain, miou in results.items()}
-    rows = "".join(f"| {domain} | {miou} |\n" for domain, miou in shown.items())
-    table = f"\n| domain | mIoU (%) |\n|---|---|\n{rows}" if rows else ""
-    count = sum(weight.numel() for weight in weights.values())
-    refiner = description["refiner"]
-    tokens = f", {refiner['tokens']} rein tokens a layer" if refiner["method"] == "rein" else ""
-    tokens += ", geospatial queries" if description["injector"]["method"] == "gse" else ""
-    backbone = "a tuned backbone, " if description["tune"] == "full" else ""
-    parts = f"{backbone}{len(sites)} sites{tokens} and a {description['head']} head"
-    without = "was tuned from" if backbone else "is not included; its"
-    return (
-        f"# CrossEarth-Gate adapter for {description['backbone']}\n\n"
-        f"{count:,} trained weights: {parts}. The frozen backbone {without} weights have sha256 "
-        f"`{description['backbone_sha256']}`.\n\n"
-        f"Classes: {', '.join(description['classes'])}.\n\nSites: {', '.join(sites) or 'none'}.\n{table}\n"
-        "```python\nimport cegate\n\nsegmenter = cegate.load('.')\nmask = segmenter.predict('image.tif')\n```\n\n"
-        f"Written by cegate {description['cegate_version']} on Python {platform.python_version()}.\n"
-    )
-
-
-def adapter_folder(path: Path) -> Path:
-    """The adapter folder at or below a path.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    for folder in (path, path / "adapter"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    if (path / "config.yaml").is_file():
-        raise CheckpointError(
-            f"{path} has no adapter yet; finish the run with --resume, or evaluate a checkpoint of it"
-        )
-    raise CheckpointError(f"{path} is neither a run nor an adapter folder (it has no {CONFIG_FILE})")
-
-
-def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The description in an adapter folder.
-
-    Raises:
-        CheckpointError: unreadable, another format version, or keys are missing.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    version = description.get("format_version") if isinstance(description, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format_version {version}; this cegate {__version__} reads {FORMAT_VERSION}")
-    if missing := [key for key in NEEDED_KEYS if key not in description]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}; copy the adapter folder again")
-    return description
-
-
-def load_adapter(path: Path, device: str | torch.device | None = None, *, weights: str | None = None) -> Segmenter:
-    """Rebuild a model from an adapter folder, or from the run that holds one.
-
-    Args:
-        path: run or adapter folder.
-        device: where to put it; default: a GPU if there is one.
-        weights: backbone weights, where the file used in training lies elsewhere here.
-
-    Raises:
-        CheckpointError: no adapter, another backbone, or missing or extra weights; they are named.
-        BackboneError: the backbone cannot be built.
-    """
-    folder = adapter_folder(Path(path))
-    description = read_adapter_config(folder)
-    segmenter = build(_rebuild_config(description, folder, weights))
-    _check_fit(segmenter, folder, description["classes"], description["backbone_sha256"])
-    file = folder / WEIGHTS_FILE
-    trained = _read_weights(file)
-    plan = GatePlan(description["active_sites"], description["frozen_sites"])
-    if unknown := [site for site in plan.on if site not in segmenter.toolbox.sites]:
-        raise CheckpointError(f"{folder / CONFIG_FILE} names the site {unknown[0]!r}, which the backbone does not have")
-    load_trained(segmenter, trained, plan.on, file)
-    segmenter.toolbox.apply(plan)
-    segmenter.recipe = Recipe.from_mapping(description)
-    return segmenter.to(pick_device(device or "auto") if isinstance(device, str | None) else device).eval()
-
-
-def read_adapter(path: Path) -> Adapter:
-    """An adapter folder, or that of a run, in memory, for :meth:`Segmenter.add_adapter`; no model is built.
-
-    Raises:
-        CheckpointError: no adapter, or its files cannot be read.
-    """
-    folder = adapter_folder(Path(path))
-    description = read_adapter_config(folder)
-    return Adapter(
-        config=_rebuild_config(description, folder, None),
-        plan=GatePlan(description["active_sites"], description["frozen_sites"]),
-        backbone_sha256=description["backbone_sha256"],
-        recipe=Recipe.from_mapping(description),
-        source=str(folder / WEIGHTS_FILE),
-        weights=_read_weights(folder / WEIGHTS_FILE),
-    )
-
-
-def _read_weights(file: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-
-
-def _rebuild_config(description: Mapping[str, Any], folder: Path, weights: str | None) -> Config:
-    mapping = {
-        "run": {"seed": description["seed"], "precision": description.get("precision", "auto")},
-        "data": {
-            "classes": description["classes"],
-            "palette": description["palette"],
-            "crop": description["crop"],
-            "stride": description["stride"],
-            "source": {"bands": description["bands"], "second": _second_of(description)},
-        },
-        "model": {
-            "backbone": description["backbone"],
-            "weights": weights or description["backbone_weights"],
-            "image_size": description["image_size"],
-            "patch_size": description["patch_size"],
-            "features": description["features"],
-            **{word: description[word] for word in MODEL_WORDS if word in description},
-        },
-        **{name: description[name] for name in SECTIONS if name in description},
-        "gate": {"method": "none"},
-    }
-    try:
-        return read_config(mapping)
-    except ConfigError as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE}: {error}") from error
-
-
-def _second_of(description: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``data.source.second`` of what an adapter folder says."""
-    if (second := description.get("second")) is None:
-        return None
-    missing = "allow" if "second" in second.get("dispensable", ()) else "error"
-    return {key: value for key, value in second.items() if key != "dispensable"} | {"missing": missing}
 
 
 def load_checkpoint(run: RunFolder, which: str, config: Config, device: str | torch.device) -> Segmenter:
@@ -526,7 +317,7 @@ def load_checkpoint(run: RunFolder, which: str, config: Config, device: str | to
     state = load_state(path)
     if falls_back and state.stage != "after":
         raise CheckpointError(
-            f"{run.path} has no best checkpoint yet, its last is the frozen backbone and head of the baseline after "
+            f"{run.path} has no best checkpoint yet, its last is of stage frozen (backbone and head alone) after "
             f"{state.iteration} iterations; finish the run with --resume, or use the checkpoint last"
         )
     segmenter = build(config)

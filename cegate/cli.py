@@ -6,9 +6,12 @@ import argparse
 import dataclasses
 import errno
 import functools
+import io
 import os
 import re
+import shutil
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +24,7 @@ from cegate.errors import CegateError, ConfigError, shown
 from cegate.fields import default_of, hints_of, section_of, texts_of
 
 GOOD, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+_PLAIN_WIDTH, _NARROWEST = 160, 60  # of lines that go to no terminal, and of those that do
 
 # what a user can mend: no permission, a full disk, a file where a folder is wanted; all else is ours
 _OF_A_PLACE = {
@@ -58,6 +62,9 @@ def command(function: Callable[[Sequence[str]], int]) -> Main:
 
     @functools.wraps(function)
     def main(argv: Sequence[str] | None = None) -> int:
+        for stream in (sys.stdout, sys.stderr):  # a terminal without é, or a name that is no text, stops nothing
+            if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="backslashreplace")
         try:
             return function(sys.argv[1:] if argv is None else argv)
         except ConfigError as error:
@@ -212,6 +219,17 @@ def count(text: str, name: str, least: int, most: int = 10**9) -> int:
     if not re.fullmatch("[0-9]{1,18}", text) or not least <= int(text) <= most:
         raise ConfigError(f"--{name} {shown(text)} is not accepted; expected a whole number from {least} to {most}")
     return int(text)
+
+
+def print_rows(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """A title, and (what, text) one below the other, wrapped; what repeats is not said again."""
+    width = max(shutil.get_terminal_size((_PLAIN_WIDTH, 24)).columns, _NARROWEST)
+    indent, last = max((len(what) for what, _ in rows), default=0) + 4, None
+    print(title)
+    for what, text in rows:
+        first = f"  {'' if what == last else what}".ljust(indent)
+        print(textwrap.fill(text, width, initial_indent=first, subsequent_indent=" " * indent, break_long_words=False))
+        last = what
 
 
 def _parser(usage: Usage) -> argparse.ArgumentParser:

@@ -16,6 +16,8 @@ from cegate.sites import PAPER_KINDS, kinds
 IGNORE = 255
 
 # bounds end where a number is surely a slip of the keyboard; memory ends earlier
+Word = Annotated[str, Pattern(r"[a-z][a-z0-9_]*", "word", "small letters, digits and '_', a letter first")]
+Scale = Literal["tile", "scene", "fixed"]
 Count = Annotated[int, Range(1, 10**9)]
 Length = Annotated[int, Range(0, 10**9)]
 Side = Annotated[int, Range(1, 16384)]
@@ -28,6 +30,17 @@ LowHigh = Annotated[
     list[float], Meets(lambda ends: len(ends) == 2 and ends[0] < ends[1], "[low, high] with low < high")
 ]
 Bands = Annotated[list[Annotated[int, Range(1, 65535)]], Meets(bool, "one or more band numbers counted from 1")]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Head = Literal["linear", "mask2former", "unetformer"]
+Tune = Literal["frozen", "full"]
+Resample = Literal["timm", "plain"]
+Normalize = Literal["pretrained", "unit"]
+Patch = Annotated[int, Range(1, 256)]
+FourLayers = Annotated[
+    list[Annotated[int, Range(0, 999)]],
+    Meets(lambda layers: len(layers) == 4 and layers == sorted(set(layers)), "four increasing 0-based layers"),
+]
 Colour = Annotated[str, Pattern(r"#[0-9a-fA-F]{6}", "'#RRGGBB'", "six hexadecimal digits behind '#'")]
 
 
@@ -43,7 +56,7 @@ class RunConfig:
     """Folder of the run; default runs/<name>."""
     method: Annotated[str, OneOf(METHODS.keys)] | None = None
     """What adapts the backbone, in a word that sets toolbox.kinds, gate.method, refiner.method and model.tune."""
-    seed: Annotated[int, Range(0, 2**63 - 1)] = 0
+    seed: Seed = 0
     """Seed of weights, data stream and Fisher probes."""
     deterministic: bool = False
     """Use only deterministic torch algorithms."""
@@ -51,7 +64,7 @@ class RunConfig:
         "auto"
     )
     """auto, cpu, cuda or cuda:<index>."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """auto is bf16 on a GPU that has it and fp32 elsewhere."""
     speed: Literal["auto", "eager"] = "auto"
     """auto compiles where that pays; eager runs every operation as it is written."""
@@ -63,13 +76,13 @@ class RunConfig:
 class SecondConfig:
     """A second raster of every image: elevation, SAR, infrared."""
 
-    name: Annotated[str, Pattern(r"[a-z][a-z0-9_]*", "word", "small letters, digits and '_', a letter first")] = "dsm"
+    name: Word = "dsm"
     """Word for it in the names of sites (spatial.7.dsm), pictures and pages."""
     images: str = "second/*"
     """Glob below root, or below '/'; paired with the images as masks are. Without wildcards it is one file for all."""
     bands: Bands | None = None
     """1-based bands to read; default: all but alpha, of a grey picture stored three times the first."""
-    scale: Literal["tile", "scene", "fixed"] = "tile"
+    scale: Scale = "tile"
     """Mapped to 0..1 by the smallest and largest value under the image, of the whole file, or by value_range."""
     value_range: LowHigh | None = None
     """[low, high] mapped to 0..1 (fixed), in the raster's unit."""
@@ -94,7 +107,7 @@ class SetConfig:
     """Glob of the masks below root (folder). Pairs are formed by the part of the name that the two globs leave open."""
     split: str | None = None
     """loveda: Train/Urban, Train/Rural, Val/Urban or Val/Rural. prepared: a part of the set, such as train or IRRG/val.
-    generated: the climate."""
+    generated: the climate. folder: a .txt below root, or elsewhere, with the names of its images, one a line."""
     label_map: dict[str, str | int] | None = None
     """Mask value or '#RRGGBB' -> class name, class index or 'ignore'; default: values are class indices."""
     bands: Bands | None = None
@@ -118,9 +131,12 @@ class SetConfig:
     second: SecondConfig | None = None
     """A second raster of every image (elevation, SAR, infrared); default: none. generated: elevation in metres."""
     val_fraction: Annotated[float, Range(0, 0.9, above=True)] | None = None
-    """Share of the pairs that is held out of training as data.validation."""
+    """Share of the source that is held out of training as data.validation: a whole place where images know theirs, else
+    whole folders, else neighbours by name; run.seed decides which."""
     attribute: str | None = None
-    """Masks as vector files: the attribute that holds the class."""
+    """Masks as vector files (.gpkg, .geojson, .shp): the attribute that holds the class, a value of label_map or a
+    class name; default: every feature is class 1. Where features overlap the later counts; where there is none, or
+    one without value, the pixel is class 0, or what label_map says of ''."""
 
 
 @dataclass(frozen=True)
@@ -181,23 +197,17 @@ class ModelConfig:
     """auto (timm's hub, or the shipped file for tiny), none (random), or the path of a .pth or .safetensors file."""
     image_size: Side | None = None
     """Side in pixels that fixes the position grid; default data.crop."""
-    patch_size: Annotated[int, Range(1, 256)] | None = None
+    patch_size: Patch | None = None
     """Resample the patch embedding to this size; default: the backbone's own."""
-    features: (
-        Annotated[
-            list[Annotated[int, Range(0, 999)]],
-            Meets(lambda layers: len(layers) == 4 and layers == sorted(set(layers)), "four increasing 0-based layers"),
-        ]
-        | None
-    ) = None
+    features: FourLayers | None = None
     """Four 0-based layers that the head sees; default 1/3, 1/2, 2/3 and all of the depth."""
-    head: Literal["linear", "mask2former", "unetformer"] = "linear"
+    head: Head = "linear"
     """linear (fast) or mask2former (the paper's)."""
-    tune: Literal["frozen", "full"] = "frozen"
+    tune: Tune = "frozen"
     """The backbone keeps its weights, or learns too (full fine-tuning)."""
-    resample: Literal["timm", "plain"] = "timm"
+    resample: Resample = "timm"
     """Positions and patches of another size: as timm resamples them, or bicubic as CrossEarth's files are made."""
-    normalize: Literal["pretrained", "unit"] = "pretrained"
+    normalize: Normalize = "pretrained"
     """Pixels as the backbone was pretrained (mean and deviation of each band), or 0..1 as they are."""
     official_relpos: bool = False
     """SAM without its relative positions, which MFNet's published code never loads."""

@@ -35,11 +35,6 @@ MOST_BYTES, MOST_DOTS = 2**20, 8
 
 NOT_YET: dict[str, tuple[str, ...]] = {
     "run.speed": (),
-    "run.log": (),
-    "data.<set>.val_fraction": (),
-    "data.<set>.attribute": (),
-    "train.loss": (),
-    "evaluate.tta": (),
 }
 """Section or key that nothing serves yet -> the words among its values that nothing serves; none: every value but the
 default. Who builds one takes it out; until then it is refused, and help does not show it."""
@@ -112,7 +107,7 @@ def read_config(
     _refuse(where, [problem for problem in problems if problem in found])  # an override may have mended one
     _refuse("", found)
     _refuse("", list(_idle_roots(config, before, overrides, training)))
-    config = _with_roots(config)
+    config = _with_held_out(_with_roots(config))
     if config.modal.single:
         config = _map_sets(config, lambda item: dataclasses.replace(item, second=None))
     _refuse("", find_problems(config, training=training))
@@ -169,6 +164,19 @@ def _with_roots(config: Config) -> Config:
         return dataclasses.replace(item, root=known)
 
     return _map_sets(config, resolve)
+
+
+def _with_held_out(config: Config) -> Config:
+    """What val_fraction holds out of the source is the validation set: the same set with the same fraction."""
+    data = config.data
+    if data.source.val_fraction is None or data.validation is not None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(data, validation=data.source))
+
+
+def is_list(split: str | None) -> bool:
+    """Whether the split of a set is a text file of names."""
+    return split is not None and split.lower().endswith(".txt")
 
 
 def _map_sets(config: Config, change: Callable[[SetConfig], SetConfig]) -> Config:
@@ -327,6 +335,11 @@ def _leaves(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield f"{prefix}{key}", value
 
 
+def domain_title(domain: str) -> str:
+    """What people read of a domain: *validation* for the held-out part, of which files say ``source``."""
+    return "validation" if domain == SOURCE_DOMAIN else domain
+
+
 # --- keys -----------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +470,8 @@ def _data_problems(config: Config, training: bool) -> Iterator[str]:
                 f"data.targets.{shown(name)}: {shown(name)!r} cannot name a target; use letters, digits, '_', '-' and "
                 "not 'source'"
             )
+    if data.validation is not None and data.validation.val_fraction != data.source.val_fraction:
+        yield "data.source.val_fraction and data.validation exclude each other; give one"
     for key, item in _sets(config):
         if training or key != "data.source":
             yield from _set_problems(item, key, data.classes, training)
@@ -485,8 +500,12 @@ def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str], training
         yield f"{prefix}.root names {shown(unknown[0])}; give --data.roots.{shown(unknown[1])} the folder that holds it"
     if item.kind != "folder" and not item.split:
         yield f"{prefix}.split is missing; a set of kind {item.kind} needs it"
-    if training and item.kind == "folder" and item.split:  # runs that ignored it can still be read
-        yield f"{prefix}.split={shown(item.split)} is not built yet for a set of kind folder; leave it out"
+    if training and item.kind == "folder" and item.split and not is_list(item.split):  # runs that ignored it are read
+        yield f"{prefix}.split={shown(item.split)} is no text file; a folder takes a .txt with one name a line"
+    if item.val_fraction is not None and item.kind == "generated":
+        yield f"{prefix}.val_fraction: scenes are drawn; give data.validation another first in place of it"
+    if item.val_fraction is not None and prefix not in ("data.source", "data.validation"):
+        yield f"{prefix}.val_fraction counts in data.source alone; leave it out"
     if item.second is not None and (item.second.scale == "fixed") != (item.second.value_range is not None):
         yield f"{prefix}.second: scale=fixed and value_range go together; give both or none"
     for value, meaning in (item.label_map or {}).items():
@@ -573,6 +592,11 @@ def _train_problems(config: Config) -> Iterator[str]:
         )
     if (train.schedule == "steps") != bool(train.milestones):
         yield "train.schedule=steps and train.milestones go together; give both or none"
+    if train.loss.name != "ce" and config.model.head == "mask2former":
+        yield (
+            f"train.loss.name={train.loss.name}: model.head=mask2former brings its own loss; leave it out "
+            "(class_weights it takes), or use another head"
+        )
     weights, classes = train.loss.class_weights, config.data.classes
     if weights is not None and classes and len(weights) != len(classes):
         yield f"train.loss.class_weights has {len(weights)} numbers for {len(classes)} classes; give one per class"

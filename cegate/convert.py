@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 USAGE = cli.Usage(
     "cegate convert FILE",
     "Turn a released mmsegmentation checkpoint of Rein, CrossEarth or Earth-Adapter, or one that MFNet's published "
-    "code has saved, into an adapter folder that every command takes, or a DINOv2 backbone into weights at the size that those were trained with. Nothing in a file is "
-    "run, and no key goes unaccounted for: conversion.json lists all of them.",
+    "code has saved, into an adapter folder that every command takes, or a DINOv2 backbone into weights at the size "
+    "that those were trained with. Nothing in a file is run, and no key goes unaccounted for: conversion.json lists "
+    "all of them.",
     (
         cli.Option("out", "New adapter folder; for a backbone, a .safetensors file.", "PATH"),
         cli.Option(
@@ -283,8 +284,9 @@ def _config(
 
 def _write_adapter(found: Converted, config: Mapping[str, Any], folder: Path, file: Path) -> None:
     """Build the model, load every weight strictly, and write what one shares."""
+    from cegate.adapter_folder import save_adapter
     from cegate.backbone.vit import weight_hash
-    from cegate.checkpoint import load_trained, save_adapter
+    from cegate.checkpoint import load_trained
     from cegate.configfile import read_config
     from cegate.segmenter import build
 
@@ -300,7 +302,8 @@ def _write_adapter(found: Converted, config: Mapping[str, Any], folder: Path, fi
 
 
 def _fitting_backbone(path: Path, folder: Path, crop: int) -> str:
-    """A backbone file at the size that is wanted: itself, or a resampled copy in the folder."""
+    """A backbone file at the size that is wanted, in the folder, for an adapter opens no file elsewhere: the same file
+    once more, without taking room where the disk can do that, or a resampled copy."""
     state, _ = read_checkpoint(path)
     state = {key.removeprefix("backbone."): value for key, value in state.items()}
     kernel, positions = state.get("patch_embed.proj.weight"), state.get("pos_embed")
@@ -308,7 +311,13 @@ def _fitting_backbone(path: Path, folder: Path, crop: int) -> str:
         raise CheckpointError(f"--weights {path} is no ViT: patch_embed.proj.weight or pos_embed is missing")
     fits = kernel.shape[-1] == PATCH_PX and positions.shape[1] == 1 + (crop // PATCH_PX) ** 2
     if fits and path.suffix in (".pth", ".safetensors") and not any(key.startswith("reins.") for key in state):
-        return str(path)
+        own = folder / Path(BACKBONE_FILE).with_suffix(path.suffix)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            own.hardlink_to(path.resolve())
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, own)
+        return str(own)
     _write_backbone(state, folder / BACKBONE_FILE, crop)
     return str(folder / BACKBONE_FILE)
 

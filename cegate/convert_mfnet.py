@@ -65,8 +65,8 @@ class MFNet:
     """A converted checkpoint."""
 
     weights: dict[str, dict[str, Tensor]] = field(default_factory=lambda: {part: {} for part in PARTS})
-    """``modal`` (MMAdapter or MMLoRA), ``fusion`` (DFM), ``head`` (UNetFormer) and ``vit`` (the frozen encoder, by timm's
-    names; empty where there is none) -> state dict."""
+    """``modal`` (MMAdapter or MMLoRA), ``fusion`` (DFM), ``head`` (UNetFormer) and ``vit`` (the frozen encoder, by
+    timm's names; empty where there is none) -> state dict."""
     report: dict[str, str] = field(default_factory=dict)
     """Key of the checkpoint -> what became of it: ``part.name``, 'the same again' or 'not used'."""
 
@@ -178,8 +178,9 @@ def write_mfnet(
     Raises:
         CheckpointError: no whole MFNet, or of another encoder.
     """
+    from cegate.adapter_folder import save_adapter
     from cegate.backbone.vit import weight_hash
-    from cegate.checkpoint import load_trained, save_adapter, trained_weights
+    from cegate.checkpoint import load_trained, trained_weights
     from cegate.configfile import read_config
     from cegate.runfolder import write_json, written_aside
     from cegate.segmenter import build
@@ -201,6 +202,7 @@ def write_mfnet(
     modal |= {"method": "mmlora" if lora else "mmadapter", "official_norm": found.official_norm}
     model = {"backbone": backbone or BACKBONES[found.width], "weights": str(weights), "head": "unetformer"}
     model |= {"normalize": "unit", "resample": "plain", "official_relpos": found.official_relpos or not encoder}
+    model["features"] = [*range(found.depth - 4, found.depth)]  # of four, the pyramid is made of the last
     source = {"bands": [1, 2, 3], "second": {"bands": [1], "scale": "tile"}}
     data = {"classes": names, "crop": crop or 256, "stride": stride or 128, "source": source}
     segmenter = build(read_config({"data": data, "model": model, "modal": modal, "gate": {"method": "none"}}))

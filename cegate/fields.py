@@ -1,6 +1,7 @@
 """Values of dataclass fields: the one judge of what a configuration may hold, and the texts that help shows.
 
-A field's type says what is accepted (int, float, bool, str, Literal, list, dict, dataclass, unions of them),
+A field's type says what is accepted (int, float, bool, str, Literal, list, tuple of equals, dict, dataclass, unions of
+them),
 `Annotated` with `Range`, `Pattern`, `Meets` or `OneOf` which values of the type, and the string under the field what it
 means. The judge is ours and no library's: YAML decides no type here (`cegate.yamltext`), a message names key, value,
 what is accepted and what was probably meant, all problems come at once, and help needs nothing but argparse.
@@ -21,16 +22,17 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Integral
 from pathlib import PurePath
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 
-from cegate.errors import is_printable, nearest, shown
+from cegate.errors import ConfigError, is_printable, nearest, shown
 from cegate.yamltext import NULLS, Text, parse_yaml
 
 MOST_LETTERS = 4096
 """Of a text: the longest path that Linux takes."""
 HUGE = sys.float_info.max
+Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,13 +102,14 @@ class _OutOfRange(Exception):
 class Reader:
     """Makes dataclasses of nested mappings. What is wrong is collected, and defaults stand in."""
 
-    def __init__(self, suggest: Callable[[str, str, Iterable[str]], str]) -> None:
+    def __init__(self, suggest: Callable[[str, str, Iterable[str]], str], *, empty_is_default: bool = True) -> None:
         """
         Args:
             suggest: (unknown name, dotted key of its section, names known there) -> what was probably meant.
+            empty_is_default: a section that is null stands for its defaults, as a person leaves it empty.
         """
         self.problems: list[str] = []
-        self._suggest = suggest
+        self._suggest, self._empty_is_default = suggest, empty_is_default
 
     def read(self, hint: Any, value: Any, key: str = "") -> Any:
         """The value as the type says; texts as typed are read as YAML where the type is a list or a mapping."""
@@ -114,7 +117,7 @@ class Reader:
         if cls is None:
             return self._read_value(hint, value, key)
         value = loaded(value)
-        if value is None:
+        if value is None and (optional or self._empty_is_default):
             return None if optional else {} if named else cls()
         if not isinstance(value, Mapping):
             hints = hints_of(cls)
@@ -155,6 +158,22 @@ class Reader:
 
     def _note(self, problem: str) -> None:
         self.problems.append(problem)
+
+
+def read_fields(cls: type[Made], mapping: Mapping[str, Any]) -> Made:
+    """A dataclass of those keys of a flat mapping that are its fields; other keys are passed over.
+
+    Raises:
+        ConfigError: keys without a default are missing, or values do not fit; all are named at once.
+    """
+    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in mapping]:
+        raise ConfigError(f"lacks {', '.join(missing)}")
+    reader = Reader(lambda name, parent, known: nearest(name, known), empty_is_default=False)
+    made = reader.read(cls, {name: mapping[name] for name in hints_of(cls) if name in mapping})
+    if reader.problems:
+        raise ConfigError("; ".join(reader.problems))
+    return made
 
 
 def loaded(value: Any) -> Any:
@@ -206,9 +225,9 @@ def _fit(hint: Any, value: Any) -> Any:
         raise _OfAnotherType
     if origin is typing.Literal:
         fits = [word for word in args if isinstance(value, str) and word == value]
-    elif origin is list:
+    elif origin in (list, tuple):
         items = loaded(value)
-        fits = [[_fit(args[0], item) for item in items]] if isinstance(items, list | tuple) else []
+        fits = [origin(_fit(args[0], item) for item in items)] if isinstance(items, list | tuple) else []
     elif origin is dict:
         items = loaded(value)
         fits = [{_text(_name(k)): _fit(args[1], v) for k, v in items.items()}] if isinstance(items, Mapping) else []
@@ -332,7 +351,7 @@ def describe(hint: Any) -> str:
         return describe(args[0])
     if is_union(hint):
         return " or ".join(map(describe, args))
-    if origin is list:
+    if origin in (list, tuple):
         return f"a list of ({describe(args[0])})"
     if origin is dict:
         return f"a mapping from {describe(args[0])} to {describe(args[1])}"

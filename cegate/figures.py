@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from cegate.config import IGNORE
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.configfile import domain_title
 from cegate.runfolder import written_aside
 from cegate.sites import SiteId, kinds
 
@@ -102,11 +102,6 @@ def site_groups(sites: Iterable[str]) -> dict[str, dict[int, str]]:
         title = f"{site.kind} · {site.stream}" if site.stream else site.kind
         groups.setdefault(title, {})[site.layer] = site
     return groups
-
-
-def domain_title(domain: str) -> str:
-    """A domain's name as readers understand it."""
-    return "validation" if domain == SOURCE_DOMAIN else domain
 
 
 def headline(record: Record) -> tuple[str, float | None]:

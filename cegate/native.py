@@ -70,14 +70,13 @@ def _like(tensor: Tensor, wanted: bool = True) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else tensor.new_empty(0)
 
 
-def _filter(
-    x: Tensor, height: int, width: int, cutoff: float, band: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+def _filter(x: Tensor, height: int, width: int, cutoff: float, band: str) -> tuple:
+    """rows, columns, row_weights, column_weights, coupled."""
     kept = make_filter(x, (height, width), cutoff, band, 0.0)
     return kept.rows, kept.columns, kept.row_weights, kept.column_weights, kept.coupled
 
 
-# The operators of C++ take a filter as matrices. These take the grid, so that a compiled graph holds for every grid.
+# C++ takes a filter as matrices; these operators take the grid, so that one compiled graph holds for every grid
 GRID = "SymInt height, SymInt width, float cutoff, str band"
 
 

@@ -190,9 +190,10 @@ def frequency_adapter(
     weights = (down, down_bias, up, up_bias, router, router_bias, torch.as_tensor(scale, device=x.device))
     if _runs_in_cpp("frequency_adapter", backend, {"x": x}, _learnable(cutoff)):
         cast = [weight if weight.dtype == x.dtype else weight.to(x.dtype) for weight in weights]
-        patches = x[:, prefix:] if prefix else x
-        check_grid(patches, grid, cutoff, band)
-        mixed = native.frequency_adapter(patches, *cast, *grid, float(cutoff), band, adapters or [])[0]
+        check_grid(x, grid, cutoff, band, prefix)
+        mixed = native.frequency_adapter(
+            x[:, prefix:] if prefix else x, *cast, *grid, float(cutoff), band, adapters or []
+        )[0]
         return torch.cat([x[:, :prefix], mixed], dim=1) if prefix else mixed
     rest = {"cutoff": cutoff, "band": band, "tau": tau, "prefix": prefix, "backend": backend}
     stacked = down.ndim == 4

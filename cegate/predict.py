@@ -39,6 +39,11 @@ USAGE = cli.Usage(
             "no seams; or none, alike, as evaluation does.",
             "none|linear|cosine",
         ),
+        cli.Option(
+            "tta",
+            "flip averages the class shares of an image and its mirror image, for twice the time; default none.",
+            "none|flip",
+        ),
         cli.Option("all_pixels", "Predict also where an image says that it has no data (nodata value, alpha, mask)."),
     ),
     bare="input",
@@ -58,14 +63,18 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from cegate.checkpoint import load_adapter
+    from cegate.adapter_folder import load_adapter
     from cegate.compute import pick_device
     from cegate.scenes import files
     from cegate.scenes.mosaic import BLENDS
+    from cegate.scenes.predictor import TTA
 
     windows = {"stride": _stride(options["stride"]), "blend": options["blend"] or "cosine"}
+    windows["tta"] = options["tta"] or "none"
     if windows["blend"] not in BLENDS:
         raise ConfigError(f"--blend {windows['blend']} is unknown; use {', '.join(BLENDS)}")
+    if windows["tta"] not in TTA:
+        raise ConfigError(f"--tta {windows['tta']} is unknown; use {' or '.join(TTA)}")
     images = files.find_images(options["second"] if alone else options["input"])
     paired = bool(options["second"]) and not alone
     seconds = files.pair_second(images, files.find_images(options["second"])) if paired else None

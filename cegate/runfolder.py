@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "run.name",
     "run.work_dir",
     "run.device",
+    "run.log",
     "data.workers",
     "train.log_every",
     "train.checkpoint_every",

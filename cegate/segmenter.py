@@ -20,6 +20,7 @@ from cegate.data.scale import EIGHT_BIT, ValueRange
 from cegate.errors import BackboneError, ConfigError, DataError
 from cegate.gate import GatePlan, select_top_k
 from cegate.heads.build import build_head
+from cegate.losses import pixel_loss_of
 from cegate.necks.dfm import DFM, Neck, StreamSum
 from cegate.network import Network
 from cegate.palette import default_palette
@@ -178,7 +179,12 @@ class Segmenter(Network):
         return replace(self.bank.named(adapter).recipe, precision=self.recipe.precision)
 
     def predictor(
-        self, *, adapter: str | int | None = None, stride: int | None = None, blend: str = "cosine"
+        self,
+        *,
+        adapter: str | int | None = None,
+        stride: int | None = None,
+        blend: str = "cosine",
+        tta: str = "none",
     ) -> Predictor:
         """What puts images through the model; arguments as of :meth:`predict`."""
         recipe, forward, head = self.recipe_of(adapter), self, self.head
@@ -186,7 +192,7 @@ class Segmenter(Network):
             forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
         shares, further = head.log_shares, recipe.further
         mosaic = Mosaic(recipe.crop, stride or recipe.stride, blend, log_shares=shares, further=further)
-        return Predictor(forward, mosaic, self.device, precision_of(recipe.precision, self.device)[1], self)
+        return Predictor(forward, mosaic, self.device, precision_of(recipe.precision, self.device)[1], self, tta)
 
     def predict(
         self,
@@ -197,6 +203,7 @@ class Segmenter(Network):
         all_pixels: bool = False,
         stride: int | None = None,
         blend: str = "cosine",
+        tta: str = "none",
         progress: Callable[[float], None] | None = None,
     ) -> np.ndarray:
         """Class index of every pixel.
@@ -213,6 +220,7 @@ class Segmenter(Network):
             stride: step between windows in pixels; default: that of the configuration.
             blend: how windows that overlap are weighed: ``cosine`` and ``linear`` less towards their edges, ``none``
                 alike, as in evaluation.
+            tta: ``flip`` averages the class shares of windows and their mirror images, for twice the time.
             progress: told the share of the image, 0..1, that is done.
 
         Returns:
@@ -224,7 +232,7 @@ class Segmenter(Network):
             DataError: the image cannot be read, or is not of the bands, depth or scale that were learned from; a raster
                 that the model needs is missing.
         """
-        predictor = self.predictor(adapter=adapter, stride=stride, blend=blend)
+        predictor = self.predictor(adapter=adapter, stride=stride, blend=blend, tta=tta)
         with open_reader(image, self.recipe_of(adapter), second=second, all_pixels=all_pixels) as reader:
             sink = ClassArray(reader.size)
             predictor.run(reader, sink, progress)
@@ -239,10 +247,12 @@ class Segmenter(Network):
         all_pixels: bool = False,
         stride: int | None = None,
         blend: str = "cosine",
+        tta: str = "none",
     ) -> np.ndarray:
         """Class probabilities, (K, H, W) float32, of a (bands, H, W) or (H, W, bands) array or an image file; NaN
         where :meth:`predict` gives 255. Else as there."""
-        predictor, recipe = self.predictor(adapter=adapter, stride=stride, blend=blend), self.recipe_of(adapter)
+        predictor = self.predictor(adapter=adapter, stride=stride, blend=blend, tta=tta)
+        recipe = self.recipe_of(adapter)
         with open_reader(image, recipe, second=second, all_pixels=all_pixels) as reader:
             sink = ShareArray(len(recipe.classes), reader.size)
             predictor.run(reader, sink)
@@ -284,7 +294,7 @@ def starting_recipe(config: Config, vit: nn.Module) -> Recipe:
         mean=mean,
         std=std,
         crop=data.crop,
-        stride=data.stride,
+        stride=config.evaluate.stride or data.stride,
         precision=config.run.precision,
         second=second_recipe(config),
     )
@@ -374,7 +384,8 @@ def build_parts(config: Config, backbone: Backbone) -> dict[str, Part]:
     options = {"queries": config.refiner.tokens} if linked else {}  # one for each token
     if config.model.head == "unetformer":
         options["skips"] = config.modal.fusion == "dfm"
-    head = build_head(config.model.head, channels=channels, classes=len(config.data.classes), **options)
+    loss = pixel_loss_of(config.train.loss.name, config.train.loss.class_weights)
+    head = build_head(config.model.head, channels=channels, classes=len(config.data.classes), loss=loss, **options)
     toolbox = Toolbox(backbone, config.toolbox, streams[1:])
     toolbox.apply(starting_plan(config, toolbox))
     parts: dict[str, Part] = {"toolbox": toolbox, "head": head}

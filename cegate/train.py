@@ -42,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
         print(trainer.describe(config))
         return cli.GOOD
     result = trainer.train(config, resume=options["resume"], overwrite=options["overwrite"])
-    result.print()
+    if result is not None:
+        result.print()
     return cli.GOOD
 
 

@@ -168,13 +168,15 @@ if HAS_TRITON:
             w = leave_ptr + e[:, None] * channels + c[None, :]
             w_ok = (e < d)[:, None] & c_ok[None, :]
             bias = leave_ptr + 3 * d * channels + c
-            y = tl.load(x_ptr + c[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + c[None, :], mask=ok[:, None] & c_ok[None, :], other=0.0)
+            y = dot(mixed0, tl.load(w, mask=w_ok, other=0.0), tl.zeros([BM, BC], tl.float32))
+            y = dot(mixed1, tl.load(w + d * channels, mask=w_ok, other=0.0), y)
+            y = dot(mixed2, tl.load(w + 2 * d * channels, mask=w_ok, other=0.0), y)
             y += gate0[:, None] * tl.load(bias, mask=c_ok, other=0.0).to(tl.float32)[None, :]
             y += gate1[:, None] * tl.load(bias + channels, mask=c_ok, other=0.0).to(tl.float32)[None, :]
             y += gate2[:, None] * tl.load(bias + 2 * channels, mask=c_ok, other=0.0).to(tl.float32)[None, :]
-            y = dot(mixed0, tl.load(w, mask=w_ok, other=0.0), y)
-            y = dot(mixed1, tl.load(w + d * channels, mask=w_ok, other=0.0), y)
-            y = dot(mixed2, tl.load(w + 2 * d * channels, mask=w_ok, other=0.0), y)
+            # last: a sum that began with its largest term would round every product to that term's unit
+            y += x.to(tl.float32)
             tl.store(y_ptr + c[None, :], y.to(y_ptr.dtype.element_ty), mask=ok[:, None] & c_ok[None, :])
 
     @triton.jit
@@ -303,12 +305,12 @@ if HAS_TRITON:
                 c_ok = (c < channels)[None, :]
                 w = enter_ptr + e[:, None] * channels + c[None, :]
                 w_ok = (e < d)[:, None] & c_ok
-                dx = tl.load(dy_ptr + c[None, :], mask=ok[:, None] & c_ok, other=0.0).to(tl.float32)
-                dx = dot(spatial, tl.load(w, mask=w_ok, other=0.0), dx)
+                dy = tl.load(dy_ptr + c[None, :], mask=ok[:, None] & c_ok, other=0.0)
+                dx = dot(spatial, tl.load(w, mask=w_ok, other=0.0), tl.zeros([BM, BC], tl.float32))
                 dx = dot(low, tl.load(w + d * channels, mask=w_ok, other=0.0), dx)
                 dx = dot(high, tl.load(w + 2 * d * channels, mask=w_ok, other=0.0), dx)
                 w = enter_ptr + (3 * d + router)[:, None] * channels + c[None, :]
-                dx = dot(logits, tl.load(w, mask=(router < 3)[:, None] & c_ok, other=0.0), dx)
+                dx = dot(logits, tl.load(w, mask=(router < 3)[:, None] & c_ok, other=0.0), dx) + dy.to(tl.float32)
                 tl.store(dx_ptr + c[None, :], dx.to(dx_ptr.dtype.element_ty), mask=ok[:, None] & c_ok)
 
 

@@ -142,10 +142,8 @@ def _backward(x, hidden, enter, leave, scale, kept, grid, dy, dx, dtype, wants_e
 def _stack(dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """enter [3d+3, C], its bias [3d+3] and leave [3d+3, C]: experts and router one behind the other."""
     down, down_bias, up, up_bias, router, router_bias = weights
-    enter = torch.cat([down.flatten(0, 1), router]).to(dtype)
-    return enter, torch.cat([down_bias.flatten(), router_bias]).to(dtype), torch.cat(
-        [up.mT.flatten(0, 1), up_bias]
-    ).to(dtype)  # fmt: skip
+    pairs = (down.flatten(0, 1), router), (down_bias.flatten(), router_bias), (up.mT.flatten(0, 1), up_bias)
+    return tuple(torch.cat(pair).to(dtype) for pair in pairs)
 
 
 def _passing(x: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
@@ -336,9 +334,7 @@ def _limits(grid: tuple[int, int], down: Tensor) -> list[str]:
 
 
 def _check(x, grid, cutoff, band, prefix, down, down_bias, up, up_bias, router, router_bias) -> None:
-    if not 0 <= prefix <= x.shape[1]:
-        raise ValueError(f"frequency_adapter: prefix={prefix} is outside 0..{x.shape[1]}, the tokens of x")
-    check_grid(x[:, prefix:] if prefix else x, grid, cutoff, band)
+    check_grid(x, grid, cutoff, band, prefix)
     channels, d = x.shape[-1], down.shape[1] if down.ndim == 3 else 0
     expected = {
         "down": (3, d, channels),

@@ -380,12 +380,15 @@ def grid_limits(grid: tuple[int, int]) -> list[str]:
     return [f"the grid {grid[0]} x {grid[1]} is larger than {MAX_SIDE} x {MAX_SIDE}"] if max(grid) > MAX_SIDE else []
 
 
-def check_grid(x: Tensor, grid: tuple[int, int], cutoff: float | Tensor, band: str) -> None:
+def check_grid(x: Tensor, grid: tuple[int, int], cutoff: float | Tensor, band: str, prefix: int = 0) -> None:
     """Raise a ValueError that names every argument which does not fit the others."""
     height, width = grid
-    problems = []
-    if x.ndim != 3 or x.shape[1] != height * width:
-        problems.append(f"x has shape {tuple(x.shape)}, a {height} x {width} grid needs [B, {height * width}, C]")
+    tokens, problems = prefix + height * width, []
+    if prefix < 0:
+        problems.append(f"prefix={prefix} is negative")
+    elif x.ndim != 3 or x.shape[1] != tokens:
+        needs = f"a {height} x {width} grid" + (f" behind {prefix} tokens" if prefix else "")
+        problems.append(f"x has shape {tuple(x.shape)}, {needs} needs [B, {tokens}, C]")
     if not isinstance(cutoff, Tensor) and not 0 <= cutoff <= 1:
         problems.append(f"cutoff={cutoff} is outside 0..1")
     if band not in BANDS:

@@ -95,14 +95,16 @@ if HAS_TRITON:
             c = start + tl.arange(0, BC)
             c_ok = c < out
             at_ok = ok[:, None] & c_ok[None, :]
+            if HAS_BASE:
+                base = base_ptr + m[:, None] * base_stride + (part * part_offset + c)[None, :]
+                base = tl.load(base, mask=at_ok, other=0.0)
             up = tl.load(up_ptr + c[None, :] * rank + r[:, None], mask=rank_ok[:, None] & c_ok[None, :], other=0.0)
-            # the base last: a sum that began with its largest term would round every product to that term's unit
             y = dot(hidden, up, tl.zeros([BM, BC], tl.float32))
             if HAS_UP_BIAS:
                 y += scale * tl.load(up_bias_ptr + c, mask=c_ok, other=0.0).to(tl.float32)[None, :]
+            # last: a sum that began with its largest term would round every product to that term's unit
             if HAS_BASE:
-                base = base_ptr + m[:, None] * base_stride + (part * part_offset + c)[None, :]
-                y += tl.load(base, mask=at_ok, other=0.0).to(tl.float32)
+                y += base.to(tl.float32)
             y_at = y_ptr + m[:, None] * y_stride + (part * part_offset + c)[None, :]
             tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=at_ok)
 

@@ -18,8 +18,9 @@ import cegate
 from cegate import adapters as adapters_module
 from cegate import ops
 from cegate import segmenter as segmenter_module
+from cegate.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, save_adapter
 from cegate.backbone.vit import weight_hash
-from cegate.checkpoint import CONFIG_FILE, WEIGHTS_FILE, save_adapter, trained_weights
+from cegate.checkpoint import trained_weights
 from cegate.errors import CheckpointError, ConfigError
 from cegate.gate import GatePlan
 from cegate.heads.build import build_head
@@ -282,7 +283,7 @@ def test_gates_of_a_kind_that_the_toolbox_lacks_are_named():
 def test_adapters_with_other_classes_run_but_not_in_one_call(model, tmp_path):
     roads = write(tmp_path / "roads", data={"classes": ["land", "road", "roof"], "crop": 32})
     model.add_adapter("roads", cegate.read_adapter(roads))
-    assert model.adapters["roads"].classes == ("land", "road", "roof")
+    assert model.adapters["roads"].recipe.classes == ("land", "road", "roof")
     assert model(images(2), adapter="roads").shape[1] == 3
     with pytest.raises(ConfigError, match="adapter 'arid' has 2 classes and 'roads' has 3"):
         model(images(2), adapter=["roads", "arid"])
@@ -302,9 +303,11 @@ def test_weights_that_are_not_finite_or_do_not_fit_are_refused(model, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         model.add_adapter("broken", cegate.read_adapter(folder))
     message = str(caught.value)
-    assert message.startswith(
-        f"{folder / WEIGHTS_FILE} cannot be added as 'broken': toolbox.spatial.1.up_q has 2 values"
-    )
+    assert message.startswith(f"{folder / WEIGHTS_FILE}: toolbox.spatial.1.up_q has 2 values that are not finite")
+    whole = cegate.read_adapter(write(tmp_path / "whole"))
+    half = dataclasses.replace(whole, weights={**whole.weights, "toolbox.spatial.1.up_q": nan})
+    with pytest.raises(CheckpointError, match=r"cannot be added as 'broken': toolbox\.spatial\.1\.up_q has 2 values"):
+        model.add_adapter("broken", half)
     change_weights(folder, **{"toolbox.spatial.1.up_q": torch.zeros(128, 3), "vit.more": torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r"unexpected vit\.more; of another shape toolbox\.spatial\.1\.up_q"):
         model.add_adapter("broken", cegate.read_adapter(folder))

@@ -16,7 +16,7 @@ KERNELS = Path(__import__("cegate.kernels", fromlist=["x"]).__file__).parent
 # lowest first; a module may import from floors below its own, and from its own room as long as no circle arises
 FLOORS = [
     ("errors", "draws", "palette", "kernels", "_C"),
-    ("sites", "yamltext", "native", "compute", "masks", "released", "convert_mfnet"),
+    ("sites", "yamltext", "native", "compute", "masks", "released"),
     ("fields", "methods", "gate", "ops"),
     ("config",),
     ("configfile", "losses", "recipe", "metrics", "dispatch"),
@@ -26,11 +26,12 @@ FLOORS = [
     ("adapters",),
     ("segmenter",),
     ("checkpoint",),
-    ("api", "tasks"),
+    ("adapter_folder",),
+    ("api", "tasks", "convert_mfnet"),
     ("engine",),
     ("matrix", "page"),
     ("cli",),
-    ("train", "evaluate", "predict", "inspect", "bench", "report", "convert"),
+    ("train", "tune_lr", "evaluate", "predict", "inspect", "bench", "report", "convert", "init"),
     ("__main__",),
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

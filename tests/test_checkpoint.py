@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -8,23 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 
 import cegate
 from cegate import checkpoint
-from cegate.backbone.vit import tiny_vit, weight_hash
+from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import (
     State,
     keep_newest,
-    load_adapter,
     load_checkpoint,
     load_state,
     restore,
-    save_adapter,
     save_state,
 )
-from cegate.errors import BackboneError, CheckpointError
+from cegate.errors import CheckpointError
 from cegate.gate import GatePlan
 from cegate.runfolder import Journal, RunFolder, written_aside
 
@@ -51,13 +47,6 @@ def segmenter():
     return trained()
 
 
-@pytest.fixture
-def folder(segmenter, tmp_path) -> Path:
-    segmenter.recipe = dataclasses.replace(segmenter.recipe, value_range=[[0.0, 1000.0]] * 3)
-    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {"arid": 0.5})
-    return tmp_path / "adapter"
-
-
 def state_of(segmenter, **changes) -> State:
     values = {
         "stage": "after",
@@ -70,102 +59,6 @@ def state_of(segmenter, **changes) -> State:
         "classes": list(segmenter.classes),
     }
     return State(**values | changes)
-
-
-def test_an_adapter_gives_the_same_predictions(segmenter, folder):
-    loaded = cegate.load(folder, "cpu")
-    image = np.random.default_rng(0).integers(0, 1000, (3, 40, 50)).astype(np.uint16)
-    assert np.array_equal(loaded.predict_proba(image), segmenter.predict_proba(image))
-    assert loaded.toolbox.plan == segmenter.toolbox.plan
-    assert not loaded.training and loaded.classes == ("land", "water")
-    assert np.array_equal(cegate.load(folder.parent, "cpu").predict(image), segmenter.predict(image))
-
-
-def test_an_adapter_holds_trained_sites_and_head_only(segmenter, folder):
-    weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    sites = {".".join(key.split(".")[1:3]) for key in weights if key.startswith("toolbox.")}
-    assert sites == set(SITES)
-    rest = {key for key in weights if not key.startswith("toolbox.")}
-    assert rest == {f"head.{key}" for key in segmenter.head.state_dict()}
-
-
-def test_adapter_config_has_the_promised_keys(folder):
-    description = json.loads((folder / "adapter_config.json").read_text())
-    promised = "format_version cegate_version backbone backbone_sha256 image_size patch_size toolbox active_sites head"
-    assert set(promised.split()) <= description.keys()
-    assert {"classes", "palette", "bands", "mean", "std", "ignore", "value_range"} <= description.keys()
-    assert description["active_sites"] == list(SITES[:2]) and description["frozen_sites"] == list(SITES[2:])
-    card = (folder / "README.md").read_text()
-    assert "| arid | 50.0 |" in card and "land, water" in card and description["backbone_sha256"] in card
-
-
-def rewrite(folder: Path, **changes) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"backbone_sha256": "0" * 64}, "trained on a backbone with sha256 000000000000, this one"),
-        ({"seed": 7}, "trained on a backbone with sha256"),
-        ({"classes": ["land", "water", "road"], "palette": ["#000000"] * 3}, "of another shape head."),
-        ({"active_sites": ["spatial.2", *SITES]}, "missing toolbox.spatial.2"),
-        ({"active_sites": [], "frozen_sites": []}, "unexpected toolbox.frequency.7.down"),
-        ({"active_sites": ["spatial.99"]}, "names the site 'spatial.99', which the backbone does not have"),
-        ({"format_version": 99}, "has format_version 99; this cegate"),
-        (
-            {"head": "liner"},
-            "model.head=liner is not accepted; expected linear, mask2former or unetformer; did you mean 'linear'?",
-        ),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_an_adapter_that_does_not_fit_is_refused(folder, changes, message):
-    rewrite(folder, **changes)
-    with pytest.raises(CheckpointError) as error:
-        load_adapter(folder, "cpu")
-    assert message in str(error.value)
-
-
-def test_backbone_weights_may_lie_elsewhere_than_in_training(tmp_path):
-    safetensors.torch.save_file(tiny_vit(32).state_dict(), tmp_path / "old.safetensors")
-    mapping = MAPPING | {"model": MAPPING["model"] | {"weights": str(tmp_path / "old.safetensors")}}
-    segmenter = cegate.build(mapping)
-    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
-    (tmp_path / "old.safetensors").rename(tmp_path / "new.safetensors")
-    with pytest.raises(BackboneError, match=r"old\.safetensors does not exist; .*--weights FILE, or cegate\.load\("):
-        cegate.load(tmp_path / "adapter", "cpu")
-    loaded = cegate.load(tmp_path / "adapter", "cpu", weights=tmp_path / "new.safetensors")
-    assert weight_hash(loaded.vit) == weight_hash(segmenter.vit)
-
-
-def test_a_description_without_a_key_names_it(folder):
-    description = json.loads((folder / "adapter_config.json").read_text())
-    del description["mean"], description["bands"]
-    (folder / "adapter_config.json").write_text(json.dumps(description))
-    with pytest.raises(CheckpointError, match="lacks bands, mean"):
-        load_adapter(folder, "cpu")
-
-
-def test_damaged_files_are_named(folder):
-    (folder / "adapter_model.safetensors").write_bytes(b"half a fi")
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors cannot be read"):
-        load_adapter(folder, "cpu")
-    (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
-        load_adapter(folder, "cpu")
-    with pytest.raises(CheckpointError, match="neither a run nor an adapter folder"):
-        load_adapter(folder / "nowhere", "cpu")
-
-
-def test_backbone_weights_may_lie_elsewhere(folder, tmp_path):
-    rewrite(folder, backbone_weights=str(tmp_path / "gone.pth"))
-    with pytest.raises(BackboneError, match=r"gone\.pth does not exist"):
-        load_adapter(folder, "cpu")
-    vit = cegate.build(MAPPING).vit
-    safetensors.torch.save_file(vit.state_dict(), tmp_path / "moved.safetensors")
-    assert load_adapter(folder, "cpu", weights=str(tmp_path / "moved.safetensors")).toolbox.plan.active
 
 
 def test_a_state_restores_weights_and_plan(segmenter, tmp_path):

@@ -207,7 +207,11 @@ def test_our_own_bugs_keep_their_traceback():
     [
         (evaluate.main, [], "--run is missing"),
         (evaluate.main, ["--runn", "x"], "did you mean --run?"),
-        (evaluate.main, ["--run", "x", "--gate.k", "3"], "does not take --gate.k; it takes keys of data, run"),
+        (
+            evaluate.main,
+            ["--run", "x", "--gate.k", "3"],
+            "not take --gate.k; it takes keys of data, run, evaluate",
+        ),
         (predict.main, ["--input", "a", "--output", "b"], "give one of --run and --adapter"),
         (predict.main, ["--run", "a", "--output", "b"], "--input is missing"),
         (predict.main, ["--run", "a", "--train.lr", "1"], "does not take --train.lr; it takes no configuration keys"),

@@ -328,8 +328,26 @@ def test_a_class_that_is_ignored_is_said_aloud(caplog):
 
 def test_a_split_that_a_folder_would_not_heed_is_refused():
     data = {"classes": ["ground", "road"], "source": {"root": "x", "split": "train.txt"}}
-    with pytest.raises(ConfigError, match=r"data\.source\.split=train\.txt is not built yet for a set of kind folder"):
+    assert read_config({"data": data}, training=True).data.source.split == "train.txt"
+    data["source"]["split"] = "train"
+    with pytest.raises(ConfigError, match=r"data\.source\.split=train is no text file; a folder takes a \.txt"):
         read_config({"data": data}, training=True)
+
+
+def test_what_val_fraction_holds_out_is_the_validation_set():
+    data = {"classes": ["ground", "road"], "source": {"root": "x", "val_fraction": 0.2}}
+    config = read_config({"data": data}, training=True)
+    assert config.data.validation == config.data.source
+    assert read_config(to_mapping(config), training=True) == config  # as a run folder has it
+    moved = read_config(to_mapping(config), [("data.validation.root", "y")])
+    assert (moved.data.validation.root, moved.data.source.root) == ("y", "x")
+    with pytest.raises(ConfigError, match=r"val_fraction and data\.validation exclude each other"):
+        read_config({"data": data | {"validation": {"root": "y"}}})
+    with pytest.raises(ConfigError, match=r"data\.targets\.a\.val_fraction counts in data\.source alone"):
+        read_config({"data": {"targets": {"a": {"root": "y", "val_fraction": 0.1}}}})
+    drawn = {"kind": "generated", "split": "arid", "val_fraction": 0.1}
+    with pytest.raises(ConfigError, match=r"data\.source\.val_fraction: scenes are drawn"):
+        read_config({"data": {"source": drawn}}, training=True)
 
 
 # --- what is still to come ------------------------------------------------------------------------------------------
@@ -338,7 +356,6 @@ COMING = {
     "run.speed": "eager",
     "run.log": "[jsonl, tensorboard]",
     "data.<set>.second": "{images: dsm/*}",
-    "data.<set>.val_fraction": "0.1",
     "data.<set>.attribute": "class",
     "model.head": "unetformer",
     "model.resample": "plain",
@@ -354,7 +371,6 @@ COMING = {
     "train.milestones": "[10]",
     "train.gamma": "0.5",
     "train.loss": "{name: ce+dice}",
-    "evaluate.tta": "flip",
 }
 
 

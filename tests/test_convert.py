@@ -220,7 +220,7 @@ def test_an_unstripped_checkpoint_is_used_as_far_as_it_fits(model, files, tmp_pa
     lines = convert_file(tmp_path / "iter.pth", tmp_path / "out", **OPTIONS)
     assert (tmp_path / "out" / BACKBONE_FILE).is_file()
     loaded = cegate.load(tmp_path / "out", device="cpu")
-    assert loaded.classes == ("x", "y", "z") and loaded.palette == ("#FF0000", "#00FF00", "#000010")
+    assert loaded.classes == ("x", "y", "z") and loaded.recipe.palette == ("#FF0000", "#00FF00", "#000010")
     same_logits(model, tmp_path / "out")
     text = "\n".join(lines)
     assert "task_head.conv: restores masked images" in text and "style networks, in training only" in text

@@ -1,9 +1,19 @@
 from __future__ import annotations
 
+import json
+from functools import partial
+
 import numpy as np
 import pytest
+import timm
 import torch
+from torch import nn
 
+import cegate
+from cegate import convert
+from cegate import convert_mfnet as convert_mfnet_module
+from cegate.backbone import vit
+from cegate.backbone.backbone import Backbone
 from cegate.convert_mfnet import convert_mfnet
 from cegate.errors import CheckpointError
 from cegate.heads.unetformer import UNetFormerHead
@@ -80,3 +90,45 @@ def test_checkpoints_that_are_no_mfnet_are_refused(change, message, shared):
     change(state)
     with pytest.raises(CheckpointError, match=message):
         convert_mfnet(state)
+
+
+def test_the_command_makes_an_adapter_of_a_users_checkpoint(shared, tmp_path, monkeypatch, capsys):
+    """Encoder as in the vectors; pyramids and decoder of the published widths, at random."""
+    small = partial(
+        timm.create_model,
+        "samvit_base_patch16",
+        num_classes=0,
+        embed_dim=32,
+        depth=4,
+        num_heads=4,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+    monkeypatch.setattr(vit, "create_sam", lambda *_, **__: small())
+    monkeypatch.setattr(vit.timm, "is_model", lambda name: True)
+    monkeypatch.setattr(convert_mfnet_module, "BACKBONES", {32: "samvit_base_patch16"})
+    backbone = Backbone(small())
+    modules = {"fusion": DFM(32, official_norm=True, project=backbone.finish), "head": UNetFormerHead(256, 3)}
+    state = users_checkpoint(shared, "mmlora")
+    report = convert_mfnet(state).report
+    random = torch.Generator().manual_seed(0)
+    for key, became in report.items():
+        part, _, name = became.partition(".")
+        if part in modules:
+            like = modules[part].state_dict()[name]
+            state[key] = torch.rand(like.shape, generator=random)
+        elif part == "vit" or became == "the same again":
+            own = backbone.vit.state_dict().get(report.get(f"sam.{key}", became).removeprefix("vit."))
+            if own is not None and own.shape != state[key].shape:
+                state[key] = torch.ones(own.shape)
+    torch.save(state, tmp_path / "mfnet.pth")
+    options = ["--out", str(tmp_path / "out"), "--classes", "a,b,c", "--crop", "128"]
+    assert convert.main([str(tmp_path / "mfnet.pth"), *options]) == 0, capsys.readouterr().err
+    assert "MFNet (mfnet_lora), 4 blocks of width 32, 3 classes" in capsys.readouterr().out
+    loaded = cegate.load(tmp_path / "out", device="cpu")
+    found = convert_mfnet(state)
+    for part in ("modal", "fusion", "head"):
+        own = getattr(loaded, part).state_dict()
+        assert all(torch.equal(own[name], value) for name, value in found.weights[part].items())
+    assert torch.equal(loaded.vit.state_dict()["pos_embed"], found.weights["vit"]["pos_embed"])
+    assert (loaded.recipe.mean, loaded.recipe.std) == ((0.0,) * 3, (1.0,) * 3) and loaded.recipe.stride == 128
+    assert json.loads((tmp_path / "out/conversion.json").read_text())["keys"].keys() == state.keys()

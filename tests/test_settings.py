@@ -11,7 +11,7 @@ from cegate.configfile import find_config, read_config, shipped_configs
 from cegate.data.published.catalogue import CATALOGUE
 from cegate.engine.schedule import learning_rate
 from cegate.errors import ConfigError
-from cegate.matrix import published
+from cegate.matrix import published, published_mfnet
 from cegate.methods import METHODS, OF_TWO_RASTERS
 
 # images or crops of each split, as published
@@ -247,3 +247,13 @@ def test_crossearth_s_means_are_those_of_its_classes():
     gains = [row["crossearth"] - row["rein"] for name, row in published.SETTINGS.items() if name.startswith("dg/")]
     assert len(gains) == 29 and statistics.median(gains) == pytest.approx(1.5) and max(gains) == pytest.approx(13.5)
     assert sum(gain < 0 for gain in gains) == 4
+
+
+def test_mfnets_numbers_are_of_shipped_settings_and_stand_beside_any_backbone():
+    assert set(published_mfnet.SETTINGS) <= set(shipped_configs())
+    title, numbers = published_mfnet.column("mfnet/vaihingen", "samvit_base_patch16")
+    assert title == "paper, SAM ViT-B" and numbers == {"mfnet_lora": 82.09, "mfnet_adapter": 83.24}
+    title, numbers = published_mfnet.column("mfnet/vaihingen", "tiny")
+    assert title == "paper, SAM ViT-L" and numbers["mfnet_adapter_single"] == 83.69
+    assert set(numbers) <= set(METHODS) and "mfnet_lora" not in published_mfnet.column("mfnet/mmhunan", "tiny")[1]
+    assert title.startswith(published_mfnet.LABEL) and published_mfnet.LABEL in published_mfnet.NOTE

@@ -15,7 +15,7 @@ from cegate.errors import ConfigError, nearest
 ACTIONS = {
     "list": "the catalogue of published sets, or all about one of them",
     "prepare": "cut a download into crops, turn colours into ids, write a folder that a configuration can name",
-    "check": "compare a prepared folder, or any labels, with what it should hold",
+    "check": "what lies in a folder; a prepared folder, or any labels, against what it should hold",
     "generate": "write a miniature of a published set in the layout of its download, from generated scenes",
     "style-stats": "measure how the styles of a folder of images are spread",
     "style-preview": "write a picture of styled and masked versions of an image",
@@ -44,8 +44,10 @@ PREPARE = cli.Usage(
 )
 CHECK = cli.Usage(
     "cegate data check FOLDER",
-    "Check a prepared folder: numbers of files, sizes of pairs, values of labels. With --labels any folder is checked: "
-    "its labels against --allowed, and with --images the sizes of the pairs. Exit code 1 if something is wrong.",
+    "Say what lies in a folder of images and masks: pairs, bands, values, places, labels with their shares, and what "
+    "is odd. A prepared folder is compared with its manifest: numbers of files, sizes of pairs, values of labels. With "
+    "--labels every label of a folder is read and compared with --allowed, and with --images the sizes of the pairs. "
+    "Exit code 1 if something is wrong.",
     (
         cli.Option("labels", "Glob of the labels below FOLDER, as in 'ann_dir/**/*.png'.", "GLOB"),
         cli.Option("images", "Glob of the images below FOLDER, with the same wildcards.", "GLOB"),
@@ -207,12 +209,26 @@ def _check(argv: Sequence[str]) -> int:
         allowed = _allowed(options["allowed"])
         problems = check.check_files(root, options["labels"], allowed, images=options["images"], workers=workers)
     else:
+        from cegate.data.prepared import FILE
+
+        if not (root / FILE).exists():
+            return _list_folder(root)
         problems = check.check_prepared(root, workers=workers)
     for line in check.summary(problems):
         print(line, file=sys.stderr)
     if not problems:
         print(f"{root}: all is well")
     return cli.FAILED if problems else cli.GOOD
+
+
+def _list_folder(root: Path) -> int:
+    """What a folder that nobody prepared holds."""
+    from cegate.data.survey import lines_of, survey
+
+    found = survey(root)
+    cli.print_rows(str(root), lines_of(found))
+    print(f"next: cegate init {root} writes a configuration that trains on it")
+    return cli.FAILED if found.labels.problem else cli.GOOD
 
 
 def _allowed(text: str) -> set[int]:

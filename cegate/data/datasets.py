@@ -19,8 +19,10 @@ from typing import ClassVar
 import numpy as np
 
 from cegate.config import IGNORE, SecondConfig, SetConfig
+from cegate.configfile import is_list
 from cegate.data import climates, generator, prepared
-from cegate.data.pairs import Pair, find_pairs
+from cegate.data.holdout import boxes_of, hold_out
+from cegate.data.pairs import Pair, find_pairs, is_vector, read_names
 from cegate.data.preflight import check_labels
 from cegate.data.published.catalogue import find_published
 from cegate.data.rasters import (
@@ -44,6 +46,7 @@ from cegate.data.scale import (
     to_unit,
 )
 from cegate.data.second import SecondRasters, scaled
+from cegate.data.vector import ShapeLabels
 from cegate.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -87,6 +90,8 @@ class SegmentationSet(ABC):
         palette: one "#RRGGBB" per class where the set is published with colours, else nothing.
         fit: side of the square that a test image is shrunk to fit; None: it stays as it is.
         second_bands: 1-based bands that are read of a second raster; nothing without one.
+        division: what is held out, in words; None where nothing is.
+        shares: class -> share of the labelled pixels that `check` looked at; nothing before, or where it does not look.
     """
 
     labelled: ClassVar[bool] = True
@@ -97,6 +102,8 @@ class SegmentationSet(ABC):
         self.palette: tuple[str, ...] = ()
         self.fit: int | None = None
         self.second_bands: tuple[int, ...] = ()
+        self.division: str | None = None
+        self.shares: dict[str, float] = {}
         self._labels, self._nan = labels, nan
         self._cache = _Cache(CACHE_BYTES)
 
@@ -104,6 +111,11 @@ class SegmentationSet(ABC):
     def channels(self) -> tuple[int, ...]:
         """Channels of an item's image by raster: the image's bands, and those of a second raster."""
         return (len(self.bands), *([len(self.second_bands)] if self.second_bands else []))
+
+    @property
+    def band_names(self) -> tuple[str, ...]:
+        """Of each band that is read; nothing where files do not say."""
+        return ()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -242,15 +254,41 @@ def _part(array: np.ndarray, window: Window | None) -> np.ndarray:
 
 
 class FileSet(SegmentationSet):
-    """Pairs of files. A pair's mask has the size of its image."""
+    """Pairs of files. A pair's mask has the size of its image, or is made of shapes that are laid over it."""
 
-    def __init__(self, cfg: SetConfig, name: str, classes: Sequence[str], labels: LabelMap, pairs: list[Pair]) -> None:
+    def __init__(
+        self,
+        cfg: SetConfig,
+        name: str,
+        classes: Sequence[str],
+        labels: LabelMap,
+        pairs: list[Pair],
+        shapes: ShapeLabels | None = None,
+    ) -> None:
         super().__init__(name, classes, labels, cfg.bands or DEFAULT_BANDS, cfg.nan)
         self._pairs, self._ignore, self._bands_given = pairs, cfg.ignore, cfg.bands is not None
+        self._shapes = shapes
         self._headers: dict[int, Header] = {}
         self._misplaced: dict[str, float] = {}  # mask -> pixels
         self._dtype: str | None = None  # of every file, where the range was not given
         self._rasters: SecondRasters | None = None
+        self._header(0)
+
+    def divide(self, fraction: float, seed: int, *, held: bool) -> None:
+        """Leave the part that is trained on, or the one that is held out of it; see `cegate.data.holdout`.
+
+        Raises:
+            DataError: the set cannot be divided.
+        """
+        placed = self._header(0).place is not None
+        boxes = boxes_of([read_header(pair.image) for pair in self._pairs]) if placed else None
+        try:
+            division = hold_out([pair.name for pair in self._pairs], boxes, fraction, seed)
+        except DataError as error:
+            raise DataError(f"set {self.name!r}: {error}") from error
+        self.division = f"{len(division.held)} of {len(self)} images are held out {division.how}"
+        self._pairs = [self._pairs[k] for k in (division.held if held else division.kept)]
+        self._headers.clear()
         self._header(0)
 
     def add_second(self, cfg: SecondConfig, root: Path, pattern: str) -> None:
@@ -269,6 +307,12 @@ class FileSet(SegmentationSet):
     def item_name(self, index: int) -> str:
         return self._pairs[index].name
 
+    @property
+    def band_names(self) -> tuple[str, ...]:
+        names = self._header(0).names
+        chosen = tuple(names[band - 1] for band in self.bands)
+        return chosen if len(set(chosen)) == len(set(self.bands)) else ()
+
     def image_path(self, index: int) -> Path:
         """The image file of an item."""
         return self._pairs[index].image
@@ -284,7 +328,7 @@ class FileSet(SegmentationSet):
         if index not in self._headers:
             pair = self._pairs[index]
             image = read_header(pair.image)
-            mask = image if pair.mask is None else read_header(pair.mask)
+            mask = image if pair.mask is None or self._shapes else read_header(pair.mask)
             if max(self.bands) > image.bands:
                 read_image(pair.image, self.bands, window=Window(0, 0, 1, 1))  # raises, and says what to do
             if image.size != mask.size:
@@ -317,7 +361,10 @@ class FileSet(SegmentationSet):
         if masks := [pair.mask for pair in self._pairs if pair.mask is not None]:
             sizes = [self.size(index) for index in range(len(self))]
             labels, ignore = self._labels, self._ignore
-            check_labels(self.name, masks, sizes, labels, self.classes, ignore=ignore, training=training)
+            burned = self._burn if self._shapes else None
+            self.shares = check_labels(
+                self.name, masks, sizes, labels, self.classes, ignore=ignore, training=training, codes_of=burned
+            )
 
     def _say_what_is_read(self) -> None:
         """Nobody chose bands of files that hold more than three, or a file holds more than one image."""
@@ -339,7 +386,8 @@ class FileSet(SegmentationSet):
             for p in self._pairs
         ]
         second = [self._rasters.facts(lambda file: _facts(file, version))] if self._rasters else []
-        return _digest(version, facts, self._labels.codes, self.classes, self.bands, self.value_range, *second)
+        codes = (self._shapes or self._labels).codes
+        return _digest(version, facts, codes, self.classes, self.bands, self.value_range, *second)
 
     def _whole(self, index: int) -> bool:
         height, width = self.size(index)
@@ -358,10 +406,16 @@ class FileSet(SegmentationSet):
         return _part(self._cache.get(("second", index), lambda: self._rasters.read(index, header)), window)
 
     def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
-        path = self._pairs[index].mask
         if not self._whole(index):
-            return read_mask(path, self._labels, window=window)
-        return _part(self._cache.get(("label", index), lambda: read_mask(path, self._labels)), window)
+            return self._mask(index, window)
+        return _part(self._cache.get(("label", index), lambda: self._mask(index)), window)
+
+    def _mask(self, index: int, window: Window | None = None) -> np.ndarray:
+        path = self._pairs[index].mask
+        return self._burn(index, window) if self._shapes else read_mask(path, self._labels, window=window)
+
+    def _burn(self, index: int, window: Window | None = None) -> np.ndarray:
+        return self._shapes.burn(self._pairs[index].mask, self._header(index), window)
 
     def _dtype_of_all(self) -> str:
         self._dtype = self._header(0).dtype
@@ -509,6 +563,8 @@ def open_set(
     classes: Sequence[str] = (),
     labelled: bool = True,
     like: ValueRange | None = None,
+    seed: int = 0,
+    held_out: bool = False,
 ) -> SegmentationSet:
     """Open a set of images and masks.
 
@@ -519,6 +575,8 @@ def open_set(
         labelled: ``False`` opens the images alone: masks need not exist, are not looked for and are never read, and
             what the set says of its labels does not count.
         like: (low, high) of each band in the set that a model learns from; counts where `cfg` has no value_range.
+        seed: decides what val_fraction holds out.
+        held_out: open what val_fraction holds out, in place of what it leaves.
 
     Returns:
         The set; pairs are found and the first is looked at, pixels are read when asked for.
@@ -546,6 +604,8 @@ def open_set(
         raise ConfigError(f"data.classes has {len(classes)} names; use at most 253, each once")
     opened = openers[cfg.kind](cfg, name, classes, labelled)
     opened.fit = cfg.fit
+    if cfg.val_fraction is not None and isinstance(opened, FileSet):
+        opened.divide(cfg.val_fraction, seed, held=held_out)
     if cfg.second is not None and isinstance(opened, FileSet):
         opened.add_second(cfg.second, _root(cfg, name), _second_pattern(cfg))
     opened.choose_range(cfg.value_range, like)
@@ -568,9 +628,30 @@ def _labels(
 def _open_folder(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:
     if labelled and not classes:
         raise ConfigError(f"set {name!r}: a folder needs data.classes, the class names in the order of their indices")
-    labels = _labels(cfg, name, classes, default=None, labelled=labelled)
-    pairs = find_pairs(_root(cfg, name), cfg.images, cfg.masks if labelled else None, name)
-    return FileSet(cfg, name, classes, labels, pairs[: cfg.limit])
+    shapes = None
+    if labelled and is_vector(cfg.masks):
+        shapes = _shape_labels(cfg, name, classes)
+        labels = LabelMap.parse(None, classes)  # burned as class indices
+    elif cfg.attribute is not None and labelled:
+        raise ConfigError(f"set {name!r}: attribute={cfg.attribute} is for masks in .gpkg, .geojson or .shp files")
+    else:
+        labels = _labels(cfg, name, classes, default=None, labelled=labelled)
+    only = read_names(_list_file(_root(cfg, name), cfg.split)) if is_list(cfg.split) else None
+    pairs = find_pairs(_root(cfg, name), cfg.images, cfg.masks if labelled else None, name, only)
+    return FileSet(cfg, name, classes, labels, pairs[: cfg.limit], shapes)
+
+
+def _shape_labels(cfg: SetConfig, name: str, classes: Sequence[str]) -> ShapeLabels:
+    try:
+        return ShapeLabels(cfg.attribute, cfg.label_map, classes)
+    except ConfigError as error:
+        raise ConfigError(f"set {name!r}: {error}") from error
+
+
+def _list_file(root: Path, split: str) -> Path:
+    """Below the root of the set, else as it stands."""
+    below = root / Path(split).expanduser()
+    return below if below.is_file() else Path(split).expanduser()
 
 
 def _open_loveda(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:

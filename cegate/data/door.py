@@ -20,7 +20,7 @@ import rasterio
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 
-from cegate.errors import DataError, nearest
+from cegate.errors import DataError, nearest, shown
 
 DRIVERS: tuple[str, ...] = (
     *("GTiff", "PNG", "JPEG", "BMP", "WEBP", "ENVI", "HFA"),
@@ -64,6 +64,8 @@ def open_raster(path: str | Path) -> Iterator[rasterio.DatasetReader]:
             inside the block, where a part cannot be read.
     """
     path = Path(path)
+    if len(os.fsencode(path.name)) > 255:  # which no file system has; asked for, it is no answer but an error
+        raise DataError(f"{shown(path.name)}: no such file")
     if not path.is_file() and not path.as_posix().startswith(IN_ARCHIVE):
         if path.is_symlink():
             raise DataError(f"{path}: a link to {path.readlink()}, which is not there; mend or remove the link")

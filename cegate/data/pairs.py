@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cegate.data.rasters import SUFFIXES
-from cegate.errors import ConfigError, DataError
+from cegate.errors import ConfigError, DataError, nearest
 
 log = logging.getLogger(__name__)
+
+VECTOR_SUFFIXES = (".gpkg", ".geojson", ".shp")
+"""Files of shapes that masks are burned from."""
 
 
 @dataclass(frozen=True)
@@ -24,26 +27,39 @@ class Pair:
     mask: Path | None
 
 
-def find_pairs(root: Path, images: str, masks: str | None, name: str) -> list[Pair]:
+def find_pairs(root: Path, images: str, masks: str | None, name: str, only: Sequence[str] | None = None) -> list[Pair]:
     """Find the image and mask files of a set; without a glob of masks, the images alone.
 
     Two files belong together when the wildcards of their globs (``*``, ``?``, ``[...]``, ``**``) stand for the same
     text: ``*/img/*_sat.jpg`` and ``*/msk/*_gt.png`` pair ``a/img/7_sat.jpg`` with ``a/msk/7_gt.png``. The file suffix
     does not count.
-    A glob that ends in a wildcard takes raster files only.
+    A glob that ends in a wildcard takes raster files only. A mask without wildcards that is a vector file is that of
+    every image.
+
+    Args:
+        root: folder of the set.
+        images, masks: globs below it.
+        name: the set's, for messages.
+        only: names of the images that count, see `read_names`: the pair's, or the file's, with its folders or without,
+            with its suffix or without. Other files need no partner.
 
     Returns:
         Pairs sorted by name, numbers in their natural order.
 
     Raises:
         ConfigError: the globs have different wildcards, or one is absolute.
-        DataError: nothing found, two files with the same open part, or files without a partner.
+        DataError: nothing found, two files with the same open part, files without a partner, or a name in `only` that
+            no image has.
     """
     dead: set[Path] = set()
-    if masks is None:
+    if masks is None or (is_vector(masks) and not _wildcards(masks)):
         found = _find(root, images, "images", name, dead)
         _tell_dead(dead)
-        return [Pair(_pair_name(key, found[key]), found[key], None) for key in sorted(found, key=_natural)]
+        mask = None if masks is None else root / masks
+        if mask is not None and not mask.is_file():
+            raise DataError(f"set {name!r}: no masks match {mask}; check root={str(root)!r} and masks={masks!r}")
+        keys = sorted(found if only is None else _chosen(found, only, root, name), key=natural)
+        return [Pair(_pair_name(key, found[key]), found[key], mask) for key in keys]
     found = [_find(root, pattern, key, name, dead) for pattern, key in ((images, "images"), (masks, "masks"))]
     _tell_dead(dead)
     if _wildcards(images) != _wildcards(masks):
@@ -52,20 +68,64 @@ def find_pairs(root: Path, images: str, masks: str | None, name: str) -> list[Pa
             "use the same wildcards in the same order"
         )
     by_image, by_mask = found
+    if only is not None:
+        chosen = _chosen(by_image, only, root, name)
+        by_image, by_mask = ({key: files[key] for key in files if key in chosen} for files in found)
     for lonely, kind, pattern in (
         (by_image.keys() - by_mask.keys(), "image", masks),
         (by_mask.keys() - by_image.keys(), "mask", images),
     ):
         if lonely:
             files = by_image if kind == "image" else by_mask
-            first = files[min(lonely, key=_natural)]
+            first = files[min(lonely, key=natural)]
             other = "mask" if kind == "image" else "image"
             raise DataError(
                 f"set {name!r}: {len(lonely)} of {len(files)} {kind}s have no {other} in {root / pattern}, "
                 f"first {first}; add the missing files or narrow the globs images={images!r}, masks={masks!r}"
             )
-    keys = sorted(by_image, key=_natural)
+    keys = sorted(by_image, key=natural)
     return [Pair(_pair_name(key, by_image[key]), by_image[key], by_mask[key]) for key in keys]
+
+
+def is_vector(path: str | Path) -> bool:
+    """Whether masks of that name are drawn shapes, not pixels."""
+    return Path(path).suffix.lower() in VECTOR_SUFFIXES
+
+
+def read_names(path: Path) -> list[str]:
+    """Names in a text file, one a line; empty lines and those that begin with ``#`` say nothing.
+
+    Raises:
+        DataError: the file is missing, no text, or empty.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"split {path} cannot be read ({error}); give a text file with one name a line") from error
+    names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not names:
+        raise DataError(f"split {path} names nothing; write one name a line")
+    return list(dict.fromkeys(names))
+
+
+def _chosen(files: Mapping[tuple[str, ...], Path], only: Sequence[str], root: Path, name: str) -> set[tuple[str, ...]]:
+    """Keys of the images that a list names."""
+    known: dict[str, set[tuple[str, ...]]] = {}
+    for key, path in files.items():
+        below = path.relative_to(root).as_posix()
+        for alias in {_pair_name(key, path), path.name, path.stem, below, below.removesuffix(path.suffix)}:
+            known.setdefault(alias, set()).add(key)
+    unknown = [line for line in only if line not in known]
+    if unknown:
+        hint = nearest(unknown[0], known)
+        raise DataError(
+            f"set {name!r}: {len(unknown)} of {len(only)} names in split are no image, first {unknown[0]!r}{hint}"
+        )
+    if twice := [line for line in only if len(known[line]) > 1]:
+        raise DataError(
+            f"set {name!r}: {twice[0]!r} in split names {len(known[twice[0]])} images; write it with its folders"
+        )
+    return {key for line in only for key in known[line]}
 
 
 def find_second(
@@ -128,8 +188,8 @@ def find_files(root: Path, pattern: str, dead: set[Path] | None = None) -> Itera
     """
     parts = _parts(pattern)
     fixed = next((k for k, part in enumerate(parts[:-1]) if _wildcards(part)), len(parts) - 1)
-    expression = re.compile(_expression("/".join(parts)))
-    spelled = [re.compile(_expression(part)) for part in parts if part.startswith(".")]
+    expression = re.compile(expression_of("/".join(parts)))
+    spelled = [re.compile(expression_of(part)) for part in parts if part.startswith(".")]
     depth = None if "**" in parts else len(parts)
 
     def walk(folder: Path, names: tuple[str, ...], above: tuple[str, ...]) -> Iterator[Path]:
@@ -178,7 +238,7 @@ def _find(root: Path, pattern: str, key: str, name: str, dead: set[Path]) -> dic
     """Files that match a glob, by the text of its wildcards."""
     if Path(pattern).is_absolute() or not _parts(pattern):
         raise ConfigError(f"set {name!r}: {key}={pattern!r} is not a glob below root {root}")
-    expression = re.compile(_expression("/".join(_parts(pattern))))
+    expression = re.compile(expression_of("/".join(_parts(pattern))))
     files: dict[tuple[str, ...], Path] = {}
     for path in find_files(root, pattern, dead):
         part = tuple(text or "" for text in expression.fullmatch(path.relative_to(root).as_posix()).groups())
@@ -202,7 +262,7 @@ def _wildcards(pattern: str) -> list[str]:
     return re.findall(r"\*\*|\*|\?|\[[^]]*\]", pattern)
 
 
-def _expression(pattern: str) -> str:
+def expression_of(pattern: str) -> str:
     """A glob as a regular expression with one group per wildcard."""
     groups = {"**/": "(?:(.+)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
 
@@ -214,6 +274,6 @@ def _expression(pattern: str) -> str:
     return "".join(translate(token) for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]*\]|[^*?\[]+|\[", pattern))
 
 
-def _natural(key: Sequence[str]) -> list[list[tuple[int, str]]]:
+def natural(key: Sequence[str]) -> list[list[tuple[int, str]]]:
     """Sorts 'a2' before 'a10'."""
     return [[(int(t), "") if t.isdecimal() else (-1, t) for t in re.split(r"(\d+)", text)] for text in key]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,8 @@ def check_labels(
     *,
     ignore: int = IGNORE,
     training: bool,
-) -> None:
+    codes_of: Callable[[int, Window | None], np.ndarray] | None = None,
+) -> dict[str, float]:
     """Count the labels of a set and judge them.
 
     Args:
@@ -45,6 +46,10 @@ def check_labels(
         classes: class names in the order of their indices.
         ignore: the mask value that is ignored.
         training: the set is learned from: classes that never occur are told, and pixels that are all ignored refused.
+        codes_of: gives what a mask holds, by its number and the part wanted; default: it is read from the file.
+
+    Returns:
+        Class -> share of the pixels looked at that are not ignored; nothing where all are.
 
     Raises:
         DataError: two classes in masks of 0 and 255 without a map; values outside the map; nothing but ignored pixels.
@@ -55,11 +60,14 @@ def check_labels(
             "set %r: ignore: %d hides class %r, whose pixels have that value; leave ignore out, or give a label_map",
             *(name, ignore, classes[ignore]),
         )
-    chosen = _choose(sizes)
+    chosen = choose_masks(sizes)
     counts: Counter[int] = Counter()
     for index in chosen:
-        for window in _windows(sizes[index]):
-            codes = read_codes(masks[index], colours=labels.colours, window=window)
+        for window in windows_of(sizes[index]):
+            if codes_of is None:
+                codes = read_codes(masks[index], colours=labels.colours, window=window)
+            else:
+                codes = codes_of(index, window)
             values, numbers = np.unique(codes, return_counts=True)
             counts.update(dict(zip(values.tolist(), numbers.tolist(), strict=True)))
             if labels.apply(values)[1].any():
@@ -83,16 +91,22 @@ def check_labels(
             "set %r: %s never occur%s (in %s); what never occurs is not learned",
             *(name, ", ".join(map(repr, absent)), "s" * (len(absent) == 1), seen),
         )
+    pixels = Counter()
+    for code, number in counts.items():
+        pixels[meaning[code]] += number
+    total = sum(number for index, number in pixels.items() if index != IGNORE)
+    return {c: pixels[k] / total for k, c in enumerate(classes)} if total else {}
 
 
-def _choose(sizes: Sequence[tuple[int, int]]) -> list[int]:
+def choose_masks(sizes: Sequence[tuple[int, int]]) -> list[int]:
     """Evenly spread masks, fewer where they are large."""
     height, width = sizes[0]
     count = min(len(sizes), max(4, min(_MASKS, _DECODED_PX // (height * width))))
     return np.unique(np.linspace(0, len(sizes) - 1, count).round().astype(int)).tolist()
 
 
-def _windows(size: tuple[int, int]) -> Iterator[Window | None]:
+def windows_of(size: tuple[int, int]) -> Iterator[Window | None]:
+    """The parts of a mask of (H, W) pixels that are looked at; None is all of it."""
     if size[0] * size[1] <= _WHOLE_PX:
         yield None
         return

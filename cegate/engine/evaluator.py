@@ -19,7 +19,7 @@ from torch import Tensor
 from cegate.checkpoint import load_checkpoint
 from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.configfile import SOURCE_DOMAIN, domain_title
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import EvalStream
 from cegate.engine.sets import open_evaluated
@@ -101,6 +101,7 @@ def evaluate(
     crop: int,
     stride: int | None = None,
     blend: str = "none",
+    tta: str = "none",
     batch: int | None = None,
     mean_classes: Sequence[str] = (),
     workers: int = 0,
@@ -116,6 +117,7 @@ def evaluate(
         crop: window side in pixels; a smaller image is filled up, and only its own pixels count.
         stride: step in pixels; default two thirds of the window.
         blend: how windows that overlap are weighed, see `cegate.scenes.mosaic.Mosaic`; ``none`` is published.
+        tta: test-time augmentation, see `cegate.scenes.predictor.TTA`.
         batch: windows per forward pass; it does not change the result.
         mean_classes: classes that means go over; default: all.
         workers: processes that read ahead.
@@ -129,7 +131,7 @@ def evaluate(
     names: list[str] = []
     tiles: list[np.ndarray] = []
     loss_sum = 0.0
-    windows = {"crop": crop, "stride": stride, "blend": blend, "batch": batch, "fit": dataset.fit}
+    windows = {"crop": crop, "stride": stride, "blend": blend, "tta": tta, "batch": batch, "fit": dataset.fit}
     predictor = predictor_of(segmenter, precision=precision, **windows)
     part = range(len(dataset)) if part is None else part
     stream = EvalStream(dataset, mean=segmenter.recipe.mean, std=segmenter.recipe.std)
@@ -161,22 +163,25 @@ def join(parts: Sequence[Evaluation]) -> Evaluation:
 
 
 def windows_of(config: Config) -> dict[str, Any]:
-    """How windows go over an image in evaluation and in pictures: crop, stride and blend."""
-    given, data = config.evaluate, config.data
-    return {"crop": data.crop, "stride": given.stride or data.stride, "blend": given.blend}
+    """How a configuration has whole images predicted, as arguments of `evaluate` and `predictor_of`."""
+    data, how = config.data, config.evaluate
+    return {"crop": data.crop, "stride": how.stride or data.stride, "blend": how.blend, "tta": how.tta}
 
 
-def predictor_of(segmenter: Segmenter, *, precision: Precision = nullcontext, **windows: Any) -> Predictor:
+def predictor_of(
+    segmenter: Segmenter, *, precision: Precision = nullcontext, tta: str = "none", **windows: Any
+) -> Predictor:
     """What puts normalised images through a segmenter.
 
     Args:
         segmenter: the model.
         precision: makes the autocast context of a forward pass.
+        tta: test-time augmentation, see `cegate.scenes.predictor.TTA`.
         windows: fields of `cegate.scenes.mosaic.Mosaic`; ``crop`` is needed.
     """
     further = segmenter.recipe.further
     mosaic = Mosaic(**windows, log_shares=segmenter.head.log_shares, further=further)
-    return Predictor(segmenter, mosaic, segmenter.device, precision, segmenter)
+    return Predictor(segmenter, mosaic, segmenter.device, precision, segmenter, tta)
 
 
 def predict_logits(
@@ -215,7 +220,7 @@ def evaluate_run(
         writable_folder(output, "--output")
     device = pick_device(config.run.device)
     segmenter = load_checkpoint(run, checkpoint, config, device)
-    validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range)
+    validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range, seed=config.run.seed)
     sets = [*([validation] if validation is not None else []), *targets]
     for dataset in sets:
         dataset.check()
@@ -263,7 +268,7 @@ def table_of(evaluations: list[Evaluation]) -> Table:
     for evaluation in evaluations:
         scores = evaluation.scores
         for row, (name, *values) in enumerate(scores.rows()):
-            table.add_row(evaluation.domain if row == 0 else "", name, *map(percent, values))
+            table.add_row(domain_title(evaluation.domain) if row == 0 else "", name, *map(percent, values))
         means = (scores.mIoU, scores.mF1, scores.mAcc)
         note = f" (without {', '.join(scores.absent)}: absent)" if scores.absent else ""
         if scores.mean_classes:

@@ -83,6 +83,17 @@ class Reporter:
 
 
 @contextmanager
+def without_log() -> Iterator[None]:
+    """Keep cegate's log from the console, where another process says the same."""
+    nowhere = logging.NullHandler()
+    log.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        log.removeHandler(nowhere)
+
+
+@contextmanager
 def logging_to(file: Path, console: Console) -> Iterator[None]:
     """Send cegate's log to a file, and to the console: there, lines that a bar shows anyway are left out."""
     to_file = logging.FileHandler(file, encoding="utf-8")

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from cegate import __version__, ops
+from cegate.adapter_folder import save_adapter
 from cegate.checkpoint import (
     STAGES,
     State,
@@ -24,16 +25,16 @@ from cegate.checkpoint import (
     keep_newest,
     load_state,
     restore,
-    save_adapter,
     save_state,
 )
 from cegate.config import Config
-from cegate.configfile import SOURCE_DOMAIN, changed_values, read_config, to_yaml
+from cegate.configfile import SOURCE_DOMAIN, changed_values, domain_title, read_config, to_yaml
 from cegate.data.datasets import SegmentationSet
 from cegate.engine import evaluator, results
+from cegate.engine.board import Board
 from cegate.engine.evaluator import Evaluation, percent
 from cegate.engine.gating import Round
-from cegate.engine.results import Result, domain_title, stage_title
+from cegate.engine.results import Result, stage_title
 from cegate.engine.runtime import peak_memory
 from cegate.engine.sets import Sets
 from cegate.engine.stage import NotFiniteError, Numerics, Stage
@@ -59,6 +60,7 @@ class Recorder:
     def __init__(self, run: RunFolder, config: Config, sets: Sets, numerics: Numerics, backbone_sha256: str) -> None:
         self.run, self.config, self.sets, self.numerics = run, config, sets, numerics
         self.backbone_sha256 = backbone_sha256
+        self.board: Board | None = None
         self.peak_memory: int | None = None  # bytes
         self.started, self.elapsed_before = time.monotonic(), 0.0
 
@@ -86,6 +88,9 @@ class Recorder:
                 title = stage_title(state.stage, self.config.run.method)
                 log.info("going on from iteration %d of stage %s", state.iteration, title)
                 self._number_again(state)
+            if "tensorboard" in self.config.run.log:
+                place = None if state is None else (state.stage, state.iteration)
+                self.board = Board(self.run.path / "tensorboard", self.config.run.method, place)
             position = (-1, -1) if state is None else state.position
 
             def is_past(record: dict[str, Any]) -> bool:
@@ -186,6 +191,8 @@ class Recorder:
         record = {"iteration": stage.iteration, "split": "train", "stage": stage.name, "domain": SOURCE_DOMAIN}
         with self.run.writing():
             self.run.metrics.append({**record, **line})
+            if self.board:
+                self.board.write({**record, **line})
         title = stage_title(stage.name, self.config.run.method)
         log.debug("%s iteration %d: loss %.4f, lr %.2e", title, stage.iteration, line["loss"], line["lr"])
 
@@ -246,6 +253,10 @@ class Recorder:
             if self._best_iteration(stage.name, records) in (None, stage.iteration):
                 self._keep_best(stage, evaluations)
             self.run.metrics.append(*records)
+            if self.board:
+                self.board.write(*records)
+                if stage.name == "after" and self.run.gates.records:
+                    self.board.gate(stage.iteration, self.run.gates.records, stage.network.toolbox.sites)
         text = ", ".join(f"{domain_title(item.domain)} {percent(item.scores.mIoU)}" for item in evaluations)
         title = stage_title(stage.name, self.config.run.method)
         log.info("%s iteration %d: mIoU %s", title, stage.iteration, text or "not measured")
@@ -293,18 +304,47 @@ class Recorder:
     def complete(self, result: Result, stage: Stage) -> None:
         """Write result.json, by which others know that the run is complete."""
         counts, steps, scorings = _learned(stage.network), stage.step_seconds, stage.score_seconds
+        behind = [name for name, part in stage.network.parts().items() if not part.adapts]  # head, fusion
         record = {
             "iteration": result.iteration,
             "before": result.before,
             "after": result.after,
-            "trained_parameters": sum(counts.values()) - counts["head"],
-            "head_parameters": counts["head"],
+            "trained_parameters": sum(count for name, count in counts.items() if name not in behind),
+            "head_parameters": sum(counts[name] for name in behind),
             "step_seconds": statistics.median(steps) if steps else None,
             "score_seconds": statistics.median(scorings) if scorings else None,
             "peak_memory_bytes": self.peak_memory,
         }
         with self.run.writing():
             write_json(self.run.result, record)
+            if self.board:
+                self.board.close()
+
+
+class Silent:
+    """In the place of a `Recorder` in a process that is not the writer: it takes part where all processes are asked,
+    and writes nothing."""
+
+    def save(self, stage: Stage, *, numbered: bool = False) -> None:
+        stage.state()
+
+    def finish(self, stage: Stage) -> None:
+        stage.unseen_classes()
+
+    def not_finite(self, error: NotFiniteError) -> TrainingError:
+        return TrainingError(str(error))
+
+    def is_evaluated(self, stage: Stage) -> bool:
+        return False
+
+    def evaluated(self, stage: Stage, evaluations: Sequence[Evaluation]) -> str:
+        return "–"
+
+    def forget_evaluation(self, stage: Stage) -> None: ...
+    def plan(self, plan: GatePlan) -> None: ...
+    def round(self, iteration: int, chosen: Round) -> None: ...
+    def loss(self, stage: Stage, line: Mapping[str, Any]) -> None: ...
+    def complete(self, result: None, stage: Stage) -> None: ...
 
 
 def _learned(network: Segmenter) -> dict[str, int]:

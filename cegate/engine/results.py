@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.configfile import SOURCE_DOMAIN, domain_title
 from cegate.engine.evaluator import percent
 
 Record = dict[str, Any]
@@ -21,11 +22,6 @@ def stage_title(stage: str, method: str | None = None) -> str:
     """What people read of a stage, of which files say ``before`` or ``after``: *frozen* for frozen backbone + head, and
     for what adapts it *gate*, or the method by its name where another was asked for."""
     return "frozen" if stage == "before" else method or "gate"
-
-
-def domain_title(domain: str) -> str:
-    """What people read of a domain: *validation* for the held-out part, of which files say ``source``."""
-    return "validation" if domain == SOURCE_DOMAIN else domain
 
 
 def best_iteration(records: Sequence[Record], stage: str, *, validated: bool) -> int | None:
@@ -75,6 +71,13 @@ class Result:
             console.print(line, highlight=False, soft_wrap=True)
         return console.file.getvalue().rstrip()
 
+    def next_commands(self) -> list[str]:
+        """What one does with a run, a line each."""
+        return [
+            f"next: cegate report --run {shlex.quote(str(self.path))}",
+            f"      cegate predict --run {shlex.quote(str(self.path))} --input IMAGES --output MAPS",
+        ]
+
     def rich_table(self) -> Table:
         """The table with styles, for a console."""
         table = Table(title="IoU (%)", title_justify="left")
@@ -102,8 +105,8 @@ class Result:
             console.print("Nothing was evaluated: the configuration has neither targets nor a validation set.")
         else:
             console.print(self.rich_table())
-        for line in (*self.notes, f"Run folder: {self.path}"):
-            console.print(line, highlight=False, soft_wrap=True)
+        for line in (*self.notes, f"Run folder: {self.path}", *self.next_commands()):
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def _iou(record: Record | None, name: str) -> float | None:

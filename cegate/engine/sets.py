@@ -40,10 +40,10 @@ def open_sets(config: Config) -> tuple[Config, Sets]:
     """
     data = config.data
     _refuse_other_bands(data)
-    source = open_set(data.source, name=SOURCE_DOMAIN, classes=data.classes)
+    source = open_set(data.source, name=SOURCE_DOMAIN, classes=data.classes, seed=config.run.seed)
     classes = list(source.classes)
     data = _with_bands_of(data, source)
-    validation, targets = open_evaluated(data, classes, source.value_range)
+    validation, targets = open_evaluated(data, classes, source.value_range, seed=config.run.seed)
     unlabelled = None
     if config.adapt.method != "none":
         like = source.value_range
@@ -58,14 +58,17 @@ def open_sets(config: Config) -> tuple[Config, Sets]:
 
 
 def open_evaluated(
-    data: DataConfig, classes: Sequence[str], value_range: ValueRange
+    data: DataConfig, classes: Sequence[str], value_range: ValueRange, *, seed: int = 0
 ) -> tuple[SegmentationSet | None, list[SegmentationSet]]:
     """The validation set, if there is one, and the targets; one without a range of its own gets the model's.
 
     Raises:
         ConfigError, DataError: as `open_set` does.
     """
-    validation = data.validation and open_set(data.validation, name=SOURCE_DOMAIN, classes=classes, like=value_range)
+    held = {"seed": seed, "held_out": True}  # where the set is what val_fraction holds out of the source
+    validation = data.validation and open_set(
+        data.validation, name=SOURCE_DOMAIN, classes=classes, like=value_range, **held
+    )
     targets = [open_set(cfg, name=name, classes=classes, like=value_range) for name, cfg in data.targets.items()]
     return validation, targets
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,11 +52,9 @@ class Numerics:
 class NotFiniteError(TrainingError):
     """The loss of a step is NaN or infinite; the step was not made."""
 
-    def __init__(self, iteration: int, terms: Sequence[Term]) -> None:
+    def __init__(self, iteration: int, samples: Sequence[tuple[str, float]]) -> None:
         self.iteration = iteration
-        self.names = [name for term in terms for name in term.samples]
-        self.losses = [loss for term in terms for loss in term.losses.float().tolist()]
-        samples = zip(self.names, self.losses, strict=True)
+        self.names, self.losses = [name for name, _ in samples], [loss for _, loss in samples]
         self.bad = [name for name, loss in samples if not math.isfinite(loss)]
         super().__init__(f"the loss of iteration {iteration} is not finite for {', '.join(self.bad)}")
 
@@ -119,7 +118,7 @@ class Stage:
     # one iteration --------------------------------------------------------------------------------------------------
 
     def step(self, data: StepData) -> float:
-        """Make the step of the iteration; its loss over the samples of this process.
+        """Make the step of the iteration; its loss, over the samples of all processes.
 
         Raises:
             NotFiniteError: NaN or infinite loss.
@@ -140,8 +139,9 @@ class Stage:
             terms = [term for task in self.tasks for term in task.terms(step)]
         loss = torch.stack([term.weight * term.losses.float().mean() for term in terms]).sum()
         self.scaler.scale(loss).backward()
-        if not math.isfinite(value := loss.item()):  # after backward: until here a GPU need not wait for Python
-            raise NotFiniteError(iteration, terms)
+        value = self.team.mean(loss.item())  # after backward: until here a GPU need not wait for Python
+        if not math.isfinite(value):
+            raise NotFiniteError(iteration, list(chain.from_iterable(self.team.gather(_losses_of(terms)))))
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.team.average_gradients(learning)
         if train.clip is not None:
@@ -171,10 +171,14 @@ class Stage:
         )
 
     def unseen_classes(self) -> list[str]:
-        """Classes of which no pixel was in a source crop so far; they cannot be learned from the source."""
-        return [
-            name for name, count in zip(self.network.classes, self.class_pixels.tolist(), strict=False) if not count
-        ]
+        """Classes of which no pixel was in a source crop so far; they cannot be learned from the source. Every process
+        of the team calls it."""
+        counts = zip(self.network.classes, self._all_class_pixels(), strict=False)
+        return [name for name, count in counts if not count]
+
+    def _all_class_pixels(self) -> list[int]:
+        device = self.numerics.device
+        return self.team.sum(self.class_pixels.to(device, copy=True)).tolist()
 
     def is_due(self, every: int) -> bool:
         """Whether the iterations done end a period, or the schedule."""
@@ -195,6 +199,7 @@ class Stage:
         started, self.is_whole = time.perf_counter(), False
         mass = self.measure(progress) if self.config.gate.method == "fisher" else {}
         chosen = self.gate.choose(self.iteration, mass)
+        self.team.agree(chosen.plan.active, f"the gate of iteration {self.iteration}")
         self.network.toolbox.apply(chosen.plan)
         self.score_seconds.append(time.perf_counter() - started)
         return chosen
@@ -225,13 +230,17 @@ class Stage:
         train = self.config.train
         if self.iteration % train.log_every and self.iteration != train.iterations:
             return None
-        mean = self.team.mean(self.loss_sum / self.loss_count)
+        mean = self.loss_sum / self.loss_count
         self.loss_sum, self.loss_count = 0.0, 0
-        more = {name: value for task in self.tasks for name, value in task.journal().items()}
+        mine = {name: value for task in self.tasks for name, value in task.journal().items()}
+        theirs = self.team.gather(mine)
+        names = dict.fromkeys(name for lines in theirs for name in lines)
+        more = {name: statistics.fmean(lines[name] for lines in theirs if name in lines) for name in names}
         return {"loss": mean, **more, "lr": learning_rate(train, self.iteration - 1)}
 
     def state(self) -> dict[str, Any]:
-        """The entries of a `State` that are this stage's."""
+        """The entries of a `State` that are this stage's. Every process of the team calls it; what the writer gets is
+        whole."""
         assert self.is_whole, "a step is under way"
         plan = self.network.toolbox.plan
         return {
@@ -247,7 +256,7 @@ class Stage:
             "loss_count": self.loss_count,
             "tasks": {task.name: state for task in self.tasks if (state := task.state())},
             "task_weights": self._task_weights(),
-            "class_pixels": self.class_pixels.tolist(),
+            "class_pixels": self._all_class_pixels(),
             "step_seconds": self.step_seconds,
             "score_seconds": self.score_seconds,
         }
@@ -278,7 +287,7 @@ class Stage:
         self.loss_sum, self.loss_count = state.loss_sum, state.loss_count
         self.step_seconds, self.score_seconds = state.step_seconds, state.score_seconds
         if state.class_pixels:
-            self.class_pixels = torch.tensor(state.class_pixels)
+            self.class_pixels = torch.tensor(state.class_pixels) * self.team.is_writer  # the state has those of all
         else:  # of an older version: nobody counted, so nothing is said of labels that are missing
             self.class_pixels.fill_(1)
 
@@ -301,6 +310,11 @@ def _parts_of_tasks(tasks: list[Task], device: torch.device) -> dict[str, nn.Mod
     """``<task>.<part>`` -> module, on the device and in training mode."""
     parts = {f"{task.name}.{name}": part for task in tasks for name, part in task.parts().items()}
     return {name: part.to(device).train() for name, part in parts.items()}
+
+
+def _losses_of(terms: Sequence[Term]) -> list[tuple[str, float]]:
+    """(sample, loss) of every sample of every term."""
+    return [pair for term in terms for pair in zip(term.samples, term.losses.float().tolist(), strict=True)]
 
 
 def _counted(probe: Iterable[Any], progress: Callable[[int], None] | None) -> Iterator[Any]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
+from rich.markup import escape
 from rich.table import Table
 
 from cegate import ops
-from cegate.checkpoint import WEIGHTS_FILE, adapter_folder, load_state, read_adapter_config
+from cegate.adapter_folder import find_adapter, read_description, read_weights
+from cegate.checkpoint import load_state
+from cegate.configfile import domain_title
 from cegate.engine.evaluator import percent
 from cegate.engine.results import best_iteration, records_of
-from cegate.errors import CheckpointError
-from cegate.figures import STAGES, domain_title, headline, in_order
+from cegate.figures import STAGES, headline, in_order
 from cegate.runfolder import RunFolder
 from cegate.sites import SiteId
 
@@ -66,31 +66,25 @@ def describe_adapter(path: Path) -> list[Table | str]:
     Raises:
         CheckpointError: the folder is no adapter.
     """
-    folder = adapter_folder(path)
-    config = read_adapter_config(folder)
-    try:
-        with safetensors.safe_open(folder / WEIGHTS_FILE, framework="np") as file:
-            sizes = {key: math.prod(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - no dict
-    except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from error
-    counts = _weights_per_site(sizes)
+    folder = find_adapter(path)
+    made, recipe = read_description(folder)
+    counts = _weights_per_site({key: value.numel() for key, value in read_weights(folder).items()})
     facts = {
         "adapter": str(folder),
-        "backbone": f"{config['backbone']}, sha256 {config['backbone_sha256'][:12]}",
-        "input": f"bands {config['bands']}, patch {config['patch_size']}, windows of {config['crop']} px",
-        "head": f"{config['head']}, {counts.get('head', 0):,} weights",
-        "classes": ", ".join(config["classes"]),
+        "backbone": f"{made.backbone}, sha256 {made.backbone_sha256[:12]}",
+        "input": f"bands {list(recipe.bands)}, patch {made.patch_size}, windows of {recipe.crop} px",
+        "head": f"{made.head}, {counts.get('head', 0):,} weights",
+        "classes": ", ".join(recipe.classes),
         "weights": f"{sum(counts.values()):,}",
-        "written by": f"cegate {config.get('cegate_version', 'unknown')}",
+        "written by": f"cegate {made.cegate_version}",
     }
-    on = [*config["active_sites"], *config["frozen_sites"]]
-    return [_facts(facts), "", site_table(in_order(on), counts, on, []), "● on"]
+    return [_facts(facts), "", site_table(in_order(made.plan.on), counts, made.plan.on, []), "● on"]
 
 
 def _facts(facts: Mapping[str, str]) -> Table:
     table = Table.grid(padding=(0, 2))
     for name, value in facts.items():
-        table.add_row(f"[bold]{name}", value)
+        table.add_row(f"[bold]{name}", escape(value))
     return table
 
 

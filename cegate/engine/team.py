@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cegate.errors import ConfigError
+from cegate.compute import pick_device
+from cegate.errors import CegateError, ConfigError, TrainingError
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""For another process that is alive and late, as where one has larger images to evaluate; a dead one is noticed at
+once."""
+STARTED_BY = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells a process of its team."""
 
 
 class Team:
@@ -20,6 +29,8 @@ class Team:
 
     rank = 0
     size = 1
+    bytes_of_step = 0
+    """Bytes of gradients that the last step summed, for each process."""
 
     @property
     def is_writer(self) -> bool:
@@ -49,6 +60,10 @@ class Team:
         """Mean over the team."""
         return value
 
+    def any(self, value: bool) -> bool:
+        """Whether it is so somewhere."""
+        return value
+
     def min(self, value: int) -> int:
         """Smallest of the team."""
         return value
@@ -60,6 +75,23 @@ class Team:
     def gather(self, value: T) -> list[T]:
         """What each has, in order of rank; any object that can be pickled."""
         return [value]
+
+    def of_writer(self, work: Callable[[], T]) -> T:
+        """What the writer's work gives, or the error it ends with; the others wait for it and do none."""
+        return work()
+
+    def agree(self, value: Any, what: str) -> None:
+        """See that all have the same.
+
+        Raises:
+            TrainingError: they have not; names the processes.
+        """
+        values = self.gather(value)
+        if other := [str(rank) for rank, theirs in enumerate(values) if theirs != values[0]]:
+            raise TrainingError(
+                f"{what} of process {', '.join(other)} is not that of process 0; give all the same data, weights, "
+                "versions and kind of device"
+            )
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Give every process the mean of the gradients, between backward and clipping.
@@ -87,6 +119,9 @@ class Processes(Team):
     def mean(self, value: float) -> float:
         return self.sum(torch.tensor(value, dtype=torch.float64, device=self.device)).item() / self.size
 
+    def any(self, value: bool) -> bool:
+        return self.sum(torch.tensor(int(value), device=self.device)).item() > 0
+
     def min(self, value: int) -> int:
         smallest = torch.tensor(value, device=self.device)
         dist.all_reduce(smallest, dist.ReduceOp.MIN)
@@ -102,11 +137,24 @@ class Processes(Team):
         dist.all_gather_object(boxes, value)
         return boxes
 
+    def of_writer(self, work: Callable[[], T]) -> T:
+        value, error = None, None
+        if self.is_writer:
+            try:
+                value = work()
+            except CegateError as problem:
+                error = problem
+        value, error = self.broadcast((value, error))
+        if error is not None:
+            raise error
+        return value
+
     @torch.no_grad()
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """One flat sum for each dtype. A weight without a gradient everywhere goes on without one, so that no optimiser
         touches it; a flag for each weight, summed along, says so."""
         learning = [parameter for parameter in parameters if parameter.requires_grad]
+        self.bytes_of_step = sum(parameter.nbytes for parameter in learning)
         for dtype in dict.fromkeys(parameter.dtype for parameter in learning):
             alike = [parameter for parameter in learning if parameter.dtype == dtype]
             self._average(alike)
@@ -121,16 +169,47 @@ class Processes(Team):
                 parameter.grad = mean.div(self.size).view_as(parameter)
 
 
-def open_team() -> Team:
-    """The team of this process.
+@contextmanager
+def open_team(device: str = "auto") -> Iterator[tuple[Team, torch.device]]:
+    """The team that this process was started in, by torchrun or alone, and the device it computes on.
+
+    Args:
+        device: ``run.device``. In a team every process takes the GPU of its number on this machine; gloo joins CPUs,
+            NCCL GPUs.
 
     Raises:
-        ConfigError: started as one of several, which training does not serve yet.
+        ConfigError: started as one of several otherwise, or with a GPU named for all of them.
+        TrainingError: inside, another process of the team has ended.
     """
     world = os.environ.get("WORLD_SIZE", "").strip()
-    if world not in ("", "0", "1"):
+    if world in ("", "0", "1"):
+        yield Team(), pick_device(device)
+        return
+    if missing := [name for name in STARTED_BY if not os.environ.get(name)]:
         raise ConfigError(
-            f"WORLD_SIZE={world}: training runs in one process; start it by `cegate train`, without torchrun or srun "
-            "of several tasks (or unset WORLD_SIZE)"
+            f"WORLD_SIZE={world} without {', '.join(missing)}: several processes are started by torchrun "
+            "--nproc-per-node N -m cegate.train; for one, unset WORLD_SIZE"
         )
-    return Team()
+    place = _device_of_team(device, int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield Processes(place), place
+    except RuntimeError as error:
+        if not _is_loss_of_another(error):
+            raise
+        raise TrainingError(
+            f"process {os.environ['RANK']} of {world} ends because another one has: its own error is above or below"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _device_of_team(device: str, local_rank: int) -> torch.device:
+    if ":" in device:
+        raise ConfigError(f"run.device={device} names one GPU for several processes; give cuda, and each takes its own")
+    chosen = pick_device(device)
+    return pick_device(f"cuda:{local_rank}") if chosen.type == "cuda" else chosen
+
+
+def _is_loss_of_another(error: RuntimeError) -> bool:
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "by peer" in str(error)

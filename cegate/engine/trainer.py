@@ -3,35 +3,47 @@
 from __future__ import annotations
 
 import logging
+import os
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 
 from rich.console import Console
+from torch import nn
 
 from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import STAGES, trained_weights
-from cegate.compute import pick_device, precision_of
+from cegate.compute import precision_of
 from cegate.config import Config
+from cegate.configfile import domain_title
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
+from cegate.engine.board import refuse_missing
 from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of
+from cegate.engine.facts import TIMED_STEPS, expected_time, facts_of
 from cegate.engine.pictures import draw_run, draw_tasks
-from cegate.engine.progress import Reporter, logging_to
-from cegate.engine.recorder import Recorder
-from cegate.engine.results import Result, domain_title, stage_title
+from cegate.engine.progress import Reporter, logging_to, without_log
+from cegate.engine.recorder import Recorder, Silent
+from cegate.engine.results import Result, stage_title
 from cegate.engine.runtime import Interrupt, deterministic
 from cegate.engine.sets import Sets, open_sets, value_range_of
 from cegate.engine.stage import NotFiniteError, Numerics, Stage
 from cegate.engine.team import Team, open_team
 from cegate.errors import ConfigError
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run
-from cegate.segmenter import Segmenter, build, starting_plan
+from cegate.segmenter import Segmenter, build
 from cegate.tasks.crossearth import check_style
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None) -> Result:
+def train(
+    config: Config, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> Result | None:
     """Train as configured and leave a complete run folder.
+
+    Started by torchrun, it is one process of a team: each takes its share of every batch, probe and set, and the first
+    one writes.
 
     Args:
         config: a configuration read for training.
@@ -40,31 +52,61 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False, cons
         console: where progress is shown; default: standard error.
 
     Returns:
-        The numbers of the run; ``table()`` formats them.
+        The numbers of the run; ``table()`` formats them. None in a process that is not the writer of its team.
 
     Raises:
         CegateError: bad data, a run folder that is taken, or training that cannot go on.
         KeyboardInterrupt: after Ctrl-C or SIGTERM and a checkpoint; the message says how to go on.
     """
-    console, team = console or Console(stderr=True), open_team()
-    team.check(config.data.batch_size)
-    check_folder(config, resume=resume, overwrite=overwrite)
-    device = pick_device(config.run.device)
-    if config.run.deterministic and device.type == "cuda" and config.model.head == "mask2former":
-        raise ConfigError(
-            "run.deterministic=true: torch has no deterministic form of mask2former's sampling on a GPU; use "
-            "model.head=linear, run.device=cpu, or leave it out"
-        )
-    check_style(config)  # no folder is made for a run that cannot begin
-    config, sets = open_sets(config)
-    segmenter = build(config)
-    with (
-        open_run(config, resume=resume, overwrite=overwrite) as run,
-        logging_to(run.path / "train.log", console),
-        deterministic(config.run.deterministic),
-    ):
-        log.info("run folder %s, device %s", run.path, device)
+    with open_team(config.run.device) as (team, device), ExitStack() as held:
+        team.check(config.data.batch_size)
+        if not team.is_writer:
+            console = Console(quiet=True)
+            held.enter_context(without_log())
+        console = console or Console(stderr=True)
+        resume = team.of_writer(partial(_look_at_folder, config, resume, overwrite))
+        overwrite = overwrite and not resume
+        if config.run.deterministic and device.type == "cuda" and config.model.head == "mask2former":
+            raise ConfigError(
+                "run.deterministic=true: torch has no deterministic form of mask2former's sampling on a GPU; use "
+                "model.head=linear, run.device=cpu, or leave it out"
+            )
+        if "tensorboard" in config.run.log:
+            refuse_missing()
+        check_style(config)  # no folder is made for a run that cannot begin
+        config, sets = open_sets(config)
+        segmenter = build(config)
+        if team.size > 1:
+            _refuse_batch_norms(segmenter)
+        run = team.of_writer(lambda: held.enter_context(open_run(config, resume=resume, overwrite=overwrite)))
+        if team.is_writer:
+            held.enter_context(logging_to(run.path / "train.log", console))
+        held.enter_context(deterministic(config.run.deterministic))
+        several = f", {team.size} processes" if team.size > 1 else ""
+        log.info("run folder %s, device %s%s", run.path, device, several)
+        for line in facts_of(config, sets, segmenter):
+            log.info("%s", line)
         return _train(config, run, sets, segmenter.to(device), team, console)
+
+
+def _look_at_folder(config: Config, resume: bool, overwrite: bool) -> bool:
+    """Whether the run is gone on with: as asked, or as torchrun starts its processes again after one has died.
+
+    Raises:
+        CheckpointError: it cannot be.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    resume = resume or (restarted and RunFolder(folder_of(config)).last.is_file())
+    check_folder(config, resume=resume, overwrite=overwrite and not resume)
+    return resume
+
+
+def _refuse_batch_norms(network: Segmenter) -> None:
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
+        raise ConfigError(
+            f"model.head={network.config.model.head} is built with norms over a batch, of which each process would see "
+            "its share alone; train it in one process, or take another head"
+        )
 
 
 def describe(config: Config) -> str:
@@ -75,67 +117,25 @@ def describe(config: Config) -> str:
     """
     config, sets = open_sets(config)
     segmenter = build(config)
-    counts = segmenter.toolbox.counts()
-    gate, path = config.gate, folder_of(config)
-    trained = {"fisher": f"the {gate.k} best of {len(counts)} sites, chosen anew every {gate.interval} iterations"}
-    domains = [f"  {data.name}: {len(data)} images" for data in sets.evaluated]
-    return "\n".join(
-        [
-            f"run folder: {path}{' (exists)' if path.exists() else ''}",
-            f"source: {len(sets.source)} images, classes {', '.join(segmenter.classes)}",
-            "evaluated on:",
-            *(domains or ["  nothing"]),
-            f"backbone: {config.model.backbone}, patch {segmenter.backbone.patch}, "
-            f"features of layers {segmenter.layers}",
-            f"toolbox: {len(counts)} sites with {sum(counts.values()):,} weights; "
-            f"training {trained.get(gate.method, f'{len(starting_plan(config, segmenter.toolbox).active)} sites')}",
-            *_describe_refiner(config, segmenter),
-            *_describe_crossearth(config, segmenter),
-            f"head: {config.model.head} with {sum(p.numel() for p in segmenter.head.parameters()):,} weights",
-            *_describe_adaptation(config, sets),
-            f"schedule: {config.train.iterations} iterations of {config.data.batch_size} crops, {config.data.crop} px",
-        ]
-    )
-
-
-def _describe_refiner(config: Config, segmenter: Segmenter) -> list[str]:
-    if segmenter.refiner is None:
-        return []
-    count, refiner = sum(p.numel() for p in segmenter.refiner.parameters()), config.refiner
-    return [f"refiner: {refiner.method}, {refiner.tokens} tokens of rank {refiner.rank} a layer, {count:,} weights"]
-
-
-def _describe_crossearth(config: Config, segmenter: Segmenter) -> list[str]:
-    style, mim, lines = config.style, config.mim, []
-    if (injector := segmenter.parts().get("injector")) is not None:
-        count = sum(p.numel() for p in injector.parameters())
-        lines.append(f"injector: {config.injector.method} at {config.injector.at}, {count:,} weights")
-    if origin := check_style(config):
-        share = f"{100 * style.ratio:g} % of blocks of {style.block} px"
-        lines.append(f"styles: {origin}; in {100 * style.probability:g} % of the iterations, {share}")
-    if mim.method != "none":
-        lines.append(f"masked images: {100 * mim.ratio:g} % of blocks of {mim.block} px, {mim.decoder}, {mim.loss}")
-    return lines
-
-
-def _describe_adaptation(config: Config, sets: Sets) -> list[str]:
-    if sets.unlabelled is None:
-        return []
-    adapt = config.adapt
-    return [f"adapting to: {len(sets.unlabelled)} unlabelled images, {adapt.method} from iteration {adapt.warmup} on"]
+    path = folder_of(config)
+    return "\n".join([f"run folder: {path}{' (exists)' if path.exists() else ''}", *facts_of(config, sets, segmenter)])
 
 
 # --- the run --------------------------------------------------------------------------------------------------------
 
 
-def _train(config: Config, run: RunFolder, sets: Sets, network: Segmenter, team: Team, console: Console) -> Result:
+def _train(
+    config: Config, run: RunFolder, sets: Sets, network: Segmenter, team: Team, console: Console
+) -> Result | None:
     """Run every stage that is not done, then write adapter, figures and result."""
     network.recipe = replace(network.recipe, value_range=value_range_of(sets.source))
     numerics = Numerics(network.device, *precision_of(config.run.precision, network.device))
     initial = {name: value.clone() for name, value in trained_weights(network).items()}
     backbone_sha256 = weight_hash(network.vit)
-    recorder = Recorder(run, config, sets, numerics, backbone_sha256)
-    state = recorder.open()
+    team.agree((backbone_sha256, numerics.name), "the backbone or its precision")
+    team.agree([(data.name, len(data)) for data in (sets.source, *sets.evaluated)], "the data")
+    recorder = Recorder(run, config, sets, numerics, backbone_sha256) if team.is_writer else Silent()
+    state = team.of_writer(lambda: recorder.open())
     names = STAGES if config.train.baseline else STAGES[1:]
     left = [name for name in names if state is None or STAGES.index(state.stage) <= STAGES.index(name)]
     titles = {name: stage_title(name, config.run.method) for name in left}
@@ -149,14 +149,16 @@ def _train(config: Config, run: RunFolder, sets: Sets, network: Segmenter, team:
                 elif name == "after" and not stage.gate.chooses:
                     recorder.plan(network.toolbox.plan)
                 reporter.begin(name, stage.iteration)
-                _Loop(stage, recorder, reporter, interrupt).run(resumes)
+                _Loop(stage, recorder, reporter, interrupt, _go_on(run)).run(resumes)
         result = recorder.finish(stage)
-        _draw(run, stage, recorder)
+        if team.is_writer:
+            _draw(run, stage, recorder)
         recorder.complete(result, stage)
     except KeyboardInterrupt as error:
         why = str(error) or "interrupted at once, what came after the last checkpoint is lost"
         raise KeyboardInterrupt(f"{why}; go on with: {_go_on(run)}") from None
-    log.info("finished in %.0f s", recorder.elapsed)
+    if team.is_writer:
+        log.info("finished in %.0f s", recorder.elapsed)
     return result
 
 
@@ -169,9 +171,12 @@ class _Loop:
     """The iterations of one stage: what computes, what writes, what shows, and who may stop it."""
 
     stage: Stage
-    recorder: Recorder
+    recorder: Recorder | Silent
     reporter: Reporter
     interrupt: Interrupt
+    go_on: str
+    """The command that goes on with the run."""
+    told_bytes: int = 0
 
     def run(self, resumes: bool) -> None:
         """Go on to the end of the stage.
@@ -187,14 +192,13 @@ class _Loop:
         except (RuntimeError, WorkerLostError) as error:
             if (lost := error if isinstance(error, WorkerLostError) else worker_lost(error)) is None:
                 raise
-            if self.stage.is_whole:
+            saves = self.stage.is_whole and self.stage.team.size == 1  # others know nothing of the loss
+            if saves:
                 self.recorder.save(self.stage)
             if self.interrupt.asked:  # a batch system sends its signal to the workers too
-                raise KeyboardInterrupt(self._interrupted if self.stage.is_whole else "") from None
-            saved = f"iteration {self.stage.iteration}" if self.stage.is_whole else "the last checkpoint"
-            raise WorkerLostError(
-                f"{lost}; all is saved up to {saved}, go on with: {_go_on(self.recorder.run)}"
-            ) from error
+                raise KeyboardInterrupt(self._interrupted if saves else "") from None
+            saved = f"iteration {self.stage.iteration}" if saves else "the last checkpoint"
+            raise WorkerLostError(f"{lost}; all is saved up to {saved}, go on with: {self.go_on}") from error
 
     @property
     def _interrupted(self) -> str:
@@ -202,13 +206,16 @@ class _Loop:
 
     def _run(self, resumes: bool) -> None:
         stage, recorder, train = self.stage, self.recorder, self.stage.config.train
-        if resumes and stage.is_due(train.eval_every) and not recorder.is_evaluated(stage):
+        if resumes and stage.is_due(train.eval_every) and not stage.team.broadcast(recorder.is_evaluated(stage)):
             recorder.forget_evaluation(stage)
             self._evaluate()  # the run ended in the middle of it
         for data in stage.batches():
             if stage.scoring_is_due():
                 self._score()
             self.reporter.step(stage.step(data))
+            if len(stage.step_seconds) == TIMED_STEPS:
+                log.info("%s", expected_time(stage.step_seconds, train.iterations - stage.iteration))
+            self._tell_bytes()
             if line := stage.journal():
                 recorder.loss(stage, line)
             saves, evaluates = stage.is_due(train.checkpoint_every), stage.is_due(train.eval_every)
@@ -216,12 +223,18 @@ class _Loop:
                 recorder.save(stage, numbered=saves)
             if evaluates:
                 self._evaluate()
-            if self.interrupt.asked:
+            if stage.team.any(self.interrupt.asked):
                 recorder.save(stage)
                 raise KeyboardInterrupt(self._interrupted)
 
+    def _tell_bytes(self) -> None:
+        if (now := self.stage.team.bytes_of_step) != self.told_bytes:
+            self.told_bytes = now
+            log.info("a step sums %.2f MB of gradients over %d processes", now / 1e6, self.stage.team.size)
+
     def _score(self) -> None:
-        stage, samples = self.stage, self.stage.config.gate.samples
+        stage = self.stage
+        samples = len(stage.team.share(stage.config.gate.samples))
         with self.reporter.meanwhile(f"scoring before iteration {stage.iteration}", samples) as progress:
             chosen = stage.score(progress)
         self.recorder.round(stage.iteration, chosen)
@@ -241,17 +254,25 @@ class _Loop:
                 if self.interrupt.asked:
                     raise KeyboardInterrupt(self._interrupted)
 
-            mine = evaluate(
-                stage.network,
-                dataset,
-                **windows_of(config),
-                mean_classes=config.evaluate.mean_classes,
-                workers=config.data.workers if stage.numerics.device.type == "cuda" else 0,
-                precision=stage.numerics.precision,
-                part=part,
-                progress=after_image,
-            )
-        return join(stage.team.gather(mine))
+            mine = None
+            try:
+                mine = evaluate(
+                    stage.network,
+                    dataset,
+                    **windows_of(config),
+                    mean_classes=config.evaluate.mean_classes,
+                    workers=config.data.workers if stage.numerics.device.type == "cuda" else 0,
+                    precision=stage.numerics.precision,
+                    part=part,
+                    progress=after_image,
+                )
+            except KeyboardInterrupt as asked:
+                if not str(asked):  # the second one
+                    raise
+        parts = stage.team.gather(mine)
+        if None in parts:
+            raise KeyboardInterrupt(self._interrupted)
+        return join(parts)
 
 
 def _draw(run: RunFolder, stage: Stage, recorder: Recorder) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.errors import ConfigError
-from cegate.losses import at_least_float32, pixel_cross_entropy
+from cegate.losses import PixelLoss, at_least_float32
 from cegate.parts.part import Part
 
 FEATURES = 4
@@ -31,6 +31,12 @@ class Head(Part, ABC):
     """Width of the head's queries, where it has some that another part can give."""
     log_shares: bool = False
     """Whether logits are logarithms of shares: then overlapping windows are averaged as shares."""
+    pixel_loss = PixelLoss()
+    """What :meth:`loss` is of the logits, where the head has no loss of its own."""
+
+    def take_loss(self, loss: PixelLoss) -> None:
+        """Take the loss of a configuration, once, when the head is built."""
+        self.pixel_loss = loss
 
     def link_queries(self) -> None:
         """Make room for queries that come with the features, in place of the head's own (Rein's tokens).
@@ -70,9 +76,9 @@ class Head(Part, ABC):
             queries: as in :meth:`forward`.
 
         Returns:
-            [B], float32 or float64; 0 with gradient 0 for a sample without a valid pixel. Here: pixel cross entropy.
+            [B], float32 or float64; 0 with gradient 0 for a sample without a valid pixel. Here: ``pixel_loss``.
         """
-        return pixel_cross_entropy(self(features, tuple(labels.shape[-2:]), queries), labels, weights)
+        return self.pixel_loss(self(features, tuple(labels.shape[-2:]), queries), labels, weights)
 
 
 class LinearHead(Head):

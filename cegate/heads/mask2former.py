@@ -28,12 +28,10 @@ from transformers.models.mask2former.modeling_mask2former import (
 from cegate.config import IGNORE
 from cegate.errors import ConfigError
 from cegate.heads.head import FEATURES, Head
-from cegate.losses import at_least_float32, mean_over_valid
+from cegate.losses import LEAST_SHARE, PixelLoss, at_least_float32, mean_over_valid
 
 GROUPS = 32
 """Channel groups of the pixel decoder's normalisation; the width is a multiple of it."""
-LEAST_SHARE = 1e-12
-"""Added to a class's share of a pixel so that its logarithm, and the gradient of that, stay finite."""
 
 
 class Mask2FormerHead(Head):
@@ -96,6 +94,21 @@ class Mask2FormerHead(Head):
         self.query_width = width
         self.decoder = _Decoder(config, channels)
         self.criterion = _PointLoss(config)
+
+    def take_loss(self, loss: PixelLoss) -> None:
+        """Weigh the classes in the cross entropy of the queries' classes; masks keep their own terms.
+
+        Raises:
+            ConfigError: another loss is asked for.
+        """
+        if loss.terms != ("ce",):
+            raise ConfigError(
+                f"train.loss.name={'+'.join(loss.terms)}: model.head=mask2former brings its own loss; leave it out "
+                "(class_weights it takes), or use another head"
+            )
+        if loss.class_weights is not None:
+            weights = self.criterion.empty_weight
+            weights[:-1] = weights.new_tensor(loss.class_weights)
 
     def link_queries(self) -> None:
         """Take queries [queries, width] that come with the features as positions, and a linear map of them as contents

@@ -237,7 +237,7 @@ def _some(names: Sequence[str]) -> str:
 
 def training_key(config: Config) -> str:
     """Equal for runs of one method that train alike with equal seeds: they differ only in the domains they test on."""
-    run = replace(config.run, name="run", work_dir=None, seed=0, device="auto")
+    run = replace(config.run, name="run", work_dir=None, seed=0, device="auto", log=["jsonl"])
     model = replace(config.model, weights=Path(config.model.weights).name)  # a file that was moved is the same file
     return to_yaml(replace(config, run=run, model=model, data=replace(config.data, targets={}, roots={})))
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from cegate.config import Config, SetConfig
-from cegate.configfile import SOURCE_DOMAIN, changed_values
+from cegate.configfile import SOURCE_DOMAIN, changed_values, domain_title
 from cegate.engine.evaluator import percent
 from cegate.engine.results import Record
 from cegate.errors import CheckpointError
-from cegate.figures import RESTORED, chart_figure, domain_title, headline, run_charts, svg_uri
+from cegate.figures import RESTORED, chart_figure, headline, run_charts, svg_uri
 from cegate.methods import METHODS
 from cegate.metrics import Confusion
 from cegate.page.grids import NOTHING, Grid, GridCell, share_cell

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cegate.checkpoint import CONFIG_FILE
+from cegate.adapter_folder import CONFIG_FILE
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.engine.results import Record, best_iteration, records_of

@@ -17,12 +17,12 @@ from PIL import Image
 from cegate.checkpoint import load_checkpoint
 from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.configfile import SOURCE_DOMAIN, domain_title
 from cegate.data.datasets import Item, SegmentationSet, open_set
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import percent, predict_logits, windows_of
 from cegate.errors import CegateError, DataError
-from cegate.figures import domain_title, headline
+from cegate.figures import headline
 from cegate.metrics import Confusion
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain
 from cegate.palette import default_palette
@@ -181,7 +181,9 @@ def open_domain(config: Config, domain: str, classes: Sequence[str], like: Value
     source = config.data.validation if domain == SOURCE_DOMAIN else config.data.targets.get(domain)
     if source is None:
         raise DataError(f"the configuration has no set for the domain {domain}; give --data.targets.{domain}.root DIR")
-    return open_set(source, name=domain, classes=classes, like=like)
+    return open_set(
+        source, name=domain, classes=classes, like=like, seed=config.run.seed, held_out=domain == SOURCE_DOMAIN
+    )
 
 
 def _opener(config: Config, domain: str, classes: Sequence[str], like: ValueRange) -> Callable[[str], Item]:

@@ -26,7 +26,7 @@ class Segmenting(Protocol):
 
     @property
     def recipe(self) -> Recipe: ...
-    def predictor(self, *, stride: int | None = None, blend: str = "cosine") -> Predictor: ...
+    def predictor(self, *, stride: int | None = None, blend: str = "cosine", tta: str = "none") -> Predictor: ...
 
 
 class Written(NamedTuple):
@@ -165,6 +165,7 @@ def predict_files(
     all_pixels: bool = False,
     stride: int | None = None,
     blend: str = "cosine",
+    tta: str = "none",
 ) -> Iterator[Written]:
     """Segment images and write their masks: single-band class indices with the palette as colour table.
 
@@ -180,17 +181,18 @@ def predict_files(
         alone: the images are second rasters, and there is nothing beside them.
         all_pixels: predict also where an image says that it has no data.
         stride, blend: see `cegate.scenes.mosaic.Mosaic`.
+        tta: see `cegate.scenes.predictor.TTA`.
 
     Yields:
         Masks as they are written.
 
     Raises:
-        DataError: the model needs a raster that is not given: at once. A mask cannot be written: at once; those before it stay, and so does an older one in its place. Or,
-            at the end: images that cannot be read, take more memory than there is, or do not fit the model. Each is
-            named with its reason in either.
+        DataError: the model needs a raster that is not given, or a mask cannot be written: at once; masks before it
+            stay, and so does an older one in its place. Or, at the end: images that cannot be read, take more memory
+            than there is, or do not fit the model. Each is named with its reason in either.
         ConfigError: stride or blend does not fit.
     """
-    predictor, recipe = segmenter.predictor(stride=stride, blend=blend), segmenter.recipe
+    predictor, recipe = segmenter.predictor(stride=stride, blend=blend, tta=tta), segmenter.recipe
     check_rasters(recipe, image=not alone, second=alone or bool(seconds))
     failed: list[str] = []
     for done, (image, mask) in enumerate(masks.items()):

@@ -5,15 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from cegate.errors import ConfigError, nearest
+from cegate.losses import LEAST_SHARE, at_least_float32
 from cegate.scenes.mosaic import Forward, Mosaic, Rows, Source
 from cegate.scenes.sink import Sink
+
+TTA = ("none", "flip")
+"""Test-time augmentation: windows as they are, or the mean of the shares of each window and its mirror image."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,12 @@ class Predictor:
     """Makes the autocast context of a forward pass."""
     model: nn.Module | None = None
     """What is in evaluation mode meanwhile; None: nothing needs to be."""
+    tta: str = "none"
+    """One of `TTA`; with ``flip`` logits are logarithms of shares, and overlapping windows are averaged as shares."""
+
+    def __post_init__(self) -> None:
+        if self.tta not in TTA:
+            raise ConfigError(f"tta={self.tta} is unknown; use {' or '.join(TTA)}{nearest(self.tta, TTA)}")
 
     def rows(self, source: Source) -> Iterator[Rows]:
         """Logits of an image from top to bottom.
@@ -35,8 +46,9 @@ class Predictor:
         Raises:
             DataError: the image cannot be read.
         """
+        mosaic = replace(self.mosaic, log_shares=True) if self.tta == "flip" else self.mosaic
         with evaluation_mode(self.model):
-            yield from self.mosaic.rows(self._call, source, self.device)
+            yield from mosaic.rows(self._call, source, self.device)
 
     def run(self, source: Source, sink: Sink, progress: Callable[[float], None] | None = None) -> None:
         """Put an image through, into a sink.
@@ -57,7 +69,12 @@ class Predictor:
     @torch.no_grad()
     def _call(self, images: Tensor) -> Tensor:
         with self.precision():
-            return self.forward(images)
+            logits = self.forward(images)
+            if self.tta == "none":
+                return logits
+            mirrored = self.forward(images.flip(-1)).flip(-1)
+        shares = [at_least_float32(part).softmax(1) for part in (logits, mirrored)]
+        return (torch.stack(shares).mean(0) + LEAST_SHARE).log()
 
 
 _modes_lock = threading.Lock()

@@ -27,9 +27,11 @@ from cegate.errors import DataError
 from cegate.recipe import SecondRecipe
 from cegate.scenes.mosaic import Strip
 
-RawImage = np.ndarray | str | Path
-"""A (bands, H, W) or (H, W, bands) array, masked where it has no data, or an image file."""
+RawImage = np.ndarray | torch.Tensor | str | Path
+"""A (bands, H, W) or (H, W, bands) array or tensor, a masked array where it has no data, or an image file."""
 _ADVICE = "give the image with the pixels that were learned from, as they were scaled then"
+_GIVE = "give an array or a tensor of real numbers, or the path of a file; of bytes, numpy.asarray(PIL.Image.open(...))"
+_NOT_NUMPYS = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 # a TIFF of this many bytes of pixels that holds less than one in so many has no tile that was ever written: deflated,
 # LZW'd or Zstandard's tiles of one colour take more
 _HOLLOW_BYTES, _HOLLOW_RATIO = 1 << 34, 10_000
@@ -143,7 +145,7 @@ def open_reader(
             yield SecondAlone(name, size, pixels, len(learned.bands))
         return
     if not isinstance(image, str | Path):
-        given = _bands_first(np.asanyarray(image), len(learned.bands))
+        given = _bands_first(_array_of(image), len(learned.bands))
         pixels, masked = np.asarray(given), None
         if np.ma.is_masked(given) and not all_pixels:
             masked = given.mask.all(axis=0)
@@ -181,6 +183,8 @@ def check_rasters(learned: Learned, *, image: bool, second: bool) -> None:
     """
     wanted = learned.second
     if wanted is None:
+        if not image and not second:
+            raise DataError(f"there is no image; {_GIVE}")
         if second or not image:
             raise DataError("the model learned from images alone, it has no use for a second raster; leave it out")
         return
@@ -228,7 +232,7 @@ def open_second_pixels(
             low_high = opened.low_high(learned.scale, learned.value_range)
             yield image.size, _scaled(opened.read, low_high, str(second), learned)
         return
-    values = np.ma.filled(np.ma.asanyarray(second).astype(np.float32), np.nan)
+    values = np.ma.filled(_array_of(second, "second raster").astype(np.float32), np.nan)
     values = _bands_first(values[None] if values.ndim == 2 else values, len(learned.bands), "second raster")
     if image is not None and values.shape[1:] != image.size:
         raise DataError(
@@ -253,6 +257,29 @@ def _scaled(read: Pixels, low_high: np.ndarray | None, name: str, learned: Secon
             "it, or train with modal.dropout above 0"
         )
     return lambda part: unknown(len(learned.bands), (part.height, part.width))
+
+
+def _array_of(image: object, name: str = "image") -> np.ndarray:
+    """What was given as an array of real numbers; tensors from any device, of any floating-point type."""
+    given = image
+    try:
+        if isinstance(image, torch.Tensor):
+            image = image.detach().to("cpu", torch.float32 if image.dtype in _NOT_NUMPYS else image.dtype).numpy()
+        array = np.asanyarray(image)
+        if array.dtype.name == "bfloat16":  # numpy knows it through ml_dtypes alone
+            array = array.astype(np.float32)
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise DataError(
+            f"{name} is of type {type(given).__name__} and becomes no array ({_first_line(error)}); {_GIVE}"
+        ) from error
+    if array.dtype.kind not in "buif" or not array.ndim:
+        kind = f"an array of {array.dtype}" if isinstance(given, np.ndarray) else f"of type {type(given).__name__}"
+        raise DataError(f"{name} is {kind}; {_GIVE}")
+    return array
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:120]
 
 
 def _bands_first(image: np.ndarray, bands: int, name: str = "image") -> np.ndarray:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
+import cegate
 from cegate.backbone.backbone import Backbone
+from cegate.backbone.blocks import read_weights, run_block
 from cegate.backbone.ports import PORTS, Circuit, Plug, Tokens
+from cegate.config import FrequencyConfig, SemanticConfig, SpatialConfig, ToolboxConfig
 from cegate.errors import BackboneError
+from cegate.gate import GatePlan
+from cegate.parts.toolbox import Toolbox
 
 SMALL = {"embed_dim": 96, "num_heads": 3}
 # plain, class and register tokens, distilled, no class token, position of its own for the class token, rotary with
@@ -122,8 +130,43 @@ def test_a_model_that_passes_in_a_way_of_its_own_is_named():
         Backbone(timm.create_model("cait_xxs24_224", pretrained=False))
 
 
-def test_no_module_of_the_package_is_hooked():
-    import cegate
+def test_no_foreign_module_is_hooked_in_the_package():
+    files = list(Path(cegate.__file__).parent.rglob("*.py"))
+    assert len(files) > 50
+    hooked = [path.name for path in files if "register_forward" in path.read_text()]
+    assert not hooked
 
-    for path in (p for folder in cegate.__path__ for p in __import__("pathlib").Path(folder).rglob("cegate/*/*.py")):
-        assert "register_forward" not in path.read_text(), path
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
+def test_a_block_with_sites_compiles_whole_and_gives_the_eager_numbers(name):
+    vit = make(name, SMALL).requires_grad_(False)
+    backbone = Backbone(vit)
+    sizes = ToolboxConfig(
+        spatial=SpatialConfig(rank=2), semantic=SemanticConfig(width=3), frequency=FrequencyConfig(width=2, cutoff=0.9)
+    )
+    toolbox = Toolbox(backbone, sizes)
+    with torch.no_grad():
+        for parameter in toolbox.parameters():
+            parameter.normal_(std=0.2)
+    toolbox.apply(GatePlan(toolbox.sites))
+    images, graphs = torch.randn(2, 3, 4 * backbone.patch, 4 * backbone.patch), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    x, grid, beside = backbone.family.stem(vit, images)
+    rope = beside[0] if beside else None
+    tokens = Tokens(backbone.prefix, grid)
+    compiled = torch.compile(run_block, backend=count, fullgraph=True)
+    for layer in range(backbone.depth):
+        weights = read_weights(vit.blocks[layer])
+        learned = [p for site in toolbox.sites if site.layer == layer for p in toolbox.parameters_of(site).values()]
+        outputs = []
+        for run in (run_block, compiled):
+            leaf = x.clone().requires_grad_()
+            y = run(backbone.forms[layer], weights, leaf, rope, Circuit(toolbox.plugs()).at(layer), tokens)
+            outputs.append([y, *torch.autograd.grad(y.square().mean(), [leaf, *learned])])
+        for eager, found in zip(*outputs, strict=True):
+            torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-5)
+    assert 1 <= len(graphs) <= backbone.depth

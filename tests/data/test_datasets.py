@@ -120,7 +120,7 @@ def test_side_files_are_no_images_to_a_bare_star(folder):
     st.lists(st.text("ab1[].-_ ", min_size=1, max_size=5).filter(lambda t: t.strip(". ") == t), min_size=1, unique=True)
 )
 def test_the_open_part_of_a_glob_is_found_again(texts):
-    expression = re.compile(pairs._expression("x [!q]*_?/y*.png"))
+    expression = re.compile(pairs.expression_of("x [!q]*_?/y*.png"))
     for text in texts:
         match = expression.fullmatch(f"x z{text}_7/y{text}.png")
         assert match.groups() == ("z", text, "7", text)

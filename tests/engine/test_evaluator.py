@@ -17,6 +17,7 @@ from cegate.engine.evaluator import (
     predict_logits,
     predictor_of,
     table_of,
+    windows_of,
     write_evaluation,
 )
 from cegate.engine.trainer import train
@@ -155,3 +156,21 @@ def test_windows_of_mask2former_are_averaged_as_shares(small, arid):
     assert not torch.allclose(of_shares, of_logits, atol=1e-4)
     torch.testing.assert_close(predict_logits(model, image, crop=32)[0], of_shares)
     np.testing.assert_allclose(model.predict_proba(pixels, blend="none"), of_shares.exp(), atol=1e-5)
+
+
+def test_the_configuration_says_how_images_are_predicted(small):
+    assert windows_of(small(data__stride=20)) == {"crop": 32, "stride": 20, "blend": "none", "tta": "none"}
+    config = small(data__stride=20, evaluate__stride=12, evaluate__blend="cosine", evaluate__tta="flip")
+    assert windows_of(config) == {"crop": 32, "stride": 12, "blend": "cosine", "tta": "flip"}
+    segmenter = cegate.build(config)
+    assert segmenter.recipe.stride == 12
+    dataset = open_set(config.data.targets["arid"], name="arid", classes=config.data.classes)
+    plain, asked = (evaluate(segmenter, dataset, **windows) for windows in ({"crop": 32}, windows_of(config)))
+    assert asked.images == plain.images and asked.loss != plain.loss and np.isfinite(asked.loss)
+
+
+def test_the_held_out_part_is_called_validation(segmenter, small):
+    config = small().data
+    held_out = open_set(config.validation, name="source", classes=config.classes)
+    table = table_of([evaluate(segmenter, held_out, crop=32)])
+    assert next(iter(table.columns[0].cells)) == "validation"

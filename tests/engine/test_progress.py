@@ -6,8 +6,9 @@ import io
 
 from rich.console import Console
 
+from cegate.configfile import domain_title
 from cegate.engine.progress import Reporter
-from cegate.engine.results import Result, domain_title, stage_title
+from cegate.engine.results import Result, stage_title
 
 
 def shown(reporter: Reporter) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
+import os
+import re
+import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +19,14 @@ import torch.distributed as dist
 from torch import nn
 
 import cegate
+from cegate.checkpoint import load_state
 from cegate.data.datasets import open_set
 from cegate.engine.evaluator import evaluate, join
+from cegate.engine.stage import Stage
 from cegate.engine.team import Processes, Team, open_team
 from cegate.engine.trainer import train
-from cegate.errors import ConfigError
+from cegate.errors import ConfigError, TrainingError
+from cegate.network import Network
 from cegate.tasks.stream import crops_of
 
 
@@ -125,11 +133,149 @@ def test_a_batch_of_unequal_shares_is_refused():
         team.check(4)
 
 
-def test_one_of_several_processes_is_refused_before_anything_is_written(small, monkeypatch, tmp_path):
+def trained_together(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
+    """What each of so many processes, started as torchrun does, gives or ends with; they share one machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+
+    def run(rank: int) -> None:
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="localhost")
+        try:
+            answers.put((rank, work()))
+        except BaseException as error:
+            answers.put((rank, error))
+
+    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for process in processes:
+        process.start()
+    try:
+        return [answer for _, answer in sorted((answers.get(timeout=60) for _ in processes), key=lambda a: a[0])]
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+
+
+def journal(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_two_processes_train_as_one_does(small, no_figures, tmp_path):
+    changes = {"data__targets": "{arid: {kind: generated, split: arid, limit: 3, tile: 40}}", "train__clip": 1.0}
+    alone = train(small("alone", **changes))
+    first, second = trained_together(2, lambda: train(small("both", **changes)), tmp_path)
+    assert second is None and first.path == tmp_path / "both" and not os.environ.get("RANK")
+    gates, losses = ([journal(run.path, name) for run in (alone, first)] for name in ("gates.jsonl", "metrics.jsonl"))
+    assert [line["active"] for line in gates[0]] == [line["active"] for line in gates[1]]
+    assert gates[0][2]["scores"] == pytest.approx(gates[1][2]["scores"], rel=1e-3)
+    assert len(losses[0]) == len(losses[1]) == 8
+    for one, two in zip(*losses, strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+    trained = [load_state(run.path / "checkpoints/last.pt") for run in (alone, first)]
+    for key, value in trained[0].trained.items():
+        torch.testing.assert_close(trained[1].trained[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    assert trained[0].class_pixels == trained[1].class_pixels and sum(trained[0].class_pixels) == 7 * 2 * 32 * 32
+    names, counts = zip(*(np.load(run.path / "eval/arid/tiles.npz").values() for run in (alone, first)), strict=True)
+    assert names[0].tolist() == names[1].tolist() and counts[0].sum() == counts[1].sum() == 3 * 40 * 40
+    log = (first.path / "train.log").read_text()
+    weights = sum(p.numel() for p in cegate.build(small()).head.parameters())
+    per_step = [float(found) for found in re.findall(r"a step sums ([0-9.]+) MB of gradients over 2 processes", log)]
+    assert per_step and all(4e-6 * weights < found < 0.5 for found in per_step)
+
+
+def test_a_process_that_dies_ends_the_others_and_each_says_why(small, no_figures, monkeypatch, tmp_path):
+    step = Stage.step
+
+    def step_or_die(self, data):
+        if self.team.rank == 1 and self.iteration == 2:
+            raise TrainingError("the disk of process 1 is on fire")
+        return step(self, data)
+
+    monkeypatch.setattr(Stage, "step", step_or_die)
+    other, dead = trained_together(2, lambda: train(small()), tmp_path)
+    assert str(dead) == "the disk of process 1 is on fire"
+    assert isinstance(other, TrainingError) and "process 0 of 2 ends because another one has" in str(other)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_its_name(small, no_figures, monkeypatch, tmp_path):
+    loss = Network.loss_of
+
+    def bad_in_the_second(self, *args):
+        nan = os.environ["RANK"] == "1" and torch.is_grad_enabled() and self.training
+        return loss(self, *args) * (float("nan") if nan else 1.0)
+
+    monkeypatch.setattr(Network, "loss_of", bad_in_the_second)
+    errors = trained_together(2, lambda: train(small()), tmp_path)
+    assert all(isinstance(error, TrainingError) for error in errors)
+    saved = json.loads((tmp_path / "run" / "nan_batch.json").read_text())
+    assert len(saved["names"]) == 2 and saved["not_finite"] == saved["names"][1:]
+    assert saved["not_finite"][0] in str(errors[0]) and saved["not_finite"][0] in str(errors[1])
+
+
+def test_an_interrupt_of_one_process_is_granted_by_all_and_the_run_goes_on(small, no_figures, monkeypatch, tmp_path):
+    step = Stage.step
+
+    def step_and_signal(self, data):
+        if self.team.rank == 1 and self.iteration == 3 and "GO_ON" not in os.environ:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, data)
+
+    monkeypatch.setattr(Stage, "step", step_and_signal)
+    both = trained_together(2, lambda: train(small()), tmp_path)
+    assert all(isinstance(error, KeyboardInterrupt) and "after iteration 4" in str(error) for error in both)
+    monkeypatch.setenv("GO_ON", "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    first, _ = trained_together(2, lambda: train(small()), tmp_path)  # as torchrun starts them again
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    whole, _ = trained_together(2, lambda: train(small("whole")), tmp_path)
+    assert [(first.path / name).read_text() for name in ("metrics.jsonl", "gates.jsonl")] == [
+        (whole.path / name).read_text() for name in ("metrics.jsonl", "gates.jsonl")
+    ]
+
+
+def test_what_differs_between_processes_is_refused(tmp_path):
+    def work(team):
+        team.agree("same", "the plan")
+        try:
+            team.agree(team.rank == 1, "the plan")
+        except TrainingError as error:
+            return str(error)
+
+    for answer in together(3, work, tmp_path):
+        assert answer.startswith("the plan of process 1 is not that of process 0; give all the same data")
+
+
+def test_the_error_of_the_writer_is_that_of_all(tmp_path):
+    def work(team):
+        assert team.of_writer(lambda: team.rank) == 0
+        try:
+            team.of_writer(lambda: {}["no"] if team.rank else refuse())
+        except ConfigError as error:
+            return str(error)
+
+    def refuse():
+        raise ConfigError("taken")
+
+    assert together(2, work, tmp_path) == ["taken"] * 2
+
+
+def test_several_processes_are_started_by_torchrun_alone(small, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2: training runs in one process"):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE=2 without RANK, .* started by torchrun --nproc-per-node N"):
         train(small())
     assert not (tmp_path / "run").exists()
     for alone in ("1", ""):
         monkeypatch.setenv("WORLD_SIZE", alone)
-        assert open_team().size == 1
+        with open_team("cpu") as (team, device):
+            assert team.size == 1 and device.type == "cpu"
+
+
+def test_norms_over_a_batch_are_refused_in_several_processes(small, tmp_path):
+    config = small(model__head="unetformer", data__crop=32)
+    for error in trained_together(2, lambda: train(config), tmp_path):
+        assert isinstance(error, ConfigError) and "norms over a batch" in str(error)
+    assert not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 import cegate
-from cegate.checkpoint import load_state
+from cegate.checkpoint import load_state, trained_weights
 from cegate.engine.results import Result
 from cegate.engine.stage import Stage
 from cegate.engine.trainer import describe, train
@@ -164,7 +164,7 @@ def test_describe_says_what_a_run_would_do_and_writes_nothing(small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# those of two rasters have tests of their own, with such a set
+# those of two rasters: below
 @pytest.mark.parametrize("method", [method for method in METHODS if not method.startswith("mfnet")])
 def test_every_method_trains_what_its_name_says(small, no_figures, method):
     result = train(small(run__method=method, style__block=8, mim__block=8))
@@ -178,6 +178,18 @@ def test_every_method_trains_what_its_name_says(small, no_figures, method):
     assert (written["trained_parameters"] == 0) == (method == "frozen")
     assert written["step_seconds"] > 0 and written["peak_memory_bytes"] > 0
     assert {site.partition(".")[0] for site in state.active} <= set(cegate.load(result.path).config.toolbox.kinds)
+
+
+@pytest.mark.parametrize("method", ["mfnet_adapter", "mfnet_lora_single", "mfnet_gate"])
+def test_the_adapter_of_a_model_of_two_rasters_is_loaded_whole(small, no_figures, method):
+    second = {f"data__{name}__second": "{}" for name in ("source", "targets__arid")}
+    short = {"data__validation": "null", "train__iterations": 1, "model__head": "unetformer", "run__method": method}
+    path = train(small(**second, **short)).path
+    loaded = trained_weights(cegate.load(path, "cpu"))
+    state = load_state(path / "checkpoints/best.pt")
+    off = {key for key in state.trained if key.startswith("toolbox.") and not any(s in key for s in state.active)}
+    assert loaded.keys() == state.trained.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in state.trained.items() if key not in off)
 
 
 def test_full_tuning_moves_the_backbone_and_the_adapter_brings_it_back(small, no_figures):
@@ -218,7 +230,7 @@ def test_a_first_round_without_scores_stops_the_run(small, monkeypatch):
 
 
 def test_what_has_no_deterministic_form_on_a_gpu_is_refused_before_anything_is_written(small, monkeypatch):
-    monkeypatch.setattr("cegate.engine.trainer.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("cegate.engine.team.pick_device", lambda name: torch.device("cuda"))
     config = small(run__deterministic=True, model__head="mask2former")
     with pytest.raises(ConfigError, match=r"no deterministic form of mask2former.*use model\.head=linear"):
         train(config)

@@ -105,5 +105,4 @@ def test_the_teacher_of_two_rasters_sees_both(two):
 )
 def test_what_does_not_fit_is_said_in_a_line(two, changes, message):
     with pytest.raises(ConfigError, match=message):
-        config, _ = open_sets(two(**changes))
-        cegate.build(config)
+        cegate.build(open_sets(two(**changes))[0])

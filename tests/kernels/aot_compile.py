@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 from cegate.kernels import _frequency_kernels, low_pass, low_rank, sum_squared_gradients
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+NUMBER = "fp32"  # how a Python float arrives; from a compiler it may be fp64
 _launches: dict[tuple, tuple] = {}
 
 
@@ -45,7 +46,7 @@ def _record(self, *args, grid, warmup, num_warps=4, num_stages=3, **meta):
             signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
             aligned += [position] * (value % 16 == 0)
         else:
-            signature[parameter.name] = "fp32"
+            signature[parameter.name] = NUMBER
     key = (self.__name__, tuple(signature.items()), str(constants), tuple(aligned), num_warps, num_stages)
     _launches[key] = (self, signature, constants, aligned, {"num_warps": num_warps, "num_stages": num_stages})
 
@@ -107,7 +108,9 @@ def main() -> None:
     parser.add_argument("dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--all", action="store_true", help="also the unusual grids, widths and ranks")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument("--number", default=NUMBER, help="type of what is no tensor and no integer")
     options = parser.parse_args()
+    globals()["NUMBER"] = options.number
     JITFunction.run = _record
     _run_launchers(getattr(torch, options.dtype), options.all)
     target = GPUTarget("cuda", options.capability, 32)

@@ -18,15 +18,19 @@ MOST_SPILLED = 64 if EVERY else 16
 TARGETS = [(capability, dtype) for dtype in ("bfloat16", "float32", "float16") for capability in SHARED_MEMORY]
 
 
+def compile_ahead(capability: int, dtype: str, *options: str) -> subprocess.CompletedProcess:
+    script = Path(__file__).with_name("aot_compile.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(script), str(capability), dtype, *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize(
     ("capability", "dtype"), TARGETS if EVERY else [(80, "bfloat16"), (90, "bfloat16"), (100, "bfloat16")]
 )
 def test_every_kernel_compiles_and_fits_shared_memory_and_registers(capability, dtype):
-    script = Path(__file__).with_name("aot_compile.py")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), str(capability), dtype, *(["--all"] if EVERY else [])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = compile_ahead(capability, dtype, *(["--all"] if EVERY else []))
     if capability == 100 and "is not defined for option 'gpu-name'" in done.stderr:
         pytest.skip("the assembler of this Triton does not know sm_100")
     if capability == 100 and "TritonNvidiaGPUOptimizeTMemLayoutsPass" in done.stderr:
@@ -37,3 +41,10 @@ def test_every_kernel_compiles_and_fits_shared_memory_and_registers(capability, 
     for report in reports:
         assert report["shared"] <= SHARED_MEMORY[capability], report
         assert report["spilled"] <= MOST_SPILLED, report
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_a_number_may_arrive_in_double_precision():
+    done = compile_ahead(80, "bfloat16", "--only", "low_rank", "--number", "fp64")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("_low_rank_kernel") >= 2

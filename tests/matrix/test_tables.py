@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 
 import numpy as np
@@ -9,14 +10,16 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from cegate.errors import CheckpointError
-from cegate.matrix import report
+from cegate.matrix import published_mfnet, report
 from cegate.matrix.cells import find_cells
 from cegate.matrix.reading import read_cells
 from cegate.matrix.report import write_report
+from cegate.matrix.statistics import resample_tiles
 from cegate.matrix.summary import Matrix
-from cegate.matrix.tables import COLUMNS, to_csv
+from cegate.matrix.tables import COLUMNS, make_tables, to_csv, to_markdown
+from cegate.metrics import Confusion
 
-from .conftest import draw_tiles
+from .conftest import CLASSES, draw_tiles
 
 SKILL = {"gate": 0.82, "lora": 0.78, "frozen": 0.6}
 
@@ -243,3 +246,26 @@ def test_cells_are_found_in_order_and_runs_moved_aside_are_not(write_cell, tmp_p
     assert find_cells(tmp_path) == [cells[1], cells[0], cells[2]]
     results, _ = read_cells(cells)
     assert len(rows_of(to_csv(results))) == 3
+
+
+def test_figures_of_the_other_paper_stand_beside_its_settings(write_cell):
+    cells = [
+        write_cell("mfnet/potsdam", "mfnet_lora", seed, {"potsdam": draw_tiles(0.7, seed=seed)}) for seed in (0, 1)
+    ]
+    results, problems = read_cells(cells)
+    text = to_markdown(make_tables(Matrix(results)), [])
+    assert not problems and "paper, SAM ViT-L" in text and "85.7" in text
+    assert published_mfnet.NOTE in text and "DINOv2-L" not in text
+
+
+def test_scores_are_means_over_the_classes_that_were_asked_for(write_cell):
+    cells = [write_cell("north", "gate", 0, {"north": draw_tiles(0.7)})]
+    path = cells[0].folder / "result.json"
+    result, counts = json.loads(path.read_text()), draw_tiles(0.7)
+    result["after"]["north"] |= Confusion(CLASSES, counts.sum(0)).scores(CLASSES[:2]).to_dict()
+    path.write_text(json.dumps(result))
+    (found,), problems = read_cells(cells)
+    assert not problems and found.domains["north"].chosen == [0, 1]
+    drawn = resample_tiles(found.domains["north"].names, counts[None], binary=False, chosen=[0, 1])
+    assert np.median(drawn) == pytest.approx(found.domains["north"].score, abs=0.03)
+    assert not np.allclose(drawn, resample_tiles(found.domains["north"].names, counts[None], binary=False))

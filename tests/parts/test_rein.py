@@ -12,10 +12,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import cegate
+from cegate.adapter_folder import load_adapter, save_adapter
 from cegate.backbone.backbone import Backbone
 from cegate.backbone.ports import Circuit, Tokens
 from cegate.backbone.vit import weight_hash
-from cegate.checkpoint import load_adapter, save_adapter, trained_weights
+from cegate.checkpoint import trained_weights
 from cegate.config import (
     Config,
     DataConfig,

@@ -14,8 +14,8 @@ from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 
 from cegate import cli, predict
+from cegate.adapter_folder import save_adapter
 from cegate.backbone.vit import weight_hash
-from cegate.checkpoint import save_adapter
 from cegate.data.rasters import OpenImage
 from cegate.errors import DataError
 from cegate.scenes import sink

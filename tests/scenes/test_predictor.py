@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from cegate.scenes.predictor import evaluation_mode
+from cegate.errors import ConfigError
+from cegate.scenes.mosaic import Mosaic, Pixels
+from cegate.scenes.predictor import Predictor, evaluation_mode
 
 
 def test_eight_threads_get_the_masks_of_single_calls(segmenter):
@@ -64,3 +66,29 @@ def test_prediction_leaves_mode_gradients_and_random_state(segmenter):
     finally:
         segmenter.eval()
     assert np.array_equal(segmenter.predict(np.zeros((3, 40, 50), np.uint8)), first)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 13)], ids=["one window", "three windows"])
+def test_flip_is_the_mean_of_the_shares_of_windows_and_their_mirrors(size):
+    weight = torch.randn(4, 3, 3, 3)  # not symmetric
+    forward = lambda images: torch.nn.functional.conv2d(images, weight, padding=1)  # noqa: E731
+    image, starts = torch.randn(3, *size), {8: [0], 13: [0, 4, 5]}[size[1]]
+    expected, times = torch.zeros(4, *size, dtype=torch.float64), torch.zeros(size)
+    for x in starts:
+        window = image[None, :, :, x : x + 8]
+        for flips in ([], [-1]):
+            shares = forward(window.flip(flips)).double().softmax(1).flip(flips)[0]
+            expected[:, :, x : x + 8] += shares
+            times[:, x : x + 8] += 1
+    predictor = Predictor(forward, Mosaic(8, 4), tta="flip")
+    found = torch.cat([rows.logits for rows in predictor.rows(Pixels(image))], 1)
+    torch.testing.assert_close(found.double().exp(), expected / times, rtol=1e-5, atol=1e-6)
+
+
+def test_flip_of_a_mirrored_image_is_the_mirrored_result(segmenter):
+    image = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+    shares, mirrored = (segmenter.predict_proba(x, tta="flip") for x in (image, image[..., ::-1].copy()))
+    assert np.abs(mirrored[..., ::-1] - shares).max() < 1e-5
+    assert np.abs(segmenter.predict_proba(image) - shares).max() > 1e-4
+    with pytest.raises(ConfigError, match=r"tta=flp is unknown; use none or flip; did you mean 'flip'"):
+        segmenter.predict(image, tta="flp")

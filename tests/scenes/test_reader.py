@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import rasterio
@@ -72,6 +74,45 @@ def test_a_tiff_of_nothing_but_promises_is_refused(tmp_path):
         DataError, match=r"hollow\.tif is 1000000x1000000 pixels by its header, 3 TB, but the file holds"
     ):
         strips(tmp_path / "hollow.tif")
+
+
+FLOATS = Recipe(("a", "b"), ("#000000", "#FFFFFF"), (3, 1), (0.4, 0.6), (0.2, 0.3), [[0, 100]] * 2, crop=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int32], ids=str)
+def test_tensors_are_read_as_arrays_are(dtype):
+    tensor = torch.arange(60).reshape(2, 5, 6).to(dtype)
+    if tensor.is_floating_point():
+        tensor.requires_grad_(True)
+    np.testing.assert_array_equal(strips(tensor, FLOATS)[0], strips(tensor.detach().double().numpy(), FLOATS)[0])
+
+
+@pytest.mark.parametrize(
+    ("image", "what"),
+    [
+        (io.BytesIO(b"PNG"), "of type BytesIO"),
+        (b"PNG", "of type bytes"),
+        (5, "of type int"),
+        (np.full((2, 5, 6), "x"), "an array of <U1"),
+        (np.zeros((2, 5, 6), complex), "an array of complex128"),
+        (np.zeros((2, 5, 6), object), "an array of object"),
+        ([[1], [1, 2]], "of type list and becomes no array"),
+        (torch.zeros(2, 5, 6).to_sparse(), "of type Tensor and becomes no array"),
+        (torch.zeros(2, 5, 6, device="meta"), "of type Tensor and becomes no array"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_image_is_said_in_a_line(image, what):
+    with pytest.raises(DataError) as error:
+        strips(image)
+    assert str(error.value).startswith(f"image is {what}") and "PIL.Image.open" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_no_file_can_have_is_no_file():
+    for name in ("x" * 5000, "a\0b.png", ""):
+        with pytest.raises(DataError, match=r"(no such file|neither|is a folder|cannot be read)"):
+            strips(name)
 
 
 def test_an_image_too_wide_for_the_memory_is_refused(write_scene, monkeypatch):

@@ -10,7 +10,7 @@ from rasterio.transform import from_origin
 
 import cegate
 from cegate import predict
-from cegate.checkpoint import save_adapter
+from cegate.adapter_folder import save_adapter
 from cegate.config import SecondConfig, SetConfig
 from cegate.data.datasets import open_set
 from cegate.data.stream import EvalStream

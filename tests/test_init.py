@@ -1,0 +1,193 @@
+"""`cegate init`: from a folder to a configuration that trains."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import rasterio
+from rasterio.transform import from_origin
+
+from cegate import cli, init, train
+from cegate.configfile import read_config
+from cegate.data.__main__ import main as data
+from cegate.data.rasters import write_image, write_mask
+from cegate.engine.sets import open_sets
+
+SIDE = 32
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def put(path, array, **place):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = array if array.ndim == 3 else array[None]
+    if not place and path.suffix == ".png":
+        return write_image(path, array)
+    count, height, width = array.shape
+    profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": str(array.dtype)}
+    with rasterio.open(path, "w", **profile, **place) as dst:
+        dst.write(array)
+    return None
+
+
+def picture(seed, bands=3, dtype=np.uint8, high=255):
+    return np.random.default_rng(seed).integers(0, high, (bands, SIDE, SIDE)).astype(dtype)
+
+
+def mask(seed, values=(0, 1)):
+    label = np.random.default_rng(seed).choice(np.array(values), (SIDE, SIDE))
+    label.flat[: len(values)] = values
+    return label
+
+
+def started(folder, capsys, *options):
+    """What `init` printed, and the configuration as a run reads it, its sets opened and looked at."""
+    code = init.main([str(folder), "--out", "mine.yaml", *options])
+    out, err = capsys.readouterr()
+    assert (code, err) == (cli.GOOD, "")
+    config, sets = open_sets(read_config("mine.yaml", training=True))
+    return out, config, sets
+
+
+def test_a_clean_folder_is_described_and_trains(tmp_path, capsys, no_figures):
+    for k in range(5):
+        put(tmp_path / f"set/images/t{k}.png", picture(k))
+        put(tmp_path / f"set/masks/t{k}.png", mask(k, (0, 255)).astype(np.uint8))
+    out, config, sets = started(tmp_path / "set", capsys)
+    assert "5: images/* with masks/*" in out and "3 bands (red, green, blue), uint8, 32x32 px" in out
+    assert "255 is foreground" in out and "1 of 5 images by name (t" in out
+    assert "next:    cegate train --config mine.yaml --dry_run" in out
+    assert config.data.classes == ["background", "foreground"] and config.data.source.label_map == {"0": 0, "255": 1}
+    assert (len(sets.source), len(sets.validation), config.data.crop) == (4, 1, 32)
+    assert train.main(["--config", "mine.yaml", "--dry_run"]) == cli.GOOD
+    text = capsys.readouterr().out
+    assert "held out by name (t" in text and "foreground" in text and "validation (1 images)" in text
+    short = {"train.iterations": 3, "train.eval_every": 3, "gate.samples": 2, "data.workers": 0, "data.batch_size": 2}
+    assert train.main(["--config", "mine.yaml", *(f"--{key}={value}" for key, value in short.items())]) == cli.GOOD
+    out, err = capsys.readouterr()
+    assert "next: cegate report --run runs/mine\n      cegate predict --run runs/mine --input IMAGES --output" in out
+    top = err.splitlines()[: err.splitlines().index(next(line for line in err.splitlines() if "schedule:" in line)) + 1]
+    assert len(top) <= 10 and any(re.match(r"classes: background \d\d\.\d %, fore", line) for line in top)
+    assert json.loads((tmp_path / "runs/mine/result.json").read_text())["after"]["source"]["mIoU"] is not None
+
+
+def test_nothing_is_overwritten_unasked(tmp_path, capsys):
+    put(tmp_path / "set/images/a.png", picture(0))
+    put(tmp_path / "set/masks/a.png", mask(0).astype(np.uint8))
+    (tmp_path / "set.yaml").write_text("mine")
+    assert init.main(["set"]) == cli.USAGE
+    assert "set.yaml exists; give another --out, or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "set.yaml").read_text() == "mine"
+    assert init.main(["set", "--overwrite"]) == cli.GOOD and "one image cannot be divided" in capsys.readouterr().out
+    assert init.main(["set", "--out", "no/where.yaml"]) == cli.USAGE
+    assert init.main([]) == cli.USAGE and init.main(["nowhere", "--out", "x.yaml"]) == cli.FAILED
+    put(tmp_path / "images_only/images/a.png", picture(0))
+    assert init.main(["images_only"]) == cli.FAILED
+    assert "1 images, but no masks of the same names" in capsys.readouterr().err
+
+
+def test_train_val_and_test_folders_are_used_as_such(tmp_path, capsys):
+    for stage, k in (("train", 0), ("train", 1), ("val", 2), ("test", 3)):
+        put(tmp_path / f"set/{stage}/img/{k}.png", picture(k))
+        put(tmp_path / f"set/{stage}/label/{k}.png", mask(k, (0, 1, 2)).astype(np.uint8))
+    _, config, sets = started(tmp_path / "set", capsys)
+    assert config.data.source.val_fraction is None and config.data.source.label_map is None
+    assert (len(sets.source), len(sets.validation), [len(t) for t in sets.targets]) == (2, 1, [1])
+    assert config.data.classes == ["class_0", "class_1", "class_2"]
+
+
+def test_an_odd_folder_is_sorted_out(tmp_path, capsys):
+    """One flat folder; deep pixels in four bands; values with gaps, no-data and 255; files to be left out."""
+    for k in range(4):
+        place = {"crs": "EPSG:32632", "transform": from_origin(SIDE * k - (k == 1), 0, 1, 1)}
+        put(tmp_path / f"set/t{k}.tif", picture(k, 4, np.uint16, 3000), **place)
+        put(tmp_path / f"set/t{k}_mask.tif", mask(k, (-1, 0, 2, 5, 255)).astype(np.int16), nodata=-1, **place)
+    put(tmp_path / "set/t5.tif", picture(5, 4, np.uint16, 3000))
+    put(tmp_path / "set/t5_mask.tif", mask(5).astype(np.int16)[:16])
+    put(tmp_path / "set/t6.tif", picture(6, 4, np.uint16, 3000))
+    out, config, sets = started(tmp_path / "set", capsys)
+    assert "t5_mask.tif is not of the size of its image (32x16 for 32x32)" in out
+    assert "1 images have no mask, first t6.tif" in out and "1 pairs of images overlap, first t0 and t1" in out
+    assert "by place (the " in out and "the first three of 4 bands" in out
+    assert config.data.source.label_map == {"0": 0, "2": 1, "5": 2, "-1": "ignore"}
+    names = (tmp_path / "mine.txt").read_text().splitlines()
+    assert names == ["t0.tif", "t1.tif", "t2.tif", "t3.tif"] and config.data.source.split == str(tmp_path / "mine.txt")
+    assert len(sets.source) + len(sets.validation) in (3, 4) and set(np.unique(sets.source.read(0).label)) == {
+        0,
+        1,
+        2,
+        255,
+    }
+
+
+def test_colours_grey_images_and_near_twins(tmp_path, capsys):
+    colours = np.array([[255, 0, 0], [0, 0, 255], [0, 255, 0]], np.uint8)
+    for k in range(3):
+        put(tmp_path / f"set/image/{k}.png", picture(k // 2, 1))  # the first two are one
+        put(tmp_path / f"set/gt/{k}.png", colours[mask(k, (0, 1, 2))].transpose(2, 0, 1))
+    out, config, sets = started(tmp_path / "set", capsys)
+    assert "1 pairs of images are nearly the same, first 0 and 1" in out and "each colour is a class" in out
+    assert config.data.source.bands == [1, 1, 1] and config.data.palette == ["#0000FF", "#00FF00", "#FF0000"]
+    assert np.unique(sets.source.read(0).label).tolist() == [0, 1, 2]
+
+
+def test_masks_that_are_none_are_told(tmp_path, capsys):
+    put(tmp_path / "set/images/a.png", picture(0))
+    put(tmp_path / "set/masks/a.png", np.arange(SIDE * SIDE, dtype=np.uint16).reshape(SIDE, SIDE).astype(np.uint8))
+    put(tmp_path / "set/images/b.png", picture(1))
+    write_mask(tmp_path / "set/masks/b.png", mask(0).astype(np.uint8))
+    assert init.main(["set"]) == cli.FAILED and not (tmp_path / "set.yaml").exists()
+    assert "as JPEG or smoothing leaves them" in capsys.readouterr().err
+    assert data(["check", "set"]) == cli.FAILED
+
+
+def test_shapes(tmp_path, capsys):
+    pytest.importorskip("pyogrio")
+    ring = [[1002, 4990], [1020, 4990], [1020, 4998], [1002, 4998], [1002, 4990]]
+    named = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32632"}}
+    features = [
+        {
+            "type": "Feature",
+            "properties": {"id": k, "landclass": name},
+            "geometry": {"type": "Polygon", "coordinates": [[[x + 10 * k, y] for x, y in ring]]},
+        }
+        for k, name in enumerate(["house", "water"])
+    ]
+    for k in range(2):
+        place = {"crs": "EPSG:32632", "transform": from_origin(1000 + SIDE * k, 5000, 1, 1)}
+        put(tmp_path / f"set/images/t{k}.tif", picture(k), **place)
+    (tmp_path / "set/all.geojson").write_text(
+        json.dumps({"type": "FeatureCollection", "crs": named, "features": features})
+    )
+    out, config, sets = started(tmp_path / "set", capsys, "--overwrite")
+    assert "landclass: house, water" in out and config.data.source.attribute == "landclass"
+    assert config.data.classes == ["background", "house", "water"]
+    assert {*np.unique(sets.source.read(0).label)} <= {0, 1, 2}
+
+
+def test_check_lists_what_is_there(tmp_path, capsys):
+    for k in range(2):
+        put(tmp_path / f"set/images/{k}.png", picture(k))
+        put(tmp_path / f"set/masks/{k}.png", mask(k, (0, 1, 1, 1)).astype(np.uint8))
+    assert data(["check", "set"]) == cli.GOOD
+    out = capsys.readouterr().out
+    assert "labels    0 2" in out and "(in all masks)" in out and "next: cegate init set" in out
+    assert not (tmp_path / "set.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["roads/epfl", "isprs_sample", "s1_s2_dem_lulc_terramind", "geotiff/sen1floods11", "geotiff/new_brunswick_aerial"],
+)
+def test_real_folders(name, shared, capsys, monkeypatch):
+    if not (folder := shared / "data" / name).is_dir():
+        pytest.skip(f"no {folder}")
+    monkeypatch.setattr("cegate.data.survey.SECONDS", 0.3)
+    _, config, sets = started(folder, capsys)
+    assert len(sets.source) >= 1 and len(config.data.classes) >= 2
