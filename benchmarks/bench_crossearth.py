@@ -18,7 +18,7 @@ from cegate.compute import precision_of
 from cegate.configfile import read_config
 from cegate.engine.sets import open_sets
 from cegate.engine.stage import Numerics, Stage
-from cegate.engine.team import open_team
+from cegate.engine.team import Team
 from cegate.segmenter import build
 from cegate.style.networks import StyleNetworks
 from cegate.style.statistics import StyleStatistics
@@ -55,7 +55,7 @@ def make_stage(folder: Path, size: Size, method: str, batch: int, *, styled: boo
     network = build(config).to(device)
     numerics = Numerics(network.device, *precision_of("auto", network.device))
     initial = {name: value.clone() for name, value in trained_weights(network).items()}
-    return Stage("after", config, network, sets, numerics, open_team(), initial)
+    return Stage("after", config, network, sets, numerics, Team(), initial)
 
 
 def step_of(stage: Stage) -> Callable[[], float]:
