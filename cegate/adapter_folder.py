@@ -122,8 +122,8 @@ def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, resul
         for key, value in trained_weights(segmenter, on).items()
         if key.partition(".")[0] in shared
     }
-    with written_aside(folder / WEIGHTS_FILE) as aside:
-        safetensors.torch.save_file(weights, aside, metadata={"format": "pt", CHECKSUM: _checksum(weights)})
+    with written_aside(folder / WEIGHTS_FILE) as aside:  # one entry: several come in an order that changes
+        safetensors.torch.save_file(weights, aside, metadata={CHECKSUM: _checksum(weights)})
     mapping = _describe(segmenter, backbone_sha256)
     write_json(folder / CONFIG_FILE, mapping)
     write_text(folder / "README.md", _card(mapping, weights, results))
