@@ -270,6 +270,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         CheckpointError: unreadable, not what was written, not floating-point, NaN or infinite; the first are named.
     """
     file = folder / WEIGHTS_FILE
+    if not file.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{folder} has no file {WEIGHTS_FILE}; copy the adapter folder again")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no dict
