@@ -122,11 +122,22 @@ def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, resul
         for key, value in trained_weights(segmenter, on).items()
         if key.partition(".")[0] in shared
     }
-    with written_aside(folder / WEIGHTS_FILE) as aside:  # one entry: several come in an order that changes
-        safetensors.torch.save_file(weights, aside, metadata={CHECKSUM: _checksum(weights)})
+    with written_aside(folder / WEIGHTS_FILE) as aside:
+        safetensors.torch.save_file(weights, aside, metadata={"format": "pt", CHECKSUM: _checksum(weights)})
+        _sort_metadata(aside)
     mapping = _describe(segmenter, backbone_sha256)
     write_json(folder / CONFIG_FILE, mapping)
     write_text(folder / "README.md", _card(mapping, weights, results))
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes them in another order each time; equal models are equal files."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:
@@ -259,6 +270,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         CheckpointError: unreadable, not what was written, not floating-point, NaN or infinite; the first are named.
     """
     file = folder / WEIGHTS_FILE
+    if not file.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{folder} has no file {WEIGHTS_FILE}; copy the adapter folder again")
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no dict

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -358,6 +359,23 @@ def test_a_flipped_bit_in_the_weights_is_refused_and_files_of_others_have_no_che
     assert cegate.load(folder).classes == ("land", "water")
 
 
+def test_a_folder_without_weights_says_so(folder):
+    file = folder / "adapter_model.safetensors"
+    file.unlink()
+    for make in (lambda: None, file.mkdir):
+        make()
+        with pytest.raises(CheckpointError, match=r"adapter has no file adapter_model\.safetensors"):
+            cegate.load(folder)
+
+
+def test_a_terminal_without_accents_stops_no_command(folder, monkeypatch):
+    rewrite(folder, classes=["Straße", "Gewässer"])
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert inspect_command(["--adapter", str(folder)]) == 0
+    assert b"Stra\\xdfe" in terminal.buffer.getvalue()
+
+
 def test_class_names_are_no_markup(folder, capfd):
     rewrite(folder, classes=["[/bold]", "[red]water"])
     assert inspect_command(["--adapter", str(folder)]) == 0
@@ -412,7 +430,8 @@ def test_any_value_of_any_key_is_taken_or_refused_in_a_line(folder, built, data)
     path = folder / "adapter_config.json"
     good = path.read_text()
     mapping = json.loads(good)
-    where = data.draw(st.sampled_from([mapping, mapping, mapping["toolbox"], mapping["refiner"]]))
+    sections = [value for value in mapping.values() if isinstance(value, dict)]
+    where = data.draw(st.sampled_from([mapping] * len(sections) + sections))
     key = data.draw(st.sampled_from(sorted(where)))
     if isinstance(where[key], list) and where[key] and data.draw(st.booleans()):
         where[key][data.draw(st.integers(0, len(where[key]) - 1))] = data.draw(ANY)
