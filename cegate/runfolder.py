@@ -109,8 +109,20 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, or holds anything else.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} holds no JSON object; restore the file from a copy")
+    return record
 
 
 def _without_nan(value: Any) -> Any:
