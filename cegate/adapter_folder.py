@@ -124,9 +124,20 @@ def save_adapter(folder: Path, segmenter: Segmenter, backbone_sha256: str, resul
     }
     with written_aside(folder / WEIGHTS_FILE) as aside:
         safetensors.torch.save_file(weights, aside, metadata={"format": "pt", CHECKSUM: _checksum(weights)})
+        _sort_metadata(aside)
     mapping = _describe(segmenter, backbone_sha256)
     write_json(folder / CONFIG_FILE, mapping)
     write_text(folder / "README.md", _card(mapping, weights, results))
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes them in another order each time; equal models are equal files."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def _describe(segmenter: Segmenter, backbone_sha256: str) -> dict[str, Any]:

@@ -70,7 +70,9 @@ def misfits(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> li
 
 
 def not_numbers(weights: Mapping[str, Tensor]) -> list[str]:
-    """Weights that are not floating-point, or are NaN or infinite as float32, which all of them become."""
+    """Weights that are not floating-point, or are NaN or infinite as float32, which all of them become; the counters
+    of batch norm are no weights."""
+    weights = {key: value for key, value in weights.items() if not key.endswith(".num_batches_tracked")}
     other = [f"{key} holds {value.dtype}" for key, value in weights.items() if not value.is_floating_point()]
     floats = {key: value.float() for key, value in weights.items() if value.is_floating_point()}
     counts = {key: int((~value.isfinite()).sum()) for key, value in floats.items()}

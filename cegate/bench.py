@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cegate import cli, configfile
-from cegate.errors import ConfigError, nearest
+from cegate.errors import ConfigError, nearest, rate_text, shown
 from cegate.methods import METHODS
 
 if TYPE_CHECKING:
@@ -27,6 +28,13 @@ USAGE = cli.Usage(
         cli.Option("settings", "Names of shipped configurations, or YAML files.", "S", many=True),
         cli.Option("methods", "What adapts the backbone, in one word each.", "M", many=True),
         cli.Option("seeds", "Seeds; default 0 1 2.", "N", many=True),
+        cli.Option(
+            "lrs",
+            "Learning rates as one more axis: each setting at each rate, and a table that marks the rate with the best "
+            "score on data.validation; default the setting's own.",
+            "R",
+            many=True,
+        ),
         cli.Option("output", "Folder of the matrix: runs in DIR/<setting>/<method>/seed_<k>, tables in DIR.", "DIR"),
         cli.Option(
             "devices",
@@ -66,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
     from cegate.matrix import cells as matrix_cells
 
     settings = matrix_cells.name_settings(_needed(options, "settings"))
+    if options["lrs"]:
+        settings = matrix_cells.with_rates(settings, [_rate(text) for text in options["lrs"]])
     methods = _methods(_needed(options, "methods"))
     seeds = [cli.count(text, "seeds", 0) for text in options["seeds"] or ("0", "1", "2")]
     configs = matrix_cells.read_configs(settings, methods, overrides)
@@ -122,6 +132,17 @@ def _methods(names: Sequence[str]) -> list[str]:
         if name not in METHODS:
             raise ConfigError(f"unknown method {name!r}; methods are {', '.join(METHODS)}{nearest(name, METHODS)}")
     return list(dict.fromkeys(names))
+
+
+def _rate(text: str) -> str:
+    """A learning rate, spelt alike in every call: 1e-4 and 0.0001 are one folder."""
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise ConfigError(f"--lrs {shown(text)} is no learning rate; give numbers above 0, such as 1e-4 3e-4")
+    return rate_text(rate)
 
 
 def _slots(options: dict[str, Any]) -> tuple[list[str], int]:

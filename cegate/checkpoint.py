@@ -256,7 +256,7 @@ def trained_weights(segmenter: Segmenter, sites: Iterable[str] | None = None) ->
             chosen = part.sites if sites is None else sites
             own = {f"{site}.{key}": value for site in chosen for key, value in part.parameters_of(site).items()}
         else:
-            own = part.state_dict()
+            own = {key: value for key, value in part.state_dict().items() if value.is_floating_point()}  # no counts
         weights |= {f"{name}.{key}": value.detach() for key, value in own.items()}
     return weights
 

@@ -212,8 +212,7 @@ def write_mfnet(
             "--backbone NAME"
         )
     own = trained_weights(segmenter, ())
-    # of norms the published code counts batches, which nothing asks for, and it knows no missing raster
-    kept = {key: own[key] for key in own if key == "streams.absent" or key.endswith("num_batches_tracked")}
+    kept = {"streams.absent": own["streams.absent"]}  # the published code knows no missing raster
     parts = {f"{part}.{key}": value for part in PARTS[:-1] for key, value in found.weights[part].items()}
     load_trained(segmenter, kept | {key: value.float() for key, value in parts.items()}, (), file)
     save_adapter(out, segmenter, weight_hash(segmenter.vit), {})

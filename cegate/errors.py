@@ -73,3 +73,9 @@ def _flow(value: Any, levels: int) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(_flow(item, levels - 1) for item in islice(value, LONGEST))}]"
     return repr(value)
+
+
+def rate_text(rate: float) -> str:
+    """1e-4, as people write it."""
+    mantissa, exponent = f"{rate:.2e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -34,15 +34,14 @@ def block(x: Tensor, leaves: list[Tensor], grid: tuple[int, int], scale: float, 
     rest = {"down_bias": adapter[2], "up_bias": adapter[3], "activation": "gelu", "scale": scale, "backend": backend}
     y = ops.low_rank(query, *adapter[:2], base=value, **rest)
     z = ops.frequency_adapter(y, grid, *experts, 0.6, prefix=1, backend=backend)
-    smooth = ops.low_pass(z[:, 1:], grid, 0.7, backend=backend)
-    factors = []
-    if backend == "cpp":  # which knows no learnable cutoff, and is what scoring takes on a CPU
+    if backend == "torch":  # of the others the interpreter is slow, and C++ knows no learnable cutoff
+        z = ops.frequency_adapter(z, grid, *experts, cutoff, prefix=1, backend=backend)
+    smooth = ops.low_pass(z[:, 1:], grid, 0.7 if backend == "cpp" else cutoff, backend=backend)
+    if backend == "cpp":  # what scoring takes on a CPU
         weights = [weight.detach() for weight in (*adapter[:2], *experts)]
         factors = [*ops.low_rank_factors(y.detach(), y.detach(), *weights[:2], scale=scale)]
         factors += ops.frequency_adapter_factors(smooth.detach(), smooth.detach(), grid, *weights[2:], cutoff=0.6)[:-1]
     else:
-        z = ops.frequency_adapter(z, grid, *experts, cutoff, prefix=1, backend=backend)
-        smooth = ops.low_pass(smooth, grid, cutoff, backend=backend)
         factors = [ops.sum_squared_gradients(x, z.detach(), backend=backend)]
     return [(z[:, :1] @ smooth.mT).square().mean(), *factors]
 

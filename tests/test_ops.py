@@ -176,9 +176,13 @@ def test_prefix_tokens_pass_the_frequency_adapter(backend, cutoff, device):
     apart = torch.cat([x[:, :2], ops.frequency_adapter(x[:, 2:], (3, 4), *weights, **rest)], 1)
     check_together(whole, apart, wanted)
     assert torch.equal(whole[:, :2], x[:, :2])
+
+
+def test_prefix_tokens_pass_samples_with_own_adapters():
+    x, weights = torch.randn(3, 2 + 12, 8), frequency_weights(8, 5)
     mixed = ops.frequency_adapter(x, (3, 4), *(w[None] for w in weights), 0.9, prefix=2, adapters=[0, -1, 0])
-    one = ops.frequency_adapter(x[:1], (3, 4), *weights, 0.9, prefix=2)
-    torch.testing.assert_close(mixed[:2], torch.cat([one, x[1:2]]))
+    alone = ops.frequency_adapter(x[:1], (3, 4), *weights, 0.9, prefix=2)
+    torch.testing.assert_close(mixed[:2], torch.cat([alone, x[1:2]]))
 
 
 def test_a_prefix_that_does_not_fit_is_named():

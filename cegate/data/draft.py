@@ -106,6 +106,8 @@ def _lines(
     yield "toolbox: {spatial: {rank: 8}, semantic: {width: 16}, frequency: {width: 8}}"
     yield "gate: {k: 8, interval: 100}"
     yield "train: {iterations: 500, lr: 1e-3, eval_every: 250, log_every: 20}"
+    if found.validation is not None or found.division is not None:
+        yield f"# The rate matters more than the method: cegate tune-lr --config {out} finds one for your data."
     yield "# For numbers that count, with a GPU: take the lines above out and these in (downloads 1.2 GB once)."
     yield "# model: {backbone: vit_large_patch14_dinov2, patch_size: 16, features: [7, 11, 15, 23], head: mask2former}"
     yield "# train: {iterations: 20000, lr: 1e-4, eval_every: 2000}"

@@ -223,6 +223,7 @@ def evaluate_run(
     validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range, seed=config.run.seed)
     sets = [*([validation] if validation is not None else []), *targets]
     for dataset in sets:
+        _refuse_other_rasters(dataset, segmenter)
         dataset.check()
     _, precision = precision_of(config.run.precision, device)
     workers = data.workers if device.type == "cuda" else 0
@@ -231,6 +232,14 @@ def evaluate_run(
     for evaluation in evaluations if output is not None else ():
         write_evaluation(output / evaluation.domain, evaluation, run=str(run.path), checkpoint=checkpoint)
     return evaluations
+
+
+def _refuse_other_rasters(dataset: SegmentationSet, segmenter: Segmenter) -> None:
+    wanted, found = segmenter.recipe.further, sum(dataset.channels[1:])
+    if wanted != found:
+        lacks = "give the set second, with missing: allow where the model may do without" if wanted else "leave it out"
+        has = f"{found or 'no'} bands of a second raster, the model takes {wanted or 'none'}"
+        raise ConfigError(f"set {dataset.name!r} has {has}; {lacks}")
 
 
 def write_evaluation(folder: Path, evaluation: Evaluation, **more: Any) -> None:

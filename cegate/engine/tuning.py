@@ -25,7 +25,7 @@ from cegate.engine.runtime import deterministic
 from cegate.engine.sets import Sets, open_sets, value_range_of
 from cegate.engine.stage import NotFiniteError, Numerics, Stage
 from cegate.engine.team import Team
-from cegate.errors import CheckpointError, ConfigError
+from cegate.errors import CheckpointError, ConfigError, rate_text
 from cegate.figures import headline
 from cegate.runfolder import writable_folder, write_json
 from cegate.segmenter import Segmenter, build
@@ -102,12 +102,6 @@ class Tuning:
             further = min(rates) / 3 if self.recommended == min(rates) else max(rates) * 3
             lines.append(f"It is the end of what was tried; --rates {rate_text(further)} would look further.")
         return lines if self.by_place else [*lines, WARNING]
-
-
-def rate_text(rate: float) -> str:
-    """1e-4, as people write it."""
-    mantissa, exponent = f"{rate:.2e}".split("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def tune_rate(

@@ -18,6 +18,8 @@ DECIDED = ("run.method", "run.seed", "run.work_dir", "run.device")
 """Keys that the matrix sets itself."""
 Overrides = Sequence[tuple[str, str]]
 WEIGHTS = "model.weights"
+RATE = re.compile(r"(.+)/lr_([0-9.e+-]+)")
+"""Name of a setting at a learning rate."""
 _ROOT = re.compile(r"\$\{([\w\-]+)\}")
 
 
@@ -72,6 +74,13 @@ class Setting:
     """Its folder below the output: the name of a shipped configuration, or that of a file without suffix."""
     config: str
     """What `cegate train --config` takes."""
+    rate: str | None = None
+    """Its ``train.lr``, where rates are an axis; the name then ends in ``/lr_<rate>``."""
+
+    @property
+    def overrides(self) -> list[tuple[str, str]]:
+        """What the setting puts on top of its configuration."""
+        return [] if self.rate is None else [("train.lr", self.rate)]
 
 
 def name_settings(given: Sequence[str]) -> list[Setting]:
@@ -90,6 +99,15 @@ def name_settings(given: Sequence[str]) -> list[Setting]:
             )
         settings[name] = Setting(name, config)
     return list(settings.values())
+
+
+def with_rates(settings: Sequence[Setting], rates: Sequence[str]) -> list[Setting]:
+    """Every setting at every learning rate, each a setting of its own."""
+    return [
+        replace(setting, name=f"{setting.name}/lr_{rate}", rate=rate)
+        for setting in settings
+        for rate in dict.fromkeys(rates)
+    ]
 
 
 def plan_cells(settings: Sequence[Setting], methods: Sequence[str], seeds: Sequence[int], output: Path) -> list[Cell]:
@@ -130,7 +148,7 @@ def read_configs(
             configuration that no method fits, or one with nothing to test on.
     """
     for key, _ in overrides:
-        if key in DECIDED:
+        if key in DECIDED or (key == "train.lr" and any(setting.rate for setting in settings)):
             raise ConfigError(f"--{key} is not for the command line here; cegate bench sets it for every cell")
     _refuse_missing_roots(settings, overrides)
     configs: dict[tuple[str, str], Config] = {}
@@ -138,7 +156,9 @@ def read_configs(
     for setting in settings:
         for method in methods:
             try:
-                config = read_config(setting.config, [("run.method", method), *overrides], training=True)
+                config = read_config(
+                    setting.config, [("run.method", method), *overrides, *setting.overrides], training=True
+                )
             except ConfigError as error:
                 problems.setdefault(str(error), []).append(f"{setting.name} with {method}")
                 continue

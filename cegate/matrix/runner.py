@@ -142,6 +142,7 @@ class Runner:
     def _command(self, cell: Cell, device: str) -> list[str]:
         options = [
             *self.overrides,
+            *self.settings[cell.setting].overrides,
             ("run.method", cell.method),
             ("run.seed", str(cell.seed)),
             ("run.work_dir", str(cell.folder)),

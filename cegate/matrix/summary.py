@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from cegate.configfile import SOURCE_DOMAIN
-from cegate.matrix.cells import training_key
+from cegate.matrix.cells import RATE, training_key
 from cegate.matrix.published import GROUPS, Group
 from cegate.matrix.reading import CellResult
 from cegate.matrix.statistics import Difference, Mean, Paired, difference, mean_over_seeds, resample_tiles
@@ -157,6 +157,8 @@ class Matrix:
     def averages(self) -> list[Group]:
         """What is averaged over: all settings, and the paper's groups whose settings are all here."""
         groups = [group for group in GROUPS if set(group.settings) <= set(self.settings)]
+        if any(map(RATE.fullmatch, self.settings)):  # a mean over rates is nobody's score
+            return groups
         if len(self.settings) < 2 or any(set(group.settings) == set(self.settings) for group in groups):
             return groups
         return [Group("All settings", tuple(self.settings), {}), *groups]

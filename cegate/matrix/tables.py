@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cegate.errors import rate_text
 from cegate.matrix import published, published_mfnet
+from cegate.matrix.cells import RATE
 from cegate.matrix.published import Group
 from cegate.matrix.reading import CellResult
 from cegate.matrix.statistics import Difference, Mean
@@ -47,6 +49,7 @@ class Table:
 def make_tables(matrix: Matrix) -> list[Table]:
     """The averages, then the scores and differences of each setting."""
     tables = [_average_table(matrix, average) for average in matrix.averages()]
+    tables += _rate_tables(matrix)
     for setting in matrix.settings:
         tables += [_score_table(matrix, setting), _difference_table(matrix, setting)]
     return [_without_empty_columns(table) for table in tables if table.rows]
@@ -68,6 +71,35 @@ def _average_table(matrix: Matrix, average: Group) -> Table:
         note += f" Not here, for no seed of theirs has finished all of them: {', '.join(left_out)}."
     header = ("method", "n", "score", "difference to gate", "p", *_COST, published.LABEL)
     return Table(f"{average.name}: {len(settings)} settings", header, tuple(rows), note)
+
+
+def _rate_tables(matrix: Matrix) -> list[Table]:
+    """Of settings that were run at several learning rates: score on the validation set, then on the targets, with the
+    rate of the best validation score marked; targets choose nothing."""
+    of: dict[str, dict[float, str]] = {}
+    for setting in matrix.settings:
+        if found := RATE.fullmatch(setting):
+            of.setdefault(found[1], {})[float(found[2])] = setting
+    return [_rate_table(matrix, name, dict(sorted(rates.items()))) for name, rates in of.items()]
+
+
+def _rate_table(matrix: Matrix, name: str, rates: Mapping[float, str]) -> Table:
+    rows = []
+    for method in matrix.methods:
+        ran = {rate: setting for rate, setting in rates.items() if method in matrix.methods_of(setting)}
+        validation = {rate: matrix.validation(setting, method) for rate, setting in ran.items()}
+        scored = {rate: mean.value for rate, mean in validation.items() if mean is not None}
+        best = max(scored, key=scored.__getitem__, default=None)
+        for rate, setting in ran.items():
+            mark = "best" if rate == best else ""
+            seeds = str(len(matrix.of_setting(setting, method)))
+            target = _mean(matrix.mean([setting], method))
+            rows.append((method, rate_text(rate), seeds, _mean(validation[rate]), mark, target))
+    note = (
+        "The best rate is that of the highest validation score, a held-out part of the source; such parts prefer rates "
+        "that are too high for other places."
+    )
+    return Table(f"{name}: learning rates", ("method", "lr", "n", "validation", "chosen", "targets"), tuple(rows), note)
 
 
 def _score_table(matrix: Matrix, setting: str) -> Table:

@@ -159,13 +159,7 @@ class Teacher:
         """Move towards the student, after its step of an iteration t >= 0, and keep the share
         ``min(1 - 1 / (t + 1), ema)``; after the first step the two are equal."""
         average = get_ema_multi_avg_fn(min(1 - 1 / (iteration + 1), self.ema))
-        own, means = trained_weights(self.network), {}
-        for name, value in self.weights.items():
-            if value.is_floating_point():
-                means[name] = value
-            else:  # a norm's count of batches
-                value.copy_(own[name])
-        average(list(means.values()), [own[name] for name in means], None)
+        average(list(self.weights.values()), list(trained_weights(self.network).values()), None)
 
     @torch.no_grad()
     def label(self, images: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:

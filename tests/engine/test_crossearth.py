@@ -10,11 +10,12 @@ import pytest
 import safetensors.torch
 import torch
 
-from cegate.checkpoint import load_adapter, load_checkpoint, load_state, trained_weights
+from cegate.adapter_folder import load_adapter
+from cegate.checkpoint import load_checkpoint, load_state, trained_weights
 from cegate.compute import precision_of
 from cegate.engine.sets import open_sets
 from cegate.engine.stage import Numerics, Stage
-from cegate.engine.team import open_team
+from cegate.engine.team import Team
 from cegate.engine.trainer import describe, train
 from cegate.errors import CheckpointError, ConfigError
 from cegate.gate import GatePlan
@@ -121,7 +122,7 @@ def stage_of(config) -> Stage:
     network = build(config)
     numerics = Numerics(torch.device("cpu"), *precision_of("fp32", torch.device("cpu")))
     initial = {key: value.clone() for key, value in trained_weights(network).items()}
-    return Stage("after", config, network, sets, numerics, open_team(), initial)
+    return Stage("after", config, network, sets, numerics, Team(), initial)
 
 
 def test_the_gate_is_scored_on_clean_samples_of_the_source(make):

@@ -131,7 +131,7 @@ def test_what_counts_after_a_resume_is_of_one_model_even_if_numbers_come_out_oth
         return evaluate(self)
 
     monkeypatch.setattr(_Loop, "_evaluate", evaluate_as_told)
-    monkeypatch.setattr(Confusion, "scores", lambda self: replace(scores(self), **current))
+    monkeypatch.setattr(Confusion, "scores", lambda self, *args, **how: replace(scores(self, *args, **how), **current))
     run_until(monkeypatch, config, "after", 5)
     assert [load_state(folder / f"checkpoints/{name}.pt").iteration for name in ("last", "best")] == [4, 4]
     result = read_json(train(config, resume=True).path / "result.json")

@@ -58,7 +58,7 @@ def test_steps_are_torchs_and_those_of_mfnets_fifty_epochs():
     for iteration in range(10):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(config, iteration))
         optimizer.step(), schedule.step()
-    mfnet = read_config("mfnet/vaihingen").train
+    mfnet = read_config("mfnet/vaihingen", [("data.roots.vaihingen_dsm", "/data")]).train
     rates = {learning_rate(mfnet, n): n for n in reversed(range(0, 50_000, 500))}
     assert {n: pytest.approx(rate) for rate, n in rates.items()} == {0: 1e-2, 24_000: 1e-3, 34_000: 1e-4, 44_000: 1e-5}
 

@@ -9,8 +9,8 @@ from PIL import Image
 from cegate import tune_lr
 from cegate.configfile import to_yaml
 from cegate.engine.sets import open_sets
-from cegate.engine.tuning import Trial, Tuning, divide, rate_text, shortened, tune_rate
-from cegate.errors import ConfigError
+from cegate.engine.tuning import Trial, Tuning, divide, shortened, tune_rate
+from cegate.errors import ConfigError, rate_text
 
 
 def test_the_lowest_rate_that_comes_close_is_recommended():

@@ -9,6 +9,7 @@ import cegate
 from cegate.checkpoint import load_checkpoint, load_state
 from cegate.config import Config
 from cegate.configfile import read_config
+from cegate.engine.evaluator import evaluate_run
 from cegate.engine.sets import open_sets
 from cegate.engine.stage import Stage
 from cegate.engine.trainer import train
@@ -55,6 +56,10 @@ def test_what_a_run_shares_is_its_model(two, method):
     known = [v["IoU"] for name, v in metrics["per_class"].items() if name != CLASSES[0] and v["IoU"] is not None]
     assert metrics["mIoU"] == pytest.approx(sum(known) / len(known)) and metrics["mean_classes"] == CLASSES[1:]
     assert "kappa" in metrics
+    if bands == 4:
+        alone = [("data.targets.a", "{kind: generated, split: arid, limit: 1, tile: 16}")]
+        with pytest.raises(ConfigError, match="set 'a' has no bands of a second raster, the model takes 1; give the"):
+            evaluate_run(run, read_config(run.config_file, alone))
     if method == "mfnet_gate":
         scores = run.gates.records[0]["scores"]
         assert len(scores) == 48 and sum(name.endswith(".dsm") for name in scores) == 24
@@ -94,7 +99,10 @@ def test_the_teacher_of_two_rasters_sees_both(two):
     ("changes", "message"),
     [
         ({"data__source__second": "null"}, "run.method=mfnet_lora needs data.source.second"),
-        ({"data__validation__second": "null"}, "set 'source' has no second raster, the model was given one of 1 band"),
+        (
+            {"data__validation__second": "null"},
+            "set 'source' gives 3 bands of its images, the source 3 bands of its images and 1 band of a second",
+        ),
         ({"model__head": "linear"}, "model.head=linear takes four maps of one size, .* modal.fusion=sum"),
         ({"data__validation__second__missing": "allow"}, "data.validation.second.missing=allow needs a model that lea"),
         ({"run__method": "mfnet_gate", "injector__method": "gse"}, "leave out one of the two"),

@@ -13,7 +13,7 @@ from cegate import bench, cli
 from cegate.backbone.vit import build_vit, weight_hash
 from cegate.configfile import to_yaml
 from cegate.matrix import runner
-from cegate.matrix.cells import WEIGHTS, configure, name_settings, plan_cells, read_configs
+from cegate.matrix.cells import WEIGHTS, configure, name_settings, plan_cells, read_configs, with_rates
 from cegate.runfolder import write_json, write_text
 
 from .conftest import draw_tiles
@@ -248,3 +248,21 @@ def test_help_lists_settings_and_methods(capsys):
         bench.main(["--help"])
     text = capsys.readouterr().out
     assert end.value.code == cli.GOOD and "dg/casid_sub2tem" in text and "earth_adapter" in text
+
+
+def test_rates_are_an_axis(tiny, tmp_path, capsys):
+    command = ["--settings", str(tiny), "--methods", "gate", "--seeds", "0", "--output", str(tmp_path / "m")]
+    assert bench.main([*command, "--lrs", "0.0001", "1e-4", "3e-3", "--dry_run"]) == cli.GOOD
+    assert capsys.readouterr().out.split("\n")[:2] == [
+        f"new         tiny/lr_{rate} gate seed 0" for rate in ("1e-4", "3e-3")
+    ]
+    settings = with_rates(name_settings([str(tiny)]), ["1e-4", "3e-3"])
+    configs = read_configs(settings, ["gate"], [])
+    assert [config.train.lr for config in configs.values()] == [1e-4, 3e-3]
+    running = runner.Runner(settings, configs, [], slots=["cpu"], threads=1, display=None)
+    (cell,) = plan_cells(settings[1:], ["gate"], [0], tmp_path)
+    assert "--train.lr=3e-3" in running._command(cell, "cpu")
+    assert bench.main([*command, "--lrs", "fast"]) == cli.USAGE
+    assert "--lrs fast is no learning rate" in capsys.readouterr().err
+    assert bench.main([*command, "--lrs", "1e-4", "--train.lr", "1e-3"]) == cli.USAGE
+    assert "--train.lr is not for the command line here" in capsys.readouterr().err

@@ -269,3 +269,16 @@ def test_scores_are_means_over_the_classes_that_were_asked_for(write_cell):
     drawn = resample_tiles(found.domains["north"].names, counts[None], binary=False, chosen=[0, 1])
     assert np.median(drawn) == pytest.approx(found.domains["north"].score, abs=0.03)
     assert not np.allclose(drawn, resample_tiles(found.domains["north"].names, counts[None], binary=False))
+
+
+@pytest.mark.usefixtures("no_picture")
+def test_rates_are_compared_and_the_validation_set_alone_chooses(write_cell, tmp_path):
+    for rate, validation, target in (("1e-4", 0.6, 0.7), ("1e-3", 0.8, 0.5)):
+        tiles = {"source": draw_tiles(validation, domain="source"), "north": draw_tiles(target)}
+        write_cell(f"dg/x/lr_{rate}", "gate", 0, tiles, train__lr=rate)
+    report = write_report(tmp_path)
+    titles = [table.title for table in report.tables]
+    assert titles[0] == "dg/x: learning rates" and not any("All settings" in title for title in titles)
+    rows = [dict(zip(report.tables[0].header, row, strict=True)) for row in report.tables[0].rows]
+    assert [(row["lr"], row["chosen"]) for row in rows] == [("1e-4", ""), ("1e-3", "best")]
+    assert float(rows[0]["targets"].split()[0]) > float(rows[1]["targets"].split()[0])

@@ -150,7 +150,7 @@ def test_rasters_that_do_not_fit_are_refused_in_a_line(model, scene, write_scene
             {"image": image, "second": tmp_path / "empty.tif"},
             r"empty\.tif: no pixel of the second raster is known",
         ),
-        (two_bands, {"image": image, "second": dsm}, r"1\.tif has 1 bands, of which \[1, 2\] are to be read"),
+        (two_bands, {"image": image, "second": dsm}, r"1\.tif has 1 band, of which \[1, 2\] are to be read"),
         (both, {"image": image, "second": np.zeros((9, 9))}, "has 9x9 pixels, the image 30x40"),
         (both, {"image": image, "second": np.full(SIZE, np.nan)}, "no pixel of the second raster is known"),
     ):
