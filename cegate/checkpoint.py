@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from cegate.adapters import misfits
 from cegate.backbone.vit import weight_hash
 from cegate.config import Config
 from cegate.errors import CheckpointError, nearest
+from cegate.fields import is_union
 from cegate.gate import GatePlan
 from cegate.runfolder import RunFolder, written_aside
 from cegate.segmenter import Segmenter, build
@@ -124,7 +125,25 @@ def load_state(path: Path) -> State:
             f"{path} holds {', '.join(sorted(unknown))}, which this cegate {__version__} does not know; use the "
             "version that wrote it"
         )
-    return State(**values)
+    state = State(**values)
+    if wrong := _not_of_their_kind(state):
+        raise CheckpointError(f"{path} holds what is no {', '.join(wrong)} of a checkpoint; use another one")
+    return state
+
+
+def _not_of_their_kind(state: State) -> list[str]:
+    """Fields of a state that hold what they cannot; none in a file that `save_state` wrote."""
+    alike = {float: (int, float), list: (list, tuple)}
+    wrong = []
+    for name, hint in get_type_hints(State).items():
+        kinds = [get_origin(kind) or kind for kind in (get_args(hint) if is_union(hint) else [hint])]
+        if not any(isinstance(getattr(state, name), alike.get(kind, kind)) for kind in kinds):
+            wrong.append(name)
+    tensors = [name for name in ("trained", "task_weights") if name not in wrong]
+    wrong += [name for name in tensors if not all(isinstance(x, Tensor) for x in getattr(state, name).values())]
+    plans = [name for name in ("active", "frozen", "ever_active") if name not in wrong]
+    wrong += [name for name in plans if not all(isinstance(site, str) for site in getattr(state, name))]
+    return wrong + (["stage"] if "stage" not in wrong and state.stage not in STAGES else [])
 
 
 def _from_format_1(values: dict[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def command(function: Callable[[Sequence[str]], int]) -> Main:
         except OSError as error:
             if error.errno not in _OF_A_PLACE:
                 raise
-            place = f"{error.filename}: " if error.filename else ""
+            place = f"{shown(str(error.filename))}: " if error.filename else ""
             return _say(f"error: {place}{error.strerror}; see that it can be read and written", FAILED)
 
     return main

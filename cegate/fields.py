@@ -118,13 +118,13 @@ class Reader:
             return self._read_value(hint, value, key)
         value = loaded(value)
         if value is None and (optional or self._empty_is_default):
-            return None if optional else {} if named else cls()
+            return None if optional else {} if named else _stand_in(cls)
         if not isinstance(value, Mapping):
             hints = hints_of(cls)
             guess = f"; did you mean --{key}.root {shown(value)}?" if "root" in hints and isinstance(value, str) else ""
             expected = "from names to sets" if named else f"of {', '.join(hints)}"
             self._note(f"{key}={shown(value)} is not accepted; expected a mapping {expected}{guess}")
-            return {} if named else cls()
+            return {} if named else _stand_in(cls)
         if named:
             return {_name(name): self.read(cls, item, f"{key}.{_name(name)}") for name, item in value.items()}
         return self._read_section(cls, value, f"{key}." if key else "")
@@ -137,6 +137,9 @@ class Reader:
             else:
                 guess = _colon_hint({name: value}) or self._suggest(_name(name), prefix.rstrip("."), hints)
                 self._note(f"unknown key '{shown(f'{prefix}{_name(name)}')}'{guess}")
+        if missing := [name for name in _needed(cls) if name not in values]:
+            self._note(f"{prefix.rstrip('.')} lacks {', '.join(missing)}".lstrip())
+            return None
         return cls(**values)
 
     def _read_value(self, hint: Any, value: Any, key: str) -> Any:
@@ -166,14 +169,21 @@ def read_fields(cls: type[Made], mapping: Mapping[str, Any]) -> Made:
     Raises:
         ConfigError: keys without a default are missing, or values do not fit; all are named at once.
     """
-    needed = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
-    if missing := [name for name in needed if name not in mapping]:
-        raise ConfigError(f"lacks {', '.join(missing)}")
     reader = Reader(lambda name, parent, known: nearest(name, known), empty_is_default=False)
     made = reader.read(cls, {name: mapping[name] for name in hints_of(cls) if name in mapping})
     if reader.problems:
         raise ConfigError("; ".join(reader.problems))
     return made
+
+
+def _needed(cls: type) -> list[str]:
+    """Fields without a default."""
+    return [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+
+
+def _stand_in(cls: type) -> Any:
+    """A section of defaults, where every field has one."""
+    return None if _needed(cls) else cls()
 
 
 def loaded(value: Any) -> Any:

@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from cegate.config import Config
@@ -108,8 +109,20 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it is missing, no JSON, or holds anything else.
+    """
+    record = read_json(path)
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path} holds no JSON object; restore the file from a copy")
+    return record
 
 
 def _without_nan(value: Any) -> Any:
@@ -126,9 +139,14 @@ def _without_nan(value: Any) -> Any:
 class Journal:
     """An append-only file of one JSON object a line, kept in memory too."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kinds: Mapping[str, type] = MappingProxyType({})) -> None:
+        """
+        Args:
+            path: the file.
+            kinds: keys that every record has, and the type of their values.
+        """
         self.path = path
-        self.records: list[dict[str, Any]] = list(read_journal(path))
+        self.records: list[dict[str, Any]] = list(read_journal(path, kinds))
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Add one or more lines together, which are on the disk when this returns."""
@@ -145,18 +163,27 @@ class Journal:
         write_text(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records))
 
 
-def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """Lines of a journal; a last line that a crash cut short, be it within a character, is left out."""
+def read_journal(path: Path, kinds: Mapping[str, type] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
+    """Lines of a journal; a last line that a crash cut short, be it within a character, is left out.
+
+    Raises:
+        CheckpointError: a line is no JSON, or no record with those keys; it is named.
+    """
     if not path.is_file():
         return
     # not splitlines: a record may hold other line separators of Unicode
     lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError as error:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise CheckpointError(f"{path} line {number} is no JSON; restore the file from a copy") from error
+            return
+        if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
+            keys = f" with {', '.join(kinds)}" if kinds else ""
+            raise CheckpointError(f"{path} line {number} is no record{keys}; restore the file from a copy")
+        yield record
 
 
 class RunFolder:
@@ -170,8 +197,8 @@ class RunFolder:
         self.figures = path / "figures"
         self.eval = path / "eval"
         self.result = path / "result.json"
-        self.metrics = Journal(path / "metrics.jsonl")
-        self.gates = Journal(path / "gates.jsonl")
+        self.metrics = Journal(path / "metrics.jsonl", {"iteration": int, "split": str})
+        self.gates = Journal(path / "gates.jsonl", {"iteration": int, "scores": dict, "active": list})
 
     @property
     def last(self) -> Path:

@@ -185,6 +185,16 @@ def test_a_journal_survives_a_cut_line_and_is_strict_json(tmp_path):
         Journal(path)
 
 
+@pytest.mark.parametrize("line", ["{}", "5", "null", "[]", '{"iteration": "x", "split": "after"}'])
+def test_a_journal_of_anything_else_is_refused_by_its_line(tmp_path, line):
+    for name in ("metrics", "gates"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(f"{line}\n")
+        with pytest.raises(CheckpointError, match=rf"{name}\.jsonl line 1 is no record with iteration, "):
+            RunFolder(tmp_path)
+        path.unlink()
+
+
 @pytest.mark.parametrize("room", [0, 100, 5_000, 60_000], ids=str)
 def test_a_full_disk_is_named_and_the_old_checkpoint_stays(segmenter, tmp_path, monkeypatch, room):
     path = tmp_path / "last.pt"
@@ -266,3 +276,26 @@ def test_a_checkpoint_of_a_newer_version_is_refused_by_what_it_holds(segmenter, 
     save_state(tmp_path / "last.pt", state)
     with pytest.raises(CheckpointError, match=r"holds styles, which this cegate .* does not know; use the version"):
         load_state(tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("value", [None, "x", -1, [1, [2]], {"a": 1}], ids=repr)
+def test_what_is_not_of_its_kind_is_refused_by_name(segmenter, tmp_path, value):
+    good = state_of(segmenter)
+    for name in ("stage", "trained", "active", "backbone_sha256", "classes", "tasks"):
+        if type(value) is type(getattr(good, name)) and name not in ("stage", "trained", "active"):
+            continue
+        state = state_of(segmenter)
+        save_state(tmp_path / "last.pt", state)  # the sites become texts there
+        values = torch.load(tmp_path / "last.pt", weights_only=True) | {name: value}
+        write_signed(tmp_path / "last.pt", values)
+        with pytest.raises(CheckpointError, match=rf"last\.pt holds what is no {name} of a checkpoint"):
+            load_state(tmp_path / "last.pt")
+
+
+def write_signed(path: Path, values: dict) -> None:
+    from cegate.checkpoint import _Signed
+
+    with path.open("wb") as file:
+        sink = _Signed(file)
+        torch.save(values, sink)
+        sink.sign()

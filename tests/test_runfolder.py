@@ -14,7 +14,16 @@ import pytest
 from cegate.configfile import read_config
 from cegate.errors import CheckpointError
 from cegate.matrix.cells import Cell
-from cegate.runfolder import LOCK, RunFolder, check_folder, open_run, take_lock, writable_folder, write_json
+from cegate.runfolder import (
+    LOCK,
+    RunFolder,
+    check_folder,
+    open_run,
+    read_record,
+    take_lock,
+    writable_folder,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -172,3 +181,10 @@ def test_what_cannot_be_written_is_one_line_and_a_folder_that_went_is_told_apart
         shutil.rmtree(run.path)
         with pytest.raises(CheckpointError, match=r"run was removed or moved"), run.writing():
             raise AssertionError("nothing is written any more")
+
+
+@pytest.mark.parametrize("text", ["[]", '"x"', "\0", "[" * 99_999], ids=["list", "text", "binary", "deep"])
+def test_a_json_file_of_anything_else_is_refused(tmp_path, text):
+    (tmp_path / "env.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"env\.json (holds no JSON object|cannot be read)"):
+        read_record(tmp_path / "env.json")

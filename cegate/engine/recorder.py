@@ -40,7 +40,7 @@ from cegate.engine.sets import Sets
 from cegate.engine.stage import NotFiniteError, Numerics, Stage
 from cegate.errors import CheckpointError, TrainingError
 from cegate.gate import GatePlan
-from cegate.runfolder import FREE_ON_RESUME, RunFolder, read_json, write_json
+from cegate.runfolder import FREE_ON_RESUME, RunFolder, read_record, write_json
 from cegate.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Recorder:
             if state is None:
                 write_json(path, environment)
             else:
-                self._refuse_changes(state, read_json(path), environment)
+                self._refuse_changes(state, read_record(path), environment)
                 self.peak_memory, self.elapsed_before = state.peak_memory_bytes, state.elapsed_seconds
                 title = stage_title(state.stage, self.config.run.method)
                 log.info("going on from iteration %d of stage %s", state.iteration, title)

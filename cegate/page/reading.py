@@ -16,7 +16,7 @@ from cegate.configfile import SOURCE_DOMAIN
 from cegate.engine.results import Record, best_iteration, records_of
 from cegate.errors import CheckpointError, ConfigError
 from cegate.figures import in_order
-from cegate.runfolder import RunFolder, read_json
+from cegate.runfolder import RunFolder, read_json, read_record
 from cegate.sites import SiteId
 
 
@@ -151,7 +151,7 @@ def _read(label: str, folder: RunFolder, config: Config) -> RunFiles:
         folder=folder,
         config=config,
         config_text=folder.config_file.read_text(encoding="utf-8"),
-        environment=read_json(environment) if environment.is_file() else {},
+        environment=read_record(environment) if environment.is_file() else {},
         rounds=folder.gates.records,
         sites=_sites(folder, config),
         result=result,
@@ -167,7 +167,7 @@ def _sites(folder: RunFolder, config: Config) -> tuple[str, ...]:
     sites = {site for choice in rounds for site in choice["scores"]}
     if not sites and (chosen := [SiteId(site) for choice in rounds for site in choice["active"]]):
         adapter = folder.adapter / CONFIG_FILE
-        features = read_json(adapter).get("features", []) if adapter.is_file() else []
+        features = read_record(adapter).get("features", []) if adapter.is_file() else []
         depth, streams = 1 + max(*features, *(place.layer for place in chosen), 0), {place.stream for place in chosen}
         sites = {
             SiteId.of(kind, layer, stream)

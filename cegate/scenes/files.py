@@ -48,6 +48,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for name in inputs:
+        if not name:  # as an unset variable of a shell gives it; it is not the working directory
+            raise DataError("an input is empty; give a file, a folder or a glob")
         path = Path(name)
         if path.is_dir():
             images = sorted(file for file in path.iterdir() if _is_image(file))

@@ -61,6 +61,12 @@ def test_inputs_are_files_folders_and_globs_each_once(images):
         find_images([str(images / "nowhere*.png")])
 
 
+def test_an_empty_input_is_not_the_working_directory(images, monkeypatch):
+    monkeypatch.chdir(images)
+    with pytest.raises(DataError, match="an input is empty; give a file, a folder or a glob"):
+        find_images([""])
+
+
 def test_nothing_is_overwritten_unasked(images, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/a.png").write_bytes(b"mine")
