@@ -12,7 +12,7 @@ from cegate.config import Config
 from cegate.configfile import changed_values, find_config, read_config, read_mapping, to_yaml
 from cegate.errors import CegateError, ConfigError
 from cegate.methods import METHODS
-from cegate.runfolder import FREE_ON_RESUME, read_json
+from cegate.runfolder import FREE_ON_RESUME, read_record
 
 DECIDED = ("run.method", "run.seed", "run.work_dir", "run.device")
 """Keys that the matrix sets itself."""
@@ -223,7 +223,7 @@ def refuse_other_runs(cells: Sequence[Cell], configs: dict[tuple[str, str], Conf
 def _has_backbone(cell: Cell, config: Config) -> bool:
     """Whether the weights that a configuration names make the backbone that a cell was run with."""
     environment = cell.folder / "env.json"
-    recorded = read_json(environment).get("backbone_sha256") if environment.is_file() else None
+    recorded = read_record(environment).get("backbone_sha256") if environment.is_file() else None
     model, bands = config.model, len(config.data.source.bands or (1, 2, 3))
     size = model.image_size or config.data.crop
     return recorded == _backbone_hash(model.backbone, model.weights, size, model.patch_size, bands)

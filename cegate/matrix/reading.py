@@ -16,7 +16,7 @@ from cegate.errors import CegateError, CheckpointError
 from cegate.matrix.cells import DECIDED, WEIGHTS, Cell, is_place, read_saved_config
 from cegate.matrix.statistics import headline
 from cegate.methods import METHODS
-from cegate.runfolder import FREE_ON_RESUME, read_json
+from cegate.runfolder import FREE_ON_RESUME, read_record
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def read_cell(cell: Cell) -> CellResult:
         CegateError: a file is missing, damaged or of another run; it is named.
     """
     path = cell.folder / "result.json"
-    result = read_json(path)
-    environment = read_json(cell.folder / "env.json")
+    result = read_record(path)
+    environment = read_record(cell.folder / "env.json")
     try:
         found = CellResult(
             cell=cell,

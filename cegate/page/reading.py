@@ -16,7 +16,7 @@ from cegate.configfile import SOURCE_DOMAIN
 from cegate.engine.results import Record, best_iteration, records_of
 from cegate.errors import CheckpointError, ConfigError
 from cegate.figures import in_order
-from cegate.runfolder import RunFolder, read_json, read_record
+from cegate.runfolder import RunFolder, read_record
 from cegate.sites import SiteId
 
 
@@ -134,7 +134,7 @@ def _cell_title(path: Path, config: Config) -> str | None:
 
 def _read(label: str, folder: RunFolder, config: Config) -> RunFiles:
     path = folder.result
-    result = read_json(path) if path.is_file() else None
+    result = read_record(path) if path.is_file() else None
     if result is not None and not (isinstance(result, dict) and {"iteration", "before", "after"} <= result.keys()):
         raise CheckpointError(f"{path} lacks iteration, before or after; finish the run with cegate train --resume")
     records = folder.metrics.records
@@ -185,7 +185,7 @@ def read_domain(run: RunFiles, domain: str) -> DomainFiles:
         CheckpointError: a file is damaged, or counts other classes than the run has.
     """
     folder = run.folder.eval / domain
-    metrics = read_json(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    metrics = read_record(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
     arrays: dict[str, np.ndarray] = {}
     for name in ("confusion.npy", "tiles.npz"):
         if (folder / name).is_file():
