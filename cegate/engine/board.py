@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from cegate.configfile import domain_title
 from cegate.engine.results import Record, stage_title
@@ -60,10 +59,11 @@ class Board:
 
     def gate(self, iteration: int, rounds: Sequence[Record], sites: Sequence[str]) -> None:
         """The picture of the gate so far."""
-        buffer = io.BytesIO()
-        gate_figure(rounds, sites, end=iteration).savefig(buffer, format="png", dpi=100, facecolor="white")
-        writer, picture = self._writer("after"), np.asarray(Image.open(buffer).convert("RGB"))
-        writer.add_image("gate", picture, iteration, dataformats="HWC")
+        canvas = FigureCanvasAgg(gate_figure(rounds, sites, end=iteration))
+        canvas.figure.set_facecolor("white")
+        canvas.draw()
+        writer = self._writer("after")
+        writer.add_image("gate", np.asarray(canvas.buffer_rgba())[..., :3], iteration, dataformats="HWC")
         writer.flush()
 
     def close(self) -> None:
