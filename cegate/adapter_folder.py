@@ -275,14 +275,19 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no dict
-            checksum = (opened.metadata() or {}).get(CHECKSUM)
+            metadata = opened.metadata() or {}
     except Exception as error:  # safetensors and torch raise whatever comes up where a file is damaged
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(f"{file} cannot be read: {why}; copy the adapter folder again") from error
     if problems := not_numbers(weights):
         raise CheckpointError(f"{file}: {'; '.join(problems)}; copy the adapter folder again")
-    if checksum not in (None, _checksum(weights)):
+    if metadata.get(CHECKSUM, _checksum(weights)) != _checksum(weights):
         raise CheckpointError(f"{file} is damaged (its checksum is another); copy the adapter folder again")
+    if strange := sorted(metadata.keys() - {"format", CHECKSUM}):  # as the checksum's own name is where it is damaged
+        raise CheckpointError(
+            f"{file} has metadata {strange[0][:40]!r}, which says nothing of an adapter, so that it may be damaged; copy the "
+            f"adapter folder again, or save the weights with no metadata but 'format'"
+        )
     return weights
 
 
