@@ -89,7 +89,10 @@ Tensor view_of(const Matrix& m) {
 // out = base + alpha * a b.
 void multiply_blas(const Matrix& out, const Matrix* base, const Matrix& a, const Matrix& b, float alpha) {
   if (out.rows == 0 || out.columns == 0) return;
-  const Tensor target = view_of(out), left = view_of(a), right = view_of(b);
+  // MKL takes the terms of a bfloat16 product in pairs: an odd row's neighbour is multiplied by zero, which keeps a NaN
+  const bool reads_on = a.dtype == ScalarType::BFloat16 && a.columns % 2 && a.row_stride != a.columns;
+  const Tensor target = view_of(out), right = view_of(b);
+  const Tensor left = reads_on ? torch::stable::contiguous(view_of(a)) : view_of(a);
   if (alpha == 1 && !base) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(target.get(), left.get(), right.get()));
     return;

@@ -22,9 +22,7 @@ THREADS = """
     dtype = getattr(torch, sys.argv[2])
     x = torch.randn(3, 77, 40).to(dtype)
     results = [ops.low_pass(x, (7, 11), 0.6, backend="cpp")]
-    # products of our own at any width; where they are a BLAS's, one channel leaves it nothing to split
-    with_blas = ("portable",) if dtype == torch.float32 else ("portable", "avx2", "avx512")
-    channels = 1 if native.EXTENSION.cpu_capability() in with_blas else 300
+    channels = 300
     make = lambda *shape: torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
     shapes = [(3, 77, channels), (3, 32, channels), (3, 32), (3, channels, 32), (3, channels), (3, channels), (3,), ()]
     parts = [make(*shape) for shape in shapes]
@@ -32,32 +30,43 @@ THREADS = """
     low = [make(*shape) for shape in ((1, 5000, channels), (9, channels), (channels, 9), (9,), (channels,))]
     biases = {"down_bias": low[3], "up_bias": low[4]}
     results.append(ops.low_rank(*low[:3], **biases, activation="gelu", backend="cpp"))
-    wanted = [*parts, *low] if channels > 1 else [*parts, *low[3:]]
     stack = [make(4, 9, channels), make(4, channels, 9)]
     qkv = [make(6, 500, 3 * channels), make(6, 500, channels)]
     mixed = {"adapters": [2, 2, 0, -1, 3, 2], "backend": "cpp"}
     results.append(ops.low_rank(qkv[1], *stack, activation="relu", **mixed))
     results.append(ops.low_rank_qv_(qkv[0].clone(), qkv[1], *stack, *stack, 0.1, **mixed))
-    wanted += [*qkv, *stack] if channels > 1 else []
+    wanted = [*parts, *low, *qkv, *stack]
     results += torch.autograd.grad(sum(y.square().sum() for y in results[1:]), wanted)
     grids = [part.detach() for part in parts]
     results += [*ops.frequency_adapter_factors(grids[0], grids[0], (7, 11), *grids[1:], cutoff=0.6)[:-1]]
-    sys.stdout.buffer.write(b"".join(t.detach().flatten().view(torch.uint8).numpy().tobytes() for t in results))
+    print(native.EXTENSION.cpu_capability(), file=sys.stderr)
+    sys.stdout.buffer.write(b"".join(t.detach().float().numpy().tobytes() for t in results))
 """
+# whose matrix products are a BLAS's, which may add up in another order where another thread begins
+WITH_BLAS = {"float32": ("portable",), "bfloat16": ("portable", "avx2", "avx512")}
 
 
 @pytest.mark.parametrize(
     ("isa", "dtype"),
     [("portable", "float32"), ("avx512", "float32"), ("avx512", "bfloat16"), ("avx512_bf16", "bfloat16")],
 )
-def test_results_are_bitwise_equal_with_1_2_and_4_threads(isa, dtype):
+def test_results_do_not_depend_on_the_number_of_threads(isa, dtype):
     command, env = [sys.executable, "-c", textwrap.dedent(THREADS)], {**os.environ, "CEGATE_CPU": isa}
-    outputs = {
-        threads: subprocess.run([*command, str(threads), dtype], capture_output=True, check=True, env=env).stdout
-        for threads in (1, 2, 4)
-    }
-    assert len(outputs[1]) > 1000
-    assert outputs[1] == outputs[2] == outputs[4]
+    runs = [
+        subprocess.run([*command, threads, dtype], capture_output=True, check=True, env=env)
+        for threads in ("1", "2", "4")
+    ]
+    one, *others = (torch.frombuffer(bytearray(run.stdout), dtype=torch.float32) for run in runs)
+    assert len(one) > 1000
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    own_products = runs[0].stderr.decode().strip().splitlines()[-1] not in WITH_BLAS[dtype]
+    for other in others:
+        first = 3 * 77 * 40  # the low-pass, loops of our own everywhere
+        assert torch.equal(one[:first], other[:first])
+        if own_products:
+            assert torch.equal(one, other)
+        else:
+            assert ((one - other).norm() <= eps * one.norm()).item()
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
