@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cegate.backbone.backbone import Features
 from cegate.kernels.low_pass import low_pass_fft
 from cegate.parts.toolbox import Toolbox
 from cegate.segmenter import Segmenter
@@ -90,4 +91,9 @@ class Twin(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """Loss of each sample alone, [B]."""
-        return self.backbone[0].loss(images, labels)
+        segmenter = self.backbone[0]
+        grid = segmenter.vit.patch_embed.dynamic_feat_size(images.shape[-2:])
+        maps = segmenter.vit.forward_intermediates(
+            images, indices=segmenter.layers, norm=False, intermediates_only=True
+        )  # timm's own pass, which calls the hooks
+        return segmenter.loss_of(Features(maps, grid), labels)

@@ -285,8 +285,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is damaged (its checksum is another); copy the adapter folder again")
     if strange := sorted(metadata.keys() - {"format", CHECKSUM}):  # as the checksum's own name is where it is damaged
         raise CheckpointError(
-            f"{file} has metadata {strange[0][:40]!r}, which says nothing of an adapter, so that it may be damaged; copy the "
-            f"adapter folder again, or save the weights with no metadata but 'format'"
+            f"{file} has metadata {strange[0][:40]!r}, which no adapter has: it may be damaged; copy the adapter "
+            f"folder again, or save the weights with no metadata but 'format'"
         )
     return weights
 

@@ -347,7 +347,7 @@ def test_mask2former_logits_and_gradients_survive_saturated_queries(monkeypatch)
 
 def test_unknown_head_is_refused_with_the_nearest_name():
     with pytest.raises(
-        ConfigError, match=r"head='mask2fromer' .* use one of linear, mask2former, unetformer; did you mean 'mask2former'"
+        ConfigError, match=r"'mask2fromer' .* use one of linear, mask2former, unetformer; did you mean 'mask2former'"
     ):
         build_head("mask2fromer", channels=CHANNELS, classes=CLASSES)
 

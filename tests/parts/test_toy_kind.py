@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 import cegate
-from cegate import train
+from cegate import sites, train
 from cegate.checkpoint import load_state
 from cegate.fisher import measure_fisher
-from cegate.parts.part import PLAIN, Site, site_kind, token_sum, zeros
+from cegate.parts.part import KINDS, PLAIN, Site, site_kind, token_sum, zeros
 from cegate.sites import SiteId
 
 
-@site_kind("toy")
 class Toy(Site):
     """``a += w * a`` after attention, a factor for each channel."""
 
@@ -39,6 +38,14 @@ class Toy(Site):
             return dy * factor
 
         return self.run(use, a, a, lambda a, base: base + a * factor, backward)
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    """As ``@site_kind("toy")`` on the class does, for the tests of this file alone."""
+    monkeypatch.setattr(sites, "_KINDS", dict(sites._KINDS))
+    monkeypatch.setitem(KINDS, "toy", Toy)
+    site_kind("toy")(Toy)
 
 
 CONFIG = {
