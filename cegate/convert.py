@@ -164,7 +164,7 @@ def _fresh(out: Path) -> Iterator[None]:
     was_there = out.exists()
     try:
         yield
-    except BaseException:
+    except BaseException:  # an interrupt, too, is no reason to leave half a folder
         if not was_there and out.is_dir():
             shutil.rmtree(out)
         raise

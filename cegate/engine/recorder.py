@@ -75,12 +75,14 @@ class Recorder:
         """The state to go on from; the journals lose what comes after it, which is going to be written again.
 
         Raises:
-            CheckpointError: the state is damaged, or of other data, another configuration, seed or precision.
+            CheckpointError: the state is damaged, or of other data, another configuration, seed or precision; or it is
+                gone, and the journal tells of iterations that it held.
         """
         path, environment = self.run.path / "env.json", self._environment()
         state = load_state(self.run.last) if self.run.last.is_file() else None
         with self.run.writing():
             if state is None:
+                self._refuse_lost_state()
                 write_json(path, environment)
             else:
                 self._refuse_changes(state, read_record(path), environment)
@@ -100,6 +102,15 @@ class Recorder:
             self.run.metrics.keep(is_past)
             self.run.gates.keep(lambda record: (STAGES.index("after"), record["iteration"]) < position)
         return state
+
+    def _refuse_lost_state(self) -> None:
+        """Without a state a run begins anew and forgets its journal: right only if none was ever written."""
+        done = max((record["iteration"] for record in self.run.metrics.records), default=0)
+        if done > self.config.train.checkpoint_every:
+            raise CheckpointError(
+                f"{self.run.last} is missing, though the run came to iteration {done}; put it back, copy a numbered "
+                "checkpoint there, or start anew with --overwrite, which moves this run aside"
+            )
 
     def _number_again(self, state: State) -> None:
         """Make the numbered checkpoint whose copy was lost between the two writes."""

@@ -77,7 +77,7 @@ def train(
         config, sets = open_sets(config)
         segmenter = build(config)
         if team.size > 1:
-            _refuse_batch_norms(segmenter)
+            _refuse_means_over_a_batch(segmenter)
         run = team.of_writer(lambda: held.enter_context(open_run(config, resume=resume, overwrite=overwrite)))
         if team.is_writer:
             held.enter_context(logging_to(run.path / "train.log", console))
@@ -101,11 +101,16 @@ def _look_at_folder(config: Config, resume: bool, overwrite: bool) -> bool:
     return resume
 
 
-def _refuse_batch_norms(network: Segmenter) -> None:
+def _refuse_means_over_a_batch(network: Segmenter) -> None:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in network.modules()):
         raise ConfigError(
             f"model.head={network.config.model.head} is built with norms over a batch, of which each process would see "
             "its share alone; train it in one process, or take another head"
+        )
+    if network.config.adapt.method != "none" and network.config.adapt.confidence is not None:
+        raise ConfigError(
+            f"adapt.confidence={network.config.adapt.confidence} weighs by a share of the batch's pixels, of which "
+            "each process would see its own alone; train in one process, or leave it out"
         )
 
 

