@@ -164,6 +164,8 @@ def test_an_image_without_a_second_raster_is_named_or_unknown_throughout(root):
 def test_a_raster_of_nothing_but_holes_is_refused_unless_it_may_miss(root):
     write(root / "second/0.tif", np.full((40, 36), -1, np.int16), nodata=-1, **UTM)
     with pytest.raises(DataError, match=r"0\.tif: no pixel of the second raster is known; .*second\.missing: allow"):
+        open_it(root).check(training=True)  # before a training, not in the middle of one
+    with pytest.raises(DataError, match=r"0\.tif: no pixel of the second raster is known; .*second\.missing: allow"):
         open_it(root).read(0)
     assert np.isnan(second_of(open_it(root, missing="allow"))).all()
 
@@ -292,6 +294,25 @@ def test_a_grey_picture_stored_as_rgba_is_one_band(root):
     data = open_it(root)
     assert data.second_bands == (1,)
     np.testing.assert_allclose(second_of(data)[0], minmax(grey), atol=1e-6)
+
+
+def test_a_damaged_raster_is_found_before_a_training(root):
+    path = root / "second/2.tif"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"second/2\.tif: cannot be read as a raster"):
+        open_it(root).check(training=True)
+
+
+def test_further_bands_are_refused_where_nobody_chose(root):
+    write(root / "second/1.tif", np.stack([heights(1), heights(2)]), **UTM)
+    with pytest.raises(DataError, match=r"second/1\.tif has 2 bands, the second raster of set 's' 1; give files of 1"):
+        open_it(root).check()
+    for keys in ({"bands": [1]}, {"surplus": "ignore"}):
+        data = open_it(root, **keys)
+        data.check()
+        np.testing.assert_allclose(second_of(data, 1)[0], minmax(heights(1)), atol=1e-6)
+    with pytest.raises(DataError, match=r"second/1\.tif has 2 bands"):
+        open_it(root, bands=[1], surplus="error").check()
 
 
 def test_radar_has_two_bands_each_with_its_scale(root):

@@ -148,6 +148,7 @@ def test_bands_that_the_files_decided_do_not_keep_a_matrix_from_going_on(two):
     config = two()
     saved, _ = open_sets(config)
     assert saved.data.source.second.bands == [1] and config.data.source.second.bands is None
+    assert saved.data.source.second.surplus == "error" and cegate.build(saved).recipe.second.surplus == "error"
     assert not _other_keys(saved, config, moved=False)
     other = two(data__source__second__bands="[2]")
     assert _other_keys(saved, other, moved=False) == ["data.source.second.bands"]
