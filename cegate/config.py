@@ -83,6 +83,8 @@ class SecondConfig:
     """Glob below root, or below '/'; paired with the images as masks are. Without wildcards it is one file for all."""
     bands: Bands | None = None
     """1-based bands to read; default: all but alpha, of a grey picture stored three times the first."""
+    surplus: Literal["error", "ignore"] | None = None
+    """A file with further bands: refuse it (default where bands are not given), or leave them out (where they are)."""
     scale: Scale = "tile"
     """Mapped to 0..1 by the smallest and largest value under the image, of the whole file, or by value_range."""
     value_range: LowHigh | None = None
