@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -14,6 +16,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import rasterio
 import yaml
 
 from cegate import cli, configfile
@@ -111,6 +114,29 @@ def test_every_block_of_a_page_runs(page, data, tmp_path, monkeypatch, capsys, n
                 assert cegate([*argv, *shlex.split(added)]) == cli.GOOD, f"{page}: {command}\n{capsys.readouterr().err}"
                 ran.append(command)
     assert len(ran) >= 4 and names["classes"].dtype == np.uint8
+    if page == "docs/tutorial.md":
+        with rasterio.open("maps/valley.tif") as valley:
+            assert valley.crs.to_epsg() == 32632 and valley.shape == names["classes"].shape
+            assert valley.colormap(1)[4][:3] == (0x5A, 0xA9, 0xDD)
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch, capsys, no_figures):
+    """Its code cells in one process; the cell of parameters gives way to small ones."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "notebooks/gate_and_frozen.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert [cell["metadata"].get("tags") for cell in code].count(["parameters"]) == 1
+    names: dict = {}
+    for cell in code:
+        content = "iterations = 2" if cell["metadata"].get("tags") == ["parameters"] else "".join(cell["source"])
+        if content.startswith("!cegate "):
+            assert cegate(shlex.split(content.partition(" 2> ")[0])[1:]) == cli.GOOD, capsys.readouterr().err
+        else:
+            exec(content, names)
+        pictures = [out["data"]["image/png"] for out in cell["outputs"] if "image/png" in out.get("data", {})]
+        assert all(len(base64.b64decode(picture)) < 200_000 for picture in pictures)
+    assert names["mask"].shape == (512, 512) and len(names["last"]["active"]) == 8
+    assert "gate" in capsys.readouterr().out
 
 
 # --- what is at least understood ------------------------------------------------------------------------------------
