@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import posixpath
 import re
 import typing
@@ -174,6 +175,7 @@ def uri_of(path: str) -> str:
     """Where a file of the repository lies in the site."""
     if path == HOME:
         return "index.md"
+    path = re.sub(r"\.ipynb$", ".md", path)
     return path.removeprefix("docs/") if path.startswith("docs/") else f"{OUTSIDE}/{path}"
 
 
@@ -181,7 +183,8 @@ def path_of(uri: str) -> str:
     """The file of the repository that a page is made of."""
     if uri == "index.md":
         return HOME
-    return uri.removeprefix(f"{OUTSIDE}/") if uri.startswith(f"{OUTSIDE}/") else f"docs/{uri}"
+    path = uri.removeprefix(f"{OUTSIDE}/") if uri.startswith(f"{OUTSIDE}/") else f"docs/{uri}"
+    return path if (ROOT / path).is_file() else re.sub(r"\.md$", ".ipynb", path)
 
 
 def linked(path: str) -> Iterator[tuple[re.Match, str]]:
@@ -199,8 +202,22 @@ def _outside() -> set[str]:
         path = ahead.pop()
         if path not in seen and (ROOT / path).is_file():
             seen.add(path)
-            ahead += [target for _, target in linked(path)] if path.endswith(".md") else []
-    return {path for path in seen if not path.startswith("docs/") and path.endswith((".md", ".png"))}
+            ahead += [target for _, target in linked(path)] if path.endswith((".md", ".ipynb")) else []
+    return {path for path in seen if not path.startswith("docs/") and path.endswith((".md", ".png", ".ipynb"))}
+
+
+def notebook(path: str) -> str:
+    """A notebook as Markdown, with the pictures and texts that it printed."""
+    parts = []
+    for cell in json.loads((ROOT / path).read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if "text" in output:
+                parts.append(f"```text\n{''.join(output['text']).rstrip()}\n```")
+            if picture := output.get("data", {}).get("image/png"):
+                parts.append(f'<img alt="picture" src="data:image/png;base64,{"".join(picture.split())}">')
+    return "\n\n".join(parts)
 
 
 # --- what mkdocs calls ----------------------------------------------------------------------------------------------
@@ -213,7 +230,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for uri, make in GENERATED.items():
         files.append(File.generated(config, uri, content=make()))
     for path in sorted(_outside()):
-        files.append(File.generated(config, uri_of(path), abs_src_path=str(ROOT / path)))
+        if path.endswith(".ipynb"):
+            files.append(File.generated(config, uri_of(path), content=notebook(path)))
+        else:
+            files.append(File.generated(config, uri_of(path), abs_src_path=str(ROOT / path)))
     return files
 
 
