@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from cegate.backbone.frozen import Cast, reading
 from cegate.tasks.stream import StepData
 
 log = logging.getLogger(__name__)
@@ -55,10 +56,16 @@ class Pass:
     Args:
         work: what a step needs, on the device -> what it gives; leaves the gradients on the weights.
         graph: makes a graph; None: nothing is recorded.
+        cast: what a recorded pass reads in place of frozen weights.
     """
 
-    def __init__(self, work: Callable[[StepData], T], graph: Callable[[], Graph] | None = None) -> None:
-        self.work, self.graph = work, graph
+    def __init__(
+        self,
+        work: Callable[[StepData], T],
+        graph: Callable[[], Graph] | None = None,
+        cast: Callable[[], Cast] = dict,
+    ) -> None:
+        self.work, self.graph, self.cast = work, graph, cast
         self.forget()
 
     @property
@@ -82,15 +89,16 @@ class Pass:
             return self.work(data)
         if self._played is None:
             still = replace(data, source=data.source.clone())
-            graph = self.graph()
+            graph, cast = self.graph(), self.cast()
             try:
-                found = graph.record(lambda: self.work(still))
+                with reading(cast):
+                    found = graph.record(lambda: self.work(still))
             except RuntimeError as error:
                 log.warning("run.speed=auto: steps go on as they are written, for recording one failed: %s", error)
                 self.graph = None
                 return self.work(data)
-            self._played = graph, still, found
-        graph, still, found = self._played
+            self._played = graph, still, found, cast  # cast lives as long as the graph that reads it
+        graph, still, found, _ = self._played
         still.source.fill(data.source)
         graph.play()
         return found

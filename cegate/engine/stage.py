@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cegate.adapters import misfits
+from cegate.backbone.frozen import Cast, cast_frozen
 from cegate.checkpoint import State, load_trained, restore, trained_weights
 from cegate.compute import Precision
 from cegate.config import IGNORE, Config
@@ -120,7 +121,7 @@ class Stage:
         """False from a scoring, or the begin of a step, to the step's end: a state would be half old, half new."""
         self.class_pixels = torch.zeros(256, dtype=torch.int64)
         self.loss_sum, self.loss_count = 0.0, 0
-        self.passes = Pass(self._forward_backward, CudaGraph if self._records() else None)
+        self.passes = Pass(self._forward_backward, CudaGraph if self._records() else None, self._cast)
         self.last_loss = math.nan
         self._unread: list[tuple[int, Found]] = []
         self.step_seconds: list[float] = []
@@ -194,6 +195,10 @@ class Stage:
         if hindrances:
             log.info("run.speed=auto: steps run as they are written, because of %s", ", ".join(hindrances))
         return not hindrances
+
+    def _cast(self) -> Cast:
+        half = {"bf16": torch.bfloat16}.get(self.numerics.name)
+        return {} if half is None else cast_frozen(self.network.vit, half)
 
     def read_losses(self) -> None:
         """Take the losses of the steps since the last call into the mean of the journal; one transfer for all. Every
