@@ -66,8 +66,9 @@ class RunConfig:
     """auto, cpu, cuda or cuda:<index>."""
     precision: Precision = "auto"
     """auto is bf16 on a GPU that has it and fp32 elsewhere."""
-    speed: Literal["auto", "eager"] = "auto"
-    """auto compiles where that pays; eager runs every operation as it is written."""
+    speed: Literal["auto", "eager"] = "eager"
+    """eager runs every operation of a step as it is written; auto records a step on a GPU as one graph, where that is
+    safe, and says so where it is not (not yet measured on a GPU)."""
     log: list[Literal["jsonl", "tensorboard"]] = field(default_factory=lambda: ["jsonl"])
     """Where numbers go beside the terminal: metrics.jsonl, always, and TensorBoard's files."""
 

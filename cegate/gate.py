@@ -40,7 +40,7 @@ class GatePlan:
         return tuple(sorted(self.active + self.frozen))
 
     def matrix(self, layers: int, rows: Sequence[str] | None = None) -> list[list[int]]:
-        """Gates g[row][layer] in {0, 1} of the contributing sites; default: a row for each of the paper's kinds."""
+        """Gates ``g[row][layer]`` in {0, 1} of the contributing sites; default: a row for each of the paper's kinds."""
         on = {(site.row, site.layer) for site in self.on}
         return [[int((row, layer) in on) for layer in range(layers)] for row in rows or PAPER_KINDS]
 

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 USAGE = cli.Usage(
     prog="cegate inspect",
     description="Show what the gate of a run chose and what came of it, what an adapter holds, or which backends run "
-    "here.",
+    "here. --report writes what an issue should say of versions, machine and backends, and of a run if --run is given.",
     options=(
         cli.Option("run", "Run folder.", "DIR"),
         cli.Option("adapter", "Adapter folder.", "DIR"),
         cli.Option("backends", "Show which operator backends are loaded, and why the others are not."),
+        cli.Option("report", "Text to paste into an issue; paths are cut to their last part, user and host left out."),
     ),
     bare="run",
 )
@@ -32,8 +33,13 @@ def main(argv: Sequence[str]) -> int:
     """Parse, print."""
     options = cli.parse_options(argv, USAGE)
     given = [name for name in ("run", "adapter", "backends") if options[name]]
-    if len(given) != 1:
-        raise ConfigError("give one of --run, --adapter and --backends")
+    if options["report"] and given in ([], ["run"]):
+        from cegate.engine import diagnosis
+
+        print(diagnosis.report(Path(options["run"]) if given else None))
+        return cli.GOOD
+    if len(given) != 1 or options["report"]:
+        raise ConfigError("give one of --run, --adapter and --backends, or --report alone or with --run")
     from rich.console import Console
 
     from cegate.engine import summary

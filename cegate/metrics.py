@@ -12,9 +12,6 @@ from torch import Tensor
 
 from cegate.config import IGNORE
 
-# torchmetrics spreads every pixel over K * K columns in deterministic mode: this bounds that memory
-CHUNK_PX = 1 << 16
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -110,7 +107,9 @@ class Confusion:
         counted = label != IGNORE
         prediction, label = prediction[counted].long().cpu(), label[counted].long().cpu()
         self._check_indices(prediction=prediction, label=label)
-        self.matrix += sum(map(self._count, prediction.split(CHUNK_PX), label.split(CHUNK_PX)))
+        k = len(self.classes)
+        pairs = np.bincount((k * label + prediction).numpy(), minlength=k * k)
+        self.matrix += torch.from_numpy(pairs).view(k, k)
 
     def _check_indices(self, **indices: Tensor) -> None:
         k = len(self.classes)
@@ -120,11 +119,6 @@ class Confusion:
                 raise ValueError(
                     f"{name} holds class index {int(wrong[0])}; with {k} classes use 0..{k - 1} or {IGNORE}"
                 )
-
-    def _count(self, prediction: Tensor, label: Tensor) -> Tensor:
-        from torchmetrics.functional.classification import multiclass_confusion_matrix  # takes seconds to import
-
-        return multiclass_confusion_matrix(prediction, label, num_classes=len(self.classes), validate_args=False)
 
     def __add__(self, other: Confusion) -> Confusion:
         """Counts of both, e.g. of two processes."""

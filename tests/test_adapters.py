@@ -468,7 +468,7 @@ def test_the_guide_runs(tmp_path, monkeypatch):
         pixels = np.random.default_rng(len(name)).integers(0, 256, (40, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "tiles" / f"{name}.png")
     monkeypatch.chdir(tmp_path)
-    guide = Path(__file__).parents[1] / "docs" / "serving.md"
+    guide = Path(__file__).parents[1] / "docs" / "how-to" / "serving.md"
     blocks = guide.read_text().split("```python\n")[1:]
     names: dict = {}
     for block in blocks:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from cegate.metrics import CHUNK_PX, Confusion, Scores
+from cegate.metrics import Confusion, Scores
 
 CLASSES = ("background", "building", "forest", "road")
 MASK = arrays(np.uint8, (6, 7), elements=st.sampled_from([0, 1, 2, 3]))
@@ -71,12 +71,6 @@ def test_rows_are_truth_and_columns_are_prediction():
     assert matrix.dtype == torch.int64
     assert matrix[0, 1] == 2
     assert matrix.sum() == 2
-
-
-def test_images_of_more_pixels_than_a_chunk_are_counted_completely():
-    prediction = torch.randint(0, 4, (1, 2, CHUNK_PX + 3), dtype=torch.uint8)
-    matrix = confusion_of(prediction, torch.full_like(prediction, 2)).matrix
-    assert matrix[2].tolist() == [(prediction == c).sum() for c in range(4)]
 
 
 def test_counts_beyond_float_precision_stay_exact():

@@ -57,7 +57,8 @@ CHECK = cli.Usage(
 )
 GENERATE = cli.Usage(
     "cegate data generate NAME",
-    "Write a miniature of a published set (or 'climates', images and masks of the scene generator) to try things out.",
+    "Write a miniature of a published set to try things out; or generated scenes that need no more: 'climates', images "
+    "and masks of every climate, or 'town', georeferenced tiles with masks and a scene elsewhere.",
     (
         cli.Option("out", "New folder.", "FOLDER"),
         cli.Option("seed", "Other scenes (default 0).", "N"),
@@ -107,6 +108,7 @@ STYLE_PREVIEW = cli.Usage(
         cli.Option("seed", "Other draws (default 0).", "N"),
     ),
 )
+USAGES = dict(zip(ACTIONS, (LIST, PREPARE, CHECK, GENERATE, STYLE_STATS, STYLE_PREVIEW), strict=True))
 
 
 @cli.command
@@ -251,11 +253,13 @@ def _allowed(text: str) -> set[int]:
 def _generate(argv: Sequence[str]) -> int:
     name, options = _parse(argv, GENERATE, "the name of a data set")
     out, seed = Path(_needed(options, "out")).expanduser(), _count(options, "seed", 0)
-    from cegate.data.published.miniature import CLIMATE_SCENES, CROPS, generate
+    from cegate.data.published.miniature import CROPS, NO_DOWNLOADS, TOWN, generate
 
     count = generate(name, out, seed)
     print(f"{count} files in {out}")
-    if name != CLIMATE_SCENES:
+    if name == TOWN:
+        print(f"next: cegate init {out / 'labelled'} --out {TOWN}.yaml")
+    elif name not in NO_DOWNLOADS:
         crop = f" --crop {CROPS[name]}" if name in CROPS else ""
         print(f"next: cegate data prepare {name} --root {out} --out PREPARED --partial{crop}")
     return cli.GOOD

@@ -14,6 +14,7 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import ThreadpoolController
 
 from cegate.data.climates import (
     BACKGROUND,
@@ -26,6 +27,7 @@ from cegate.data.climates import (
 )
 from cegate.errors import ConfigError, DataError, nearest
 
+_BLAS = ThreadpoolController().select(user_api="blas")
 _SEA_LEVEL_M, _HILLS_M = 50.0, 100.0  # of the plain, and of a hill whose shading is of full strength
 
 
@@ -68,8 +70,9 @@ def draw_scene(climate: str | Climate, number: int, size_px: int = 256) -> Drawn
     if number < 0 or size_px < 16:
         raise DataError(f"scene number={number}, size_px={size_px}: use a number of 0 or more and at least 16 pixels")
     rng = np.random.default_rng([zlib.crc32(climate.name.encode()), number, size_px])
-    scene = _Scene(climate, rng, size_px)
-    return Drawn(scene.photograph(), scene.label, scene.survey())
+    with _BLAS.limit(limits=1):  # the products are small; threads that wait for each other tripled the time
+        scene = _Scene(climate, rng, size_px)
+        return Drawn(scene.photograph(), scene.label, scene.survey())
 
 
 def _noise(rng: np.random.Generator, size: int, wavelength: float) -> np.ndarray:

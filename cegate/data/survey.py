@@ -58,6 +58,8 @@ class Images:
     """Coordinate system -> files that have it."""
     pixel_sizes: tuple[float, float] | None
     """Smallest and largest, in the unit of the system."""
+    units: tuple[str, ...]
+    """Of the systems, as GDAL names them."""
     nodata: tuple[float, ...]
     """Tags."""
     ranges: tuple[tuple[float, float], ...] = ()
@@ -159,7 +161,7 @@ def survey(root: Path) -> Survey:
 
 _LAYOUTS = (
     "usual are images/ beside masks/ (or img and label, img_dir and ann_dir) with the same names, or names such as "
-    "7_img.png and 7_mask.png; other layouts are written by hand, see images and masks in docs/own_data.md"
+    "7_img.png and 7_mask.png; other layouts are written by hand, see data.source.images in cegate train --help"
 )
 
 
@@ -284,6 +286,7 @@ def _look_at_images(paths: Sequence[Path], headers: Sequence[Header]) -> Images:
         largest=max((header.size for header in headers), key=lambda size: size[0] * size[1]),
         systems=dict(Counter("without a system" if s is None else s.to_string()[:40] for _, s in places)),
         pixel_sizes=(min(sides), max(sides)) if sides else None,
+        units=tuple({"" if s is None else s.units_factor[0]: None for _, s in places}),
         nodata=tuple(sorted({tag for header in headers for tag in header.nodata if tag is not None and tag == tag})),
         ranges=tuple((float(low), float(high)) for low, high in ranges),
         has_nan=has_nan,
@@ -549,7 +552,8 @@ def _place(images: Images) -> str:
         return "images do not say where they lie"
     low, high = images.pixel_sizes
     sizes = f"{low:.4g}" if high < 1.01 * low else f"{low:.4g} to {high:.4g}"
-    return f"{_counted(images.systems)}, pixels of {sizes}"
+    unit = {"metre": " m", "degree": "°"}.get(images.units[0], f" {images.units[0]}") if len(images.units) == 1 else ""
+    return f"{_counted(images.systems)}, pixels of {sizes}{unit.rstrip()}"
 
 
 def _counted(counts: dict) -> str:

@@ -8,16 +8,27 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 log = logging.getLogger("cegate")
 
+_WIDE = 110  # letters, from which on a long bar leaves room for what it tells
+
 
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.2f} it/s" if task.speed else "", style="dim")
+        return Text(f"{task.speed:.2f} it/s" if task.speed else "", style="dim", no_wrap=True)
+
+
+class _Told(ProgressColumn):
+    """What a stage has to say; where room is short it alone gives way."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["text"], no_wrap=True, overflow="ellipsis")
 
 
 class Reporter:
@@ -31,12 +42,12 @@ class Reporter:
 
     def __init__(self, console: Console, titles: Mapping[str, str], total: int) -> None:
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            _Speed(),
-            TimeRemainingColumn(),
+            TextColumn("[bold]{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=28 if console.width >= _WIDE else 8, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            _Told(),
+            _Speed(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
         )
@@ -101,7 +112,8 @@ def logging_to(file: Path, console: Console) -> Iterator[None]:
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     to_console: logging.Handler = logging.StreamHandler(console.file)
     if console.is_terminal:
-        to_console = RichHandler(console=console, show_path=False, show_time=False, show_level=False, highlighter=None)
+        to_console = RichHandler(console=console, show_path=False, show_time=False, show_level=False)
+        to_console.highlighter = NullHighlighter()  # None would be the default one, which colours numbers
     to_console.setLevel(logging.INFO if console.is_terminal else logging.DEBUG)
     level = log.level
     log.setLevel(logging.DEBUG)

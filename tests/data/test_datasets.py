@@ -15,7 +15,7 @@ from rasterio.transform import from_origin
 
 from cegate.config import SetConfig
 from cegate.data import climates, datasets, generator, pairs
-from cegate.data.datasets import open_set
+from cegate.data.opening import open_set
 from cegate.data.published.catalogue import CATALOGUE
 from cegate.data.rasters import Window, read_header, read_image
 from cegate.errors import ConfigError, DataError

@@ -15,7 +15,7 @@ from rasterio.warp import transform as transform_points
 
 from cegate.config import AugmentConfig, SecondConfig, SetConfig
 from cegate.data import datasets, generator
-from cegate.data.datasets import open_set
+from cegate.data.opening import open_set
 from cegate.data.rasters import Window, read_header
 from cegate.data.second import open_second, scaled
 from cegate.data.stream import EvalStream, TrainStream

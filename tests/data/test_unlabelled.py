@@ -15,7 +15,7 @@ from hypothesis.extra.numpy import arrays
 
 from cegate.config import IGNORE, AugmentConfig, SetConfig
 from cegate.data import datasets
-from cegate.data.datasets import open_set
+from cegate.data.opening import open_set
 from cegate.data.rasters import Window, read_header
 from cegate.data.stream import TrainStream
 from cegate.data.transforms import draw_class_mask

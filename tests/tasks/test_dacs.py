@@ -15,7 +15,7 @@ import cegate
 from cegate.checkpoint import load_state, load_trained, trained_weights
 from cegate.config import IGNORE, AugmentConfig, SetConfig
 from cegate.data import datasets
-from cegate.data.datasets import open_set
+from cegate.data.opening import open_set
 from cegate.data.rasters import read_header
 from cegate.data.stream import Batch
 from cegate.engine.stage import Stage

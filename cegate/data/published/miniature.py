@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
 from rasterio.errors import NotGeoreferencedWarning
+from rasterio.transform import from_origin
 
 from cegate.data.climates import BACKGROUND, BUILDING, CLIMATES, FOREST, ROAD, WATER
 from cegate.data.generator import render_scene
@@ -20,6 +23,9 @@ from cegate.errors import ConfigError, DataError, nearest
 CROPS = {"isprs-potsdam": 48, "potsdam-rescue": 48, "isprs-vaihingen": 32, "loveda": 32, "casid": 16}
 """The crop that suits a miniature of a set that is cut."""
 CLIMATE_SCENES = "climates"
+TOWN = "town"
+NO_DOWNLOADS = (CLIMATE_SCENES, TOWN)
+"""What is trained on as it is generated."""
 _DRIVERS = {".png": "PNG", ".jpg": "JPEG", ".tif": "GTiff", ".tiff": "GTiff"}
 _HEIGHT_M = np.array([0, 7, 12, 0, -1], np.float32)  # above ground, by class of a scene
 _CLASSES = 5  # of a scene
@@ -29,7 +35,8 @@ def generate(name: str, out: Path, seed: int = 0) -> int:
     """Write the miniature of a set.
 
     Args:
-        name: a set of the catalogue, or ``climates``: images and masks of every climate of the scene generator.
+        name: a set of the catalogue, ``climates`` (images and masks of every climate of the scene generator), or
+            ``town`` (georeferenced tiles of a labelled town, and a scene of a valley elsewhere).
         out: new or empty folder.
         seed: other scenes.
 
@@ -63,8 +70,8 @@ class _Writer:
         image, label = render_scene(climate, number, max(height, width))
         return image[:, :height, :width], label[:height, :width]
 
-    def write(self, path: str, array: np.ndarray) -> None:
-        """Write [C, H, W] or [H, W]; the suffix decides on the format."""
+    def write(self, path: str, array: np.ndarray, **place: Any) -> None:
+        """Write [C, H, W] or [H, W]; the suffix decides on the format. `crs` and `transform` are a GeoTIFF's."""
         target = self.out / path
         target.parent.mkdir(parents=True, exist_ok=True)
         array = array[None] if array.ndim == 2 else array
@@ -74,7 +81,7 @@ class _Writer:
             profile["compress"] = "deflate"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
-            with rasterio.open(target, "w", dtype=array.dtype, **profile) as dst:
+            with rasterio.open(target, "w", dtype=array.dtype, **profile, **place) as dst:
                 dst.write(array)
         self.files += 1
 
@@ -287,6 +294,21 @@ def _climates(writer: _Writer) -> None:
             writer.write(f"{climate}/masks/{number}.png", label)
 
 
+def _town(writer: _Writer) -> None:
+    """6 x 6 tiles of 128 px with masks, and 512 px of another climate 5 km north, of 1 m, in UTM 32N."""
+    west, north, tile = 690_000, 5_330_000, 128
+    image, label = writer.scene("temperate", 6 * tile)
+    for top, left in itertools.product(range(0, 6 * tile, tile), repeat=2):
+        place = {"crs": "EPSG:32632", "transform": from_origin(west + left, north - top, 1, 1)}
+        part = (..., slice(top, top + tile), slice(left, left + tile))
+        for kind, array in (("images", image), ("masks", label)):
+            writer.write(f"labelled/{kind}/{top // tile}_{left // tile}.tif", array[part], **place)
+    image, label = writer.scene("boreal", 512)
+    for kind, array in (("images", image), ("masks", label)):
+        place = {"crs": "EPSG:32632", "transform": from_origin(west, north + 5000, 1, 1)}
+        writer.write(f"valley/{kind}/valley.tif", array, **place)
+
+
 MINIATURES: dict[str, Callable[[_Writer], None]] = {
     **dict.fromkeys(("isprs-potsdam", "isprs-potsdam-dsm", "potsdam-rescue"), _potsdam),
     **dict.fromkeys(("isprs-vaihingen", "isprs-vaihingen-dsm"), _vaihingen),
@@ -298,4 +320,5 @@ MINIATURES: dict[str, Callable[[_Writer], None]] = {
     "casid": _casid,
     "mmhunan": _mmhunan,
     CLIMATE_SCENES: _climates,
+    TOWN: _town,
 }
