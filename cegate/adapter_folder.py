@@ -400,7 +400,7 @@ def _second_of(recipe: Recipe) -> SecondConfig | None:
     second = recipe.second
     if second is None:
         return None
-    given = {key: getattr(second, key) for key in ("name", "scale", "value_range", "align")}
+    given = {key: getattr(second, key) for key in ("name", "scale", "value_range", "align", "surplus")}
     return SecondConfig(
         bands=list(second.bands), missing="allow" if "second" in second.dispensable else "error", **given
     )

@@ -254,8 +254,6 @@ def _add_section(parser: argparse.ArgumentParser, cls: type, prefix: str, title:
     for field in dataclasses.fields(cls):
         key, hint, text = f"{prefix}.{field.name}", hints_of(cls)[field.name], texts[field.name]
         inner, named, optional = section_of(hint)
-        if not configfile.is_served(key):
-            continue
         if inner and not named and not optional:
             below.append((inner, key, text))
             continue
@@ -265,7 +263,7 @@ def _add_section(parser: argparse.ArgumentParser, cls: type, prefix: str, title:
         words = (
             ["true", "false"] if hint is bool else typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
         )
-        metavar = f"{{{','.join(w for w in words if configfile.is_served(key, w))}}}" if words else field.name.upper()
+        metavar = f"{{{','.join(words)}}}" if words else field.name.upper()
         metavar = "[ITEM,...]" if isinstance(default, list) else metavar
         group.add_argument(f"--{key}", metavar=metavar, help=text.replace("%", "%%"))
     for section in below:

@@ -66,8 +66,9 @@ class RunConfig:
     """auto, cpu, cuda or cuda:<index>."""
     precision: Precision = "auto"
     """auto is bf16 on a GPU that has it and fp32 elsewhere."""
-    speed: Literal["auto", "eager"] = "auto"
-    """auto compiles where that pays; eager runs every operation as it is written."""
+    speed: Literal["auto", "eager"] = "eager"
+    """eager runs every operation of a step as it is written; auto records a step on a GPU as one graph, where that is
+    safe, and says so where it is not (not yet measured on a GPU)."""
     log: list[Literal["jsonl", "tensorboard"]] = field(default_factory=lambda: ["jsonl"])
     """Where numbers go beside the terminal: metrics.jsonl, always, and TensorBoard's files."""
 
@@ -82,6 +83,8 @@ class SecondConfig:
     """Glob below root, or below '/'; paired with the images as masks are. Without wildcards it is one file for all."""
     bands: Bands | None = None
     """1-based bands to read; default: all but alpha, of a grey picture stored three times the first."""
+    surplus: Literal["error", "ignore"] | None = None
+    """A file with further bands: refuse it (default where bands are not given), or leave them out (where they are)."""
     scale: Scale = "tile"
     """Mapped to 0..1 by the smallest and largest value under the image, of the whole file, or by value_range."""
     value_range: LowHigh | None = None

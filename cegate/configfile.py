@@ -33,12 +33,6 @@ SOURCE_DOMAIN = "source"
 MOST_BYTES, MOST_DOTS = 2**20, 8
 """Of a file, and of a key."""
 
-NOT_YET: dict[str, tuple[str, ...]] = {
-    "run.speed": (),
-}
-"""Section or key that nothing serves yet -> the words among its values that nothing serves; none: every value but the
-default. Who builds one takes it out; until then it is refused, and help does not show it."""
-
 _WORDS_OF_OTHERS: dict[str, str] = {
     "run.name": "experiment exp_name run_name project",
     "run.work_dir": "output_dir out_dir save_dir log_dir default_root_dir",
@@ -377,7 +371,7 @@ def nearest_key(name: str, near: Mapping[str, str], keys: Iterable[str] | None =
     """
     name = name[-LONGEST:].replace("-", "_")
     last = name.rpartition(".")[2]
-    everywhere = last_parts(filter(is_served, all_keys()) if keys is None else keys)
+    everywhere = last_parts(all_keys() if keys is None else keys)
     meant = SYNONYMS.get(name.lower())
     if not meant and last not in everywhere:
         meant = SYNONYMS.get(last.lower())
@@ -404,18 +398,6 @@ def all_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
             yield from all_keys(inner, f"{prefix}{name}.<name>." if named else f"{prefix}{name}.")
 
 
-def is_served(key: str, word: str | None = None) -> bool:
-    """Whether something of a section or key, or this word as its value, does what it says; see `NOT_YET`."""
-    key = _of_any_set(key)
-    return not any(
-        key == name and word in words if words else f"{key}.".startswith(f"{name}.") for name, words in NOT_YET.items()
-    )
-
-
-def _of_any_set(key: str) -> str:
-    return re.sub(r"^data\.(source|validation|unlabelled|targets\.[^.]+)\.", "data.<set>.", key)
-
-
 # --- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -427,7 +409,6 @@ def find_problems(config: Config, *, training: bool = False) -> list[str]:
         training: also ask for a source set with classes.
     """
     return [
-        *_unserved(config),
         *_run_problems(config),
         *_data_problems(config, training),
         *_model_problems(config, training),
@@ -435,12 +416,6 @@ def find_problems(config: Config, *, training: bool = False) -> list[str]:
         *_adapt_problems(config, training),
         *_train_problems(config),
     ]
-
-
-def _unserved(config: Config) -> Iterator[str]:
-    for key, (_, value) in changed_values(Config(), config).items():
-        if not is_served(key, value if isinstance(value, str) else None):
-            yield f"{key}={shown(value)} is not built yet; leave it out"
 
 
 def _run_problems(config: Config) -> Iterator[str]:

@@ -16,6 +16,13 @@ USAGE = cli.Usage(
     options=(
         cli.Option("run", "Run folder.", "DIR"),
         cli.Option("checkpoint", "best, last, or the path of a checkpoint; default best.", "NAME"),
+        cli.Option(
+            "without",
+            "For a model of two rasters: measure each set once more without its image, without its second raster, or "
+            "both ways.",
+            "image|second",
+            many=True,
+        ),
         cli.Option("output", "Also write DIR/<domain>/metrics.json, confusion.npy and per_class.csv.", "DIR"),
         cli.Option("weights", "Backbone weights, where they lie elsewhere than in training.", "FILE"),
         cli.Option("overwrite", "Replace files below --output."),
@@ -40,7 +47,12 @@ def main(argv: Sequence[str]) -> int:
     config = cli.parse_config(argv, USAGE, base=run.config_file, more=run.overrides(options["weights"]))
     output = Path(options["output"]) if options["output"] else None
     evaluations = evaluator.evaluate_run(
-        run, config, checkpoint=options["checkpoint"] or "best", output=output, overwrite=options["overwrite"]
+        run,
+        config,
+        checkpoint=options["checkpoint"] or "best",
+        without=options["without"] or (),
+        output=output,
+        overwrite=options["overwrite"],
     )
     Console().print(evaluator.table_of(evaluations))
     return cli.GOOD

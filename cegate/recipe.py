@@ -34,6 +34,8 @@ class SecondRecipe:
     align: bool = True
     dispensable: tuple[Literal["image", "second"], ...] = ()
     """Which of "image" and "second" the model learned to do without."""
+    surplus: Literal["error", "ignore"] = "ignore"
+    """What becomes of a file with further bands."""
 
 
 @dataclass(frozen=True)

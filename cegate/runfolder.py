@@ -34,6 +34,7 @@ FREE_ON_RESUME = (
     "run.name",
     "run.work_dir",
     "run.device",
+    "run.speed",
     "run.log",
     "data.workers",
     "train.log_every",

@@ -308,7 +308,8 @@ def second_recipe(config: Config) -> SecondRecipe | None:
     lost = {"image": config.modal.dropout > 0, "second": config.modal.dropout > 0 or second.missing == "allow"}
     dispensable = tuple(name for name, learned in lost.items() if learned)
     bands = tuple(second.bands or (1,))
-    return SecondRecipe(second.name, bands, second.scale, second.value_range, second.align, dispensable)
+    surplus = second.surplus or "ignore"
+    return SecondRecipe(second.name, bands, second.scale, second.value_range, second.align, dispensable, surplus)
 
 
 def normalisation(vit: nn.Module, bands: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -96,3 +96,18 @@ def test_gradient_is_the_last_input(load):
     y, dx = timing.forward_backward(torch.sin)(x, dy)
     assert torch.equal(y, x.sin())
     assert torch.allclose(dx, dy * x.cos())
+
+
+def test_sams_encoder_and_two_modalities(load):
+    timing = load("gpu_side_by_side", DEVICE="cpu").gpu_side_by_side
+
+    def timed(benchmark, candidate, others, *, rounds, target):
+        timing(benchmark, {"candidate": candidate, **others}, targets=target, rounds=rounds)
+
+    small = {"embed_dim": 32, "depth": 2, "num_heads": 2, "global_attn_indexes": (1,)}
+    bench = load("bench_sam", SIZES={"small": small}, PIXELS=64, side_by_side=timed)
+    for ways in (bench.ways_of_encoder("small", 2), bench.ways_of_two("small", bench.MMAdapter, 2)):
+        bench.measure(Recorder(), ways, {bench.PAIR: "<= 1.05"}, 1)
+    bench.measure(Recorder(), bench.ways_of_exchange(8, 5), {}, 1)
+    bench.measure_behind(Recorder(), "small", 1)
+    assert [row[-1] for row in load.rows() if row[1] == bench.PAIR] == ["<= 1.05", ""]

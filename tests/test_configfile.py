@@ -352,7 +352,7 @@ def test_what_val_fraction_holds_out_is_the_validation_set():
 
 # --- what is still to come ------------------------------------------------------------------------------------------
 
-COMING = {
+TOGETHER = {
     "run.speed": "eager",
     "run.log": "[jsonl, tensorboard]",
     "data.<set>.second": "{images: dsm/*}",
@@ -374,21 +374,8 @@ COMING = {
 }
 
 
-@pytest.mark.parametrize("key", configfile.NOT_YET)
-def test_what_nothing_serves_yet_is_refused_and_not_shown(key, capsys):
-    given = key.replace("<set>", "targets.a")
-    with pytest.raises(ConfigError, match=rf"{re.escape(given)}.* is not built yet; leave it out"):
-        read_config({"data": {"targets": {"a": {"root": "x"}}}}, [(given, COMING[key])])
-    with contextlib.suppress(SystemExit):
-        train.main(["--help"])
-    shown_keys = capsys.readouterr().out
-    assert configfile.NOT_YET[key] or f"--{key.replace('<set>', 'source')}" not in shown_keys
-    assert not any(f"{word}}}" in shown_keys or f"{word}," in shown_keys for word in configfile.NOT_YET[key])
-
-
-def test_what_is_to_come_is_accepted_once_it_is_built(monkeypatch):
-    monkeypatch.setattr(configfile, "NOT_YET", {})
-    for key, text in COMING.items():
+def test_keys_that_go_together_are_accepted():
+    for key, text in TOGETHER.items():
         together = {"train.schedule": [("train.milestones", "[5]")], "train.milestones": [("train.schedule", "steps")]}
         read_config(
             {"data": {"targets": {"a": {"root": "x"}}}},
@@ -431,8 +418,7 @@ def test_what_is_to_come_is_accepted_once_it_is_built(monkeypatch):
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
-def test_what_is_to_come_is_checked(monkeypatch, mapping, message):
-    monkeypatch.setattr(configfile, "NOT_YET", {})
+def test_values_of_many_sections_are_checked(mapping, message):
     with pytest.raises(ConfigError) as error:
         read_config(mapping)
     assert message in str(error.value)
@@ -473,7 +459,7 @@ ODD = st.one_of(
     st.sampled_from(
         ["{a: 1, a: 2}", "[" * 5000, "9" * 5000, "2020-99-99", "12:30", "1e999", "${x}", "../..", "%s", "'a"]
     ),
-    st.sampled_from(sorted({word for words in COMING.values() for word in words.strip("{}[]").split()})),
+    st.sampled_from(sorted({word for words in TOGETHER.values() for word in words.strip("{}[]").split()})),
 )
 VALUES = st.recursive(
     ODD, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ODD.filter(hash), inner, max_size=3), max_leaves=6

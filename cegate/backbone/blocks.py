@@ -18,6 +18,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from cegate.backbone.frozen import as_read
 from cegate.backbone.ports import Ports, Tokens
 from cegate.errors import BackboneError
 
@@ -175,7 +176,7 @@ def read_weights(block: nn.Module) -> BlockWeights:
 
 
 def _pair(module: nn.Module | None) -> Pair:
-    return getattr(module, "weight", None), getattr(module, "bias", None)
+    return as_read(getattr(module, "weight", None)), as_read(getattr(module, "bias", None))
 
 
 def _scale(block: nn.Module, plain: str, eva: str) -> Tensor | None:

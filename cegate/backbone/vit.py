@@ -179,6 +179,8 @@ def _load_state(vit: nn.Module, given: Mapping[str, object], path: Path | str, n
     own = {key: value for key, value in vit.state_dict().items() if not key.startswith(HEAD_KEYS)}
     try:
         state = _converted(given, vit, resample)
+    except BackboneError as error:
+        raise BackboneError(f"{path} does not fit the backbone {name}: {error}") from error
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
         # timm's conversion stumbles over weights of another architecture; resampling changes the two embeddings alone
         resampled = ("patch_embed.proj.weight", "pos_embed")

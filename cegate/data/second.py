@@ -31,6 +31,7 @@ from cegate.errors import ConfigError, DataError
 
 _SAME_PX = 0.01  # grids that differ by less are one
 _BLOCK_PX = 2**20  # read at once while a raster's extremes are looked for
+_LOOKED_PX = 50_000_000  # of a set's rasters before a training: those of a small set are all looked at
 _EPSILON = 1e-8  # of the published scaling; a flat raster becomes 0
 _NO_SYSTEM = CRS.from_epsg(3857)  # stands for an unnamed one, which both rasters share: nothing is projected
 
@@ -73,7 +74,10 @@ def fit_of(image: Header, second: Header) -> Fit:
     corners = np.array([(x, y, 1) for x in (left, right) for y in (bottom, top)]).T
     columns, rows, _ = np.linalg.solve(to_map, corners)
     if columns.max() <= 0 or rows.max() <= 0 or columns.min() >= image.width or rows.min() >= image.height:
-        raise DataError("does not overlap the image by what both say of their places")
+        raise DataError(
+            "does not overlap the image by what both say of their places; give a raster of the same place, or mend the "
+            "georeference that is wrong"
+        )
     sizes = [math.sqrt(abs(np.linalg.det(matrix[:2, :2]))) for matrix in (to_map, second_to_map)]
     names = [_name(of) for of in (system, second_system)]
     systems = "" if names[0] == names[1] else f"{names[1]}, the image {names[0]}; "
@@ -105,7 +109,10 @@ class OpenSecond:
     def __init__(self, path: Path, src: rasterio.DatasetReader, image: Header, bands: Sequence[int]) -> None:
         if max(bands) > src.count:
             has = f"{src.count} band{'s' * (src.count != 1)}"
-            raise DataError(f"{path} has {has}, of which {list(bands)} are to be read as second raster")
+            raise DataError(
+                f"{path} has {has}, of which {list(bands)} are to be read as second raster; give "
+                "files that have them, or other second.bands"
+            )
         self.path, self.bands, self._image = path, tuple(bands), image
         try:
             self.fit = fit_of(image, header_of(src))
@@ -193,6 +200,19 @@ def usual_bands(path: str | Path) -> tuple[int, ...]:
         return _usual_bands(src)
 
 
+def refuse_surplus(path: str | Path, bands: Sequence[int], *, whose: str) -> None:
+    """
+    Raises:
+        DataError: a file has bands beside those, where nobody chose.
+    """
+    found, wanted = len(usual_bands(path)), len(bands)
+    if found > wanted:
+        raise DataError(
+            f"{path} has {found} bands, {whose} {wanted}; give files of {wanted}, or name the bands to read in "
+            "second.bands before training"
+        )
+
+
 def _usual_bands(src: rasterio.DatasetReader) -> tuple[int, ...]:
     bands = [band for band, colour in enumerate(src.colorinterp, 1) if colour != ColorInterp.alpha]
     if len(bands) == 3 and src.dtypes[0] == "uint8":
@@ -262,21 +282,27 @@ class SecondRasters:
         self.cfg, self.name = cfg, set_name
         self.files = find_second(root, pattern, names, set_name, missing=cfg.missing == "allow")
         there = next((file for file in self.files if file is not None), None)
-        given = tuple(cfg.bands or ())
-        self.bands = given or (usual_bands(there) if there is not None else (1,))
+        self.bands = tuple(cfg.bands or ()) or (usual_bands(there) if there is not None else (1,))
         self._ranges: dict[int | Path, np.ndarray | None] = {}
 
     def check(self, headers: Sequence[Header]) -> str | None:
-        """Look at every file's header, and one line on those that do not lie on their image's grid.
+        """Look at every file's header and at the pixels of a sample, and one line on those that do not lie on their
+        image's grid.
 
         Raises:
-            DataError: the first that cannot be laid over its image, or may not.
+            DataError: the first that is damaged, holds nothing, or cannot or may not be laid over its image.
         """
+        surplus = self.cfg.surplus or ("ignore" if self.cfg.bands else "error")
         warped: list[tuple[Path, Fit]] = []
-        for file, image in zip(self.files, headers, strict=True):
+        apart = math.ceil(sum(image.height * image.width for image in headers) / _LOOKED_PX)
+        for index, (file, image) in enumerate(zip(self.files, headers, strict=True)):
             if file is None:
                 continue
+            if surplus == "error":
+                refuse_surplus(file, self.bands, whose=f"the second raster of set {self.name!r}")
             with open_second(file, image, self.bands) as opened:
+                if index % apart == 0:
+                    self._low_high(index, opened)
                 if opened.fit.same_grid:
                     continue
                 warped.append((file, opened.fit))
@@ -304,17 +330,17 @@ class SecondRasters:
         with open_second(file, image, self.bands) as opened:
             if (low_high := self._low_high(index, opened)) is not None:
                 return scaled(opened.read(window), low_high, epsilon=epsilon_of(self.cfg.scale))
-        if self.cfg.missing == "error":
-            raise DataError(
-                f"{file}: no pixel of the second raster is known; mend it, or set second.missing: allow to let the "
-                "model do without"
-            )
         return unknown(len(self.bands), size)
 
     def _low_high(self, index: int, opened: OpenSecond) -> np.ndarray | None:
         key = opened.path if self.cfg.scale == "scene" else index
         if key not in self._ranges:
             self._ranges[key] = opened.low_high(self.cfg.scale, self.cfg.value_range)
+        if self._ranges[key] is None and self.cfg.missing == "error":
+            raise DataError(
+                f"{opened.path}: no pixel of the second raster is known; mend it, or set second.missing: allow to let "
+                "the model do without"
+            )
         return self._ranges[key]
 
     def facts(self, facts_of: Callable[[Path], list]) -> list:

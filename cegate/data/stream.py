@@ -67,6 +67,16 @@ class Batch:
             names = self.names[part]
             yield replace(self._map(lambda tensor, part=part: tensor[part]), names=names)
 
+    def clone(self) -> Batch:
+        """A copy with tensors of its own."""
+        return self._map(torch.Tensor.clone)
+
+    def fill(self, other: Batch) -> None:
+        """Take over the tensors of a batch of the same shapes, in place."""
+        for mine, theirs in ((self.image, other.image), (self.label, other.label), (self.valid, other.valid)):
+            if mine is not None:
+                mine.copy_(theirs, non_blocking=True)
+
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         valid = None if self.valid is None else change(self.valid)
         return Batch(change(self.image), change(self.label), self.names, valid, self.channels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,11 +26,17 @@ from cegate.data.stream import EvalStream
 from cegate.engine.sets import open_evaluated
 from cegate.errors import CheckpointError, ConfigError
 from cegate.metrics import Confusion, Scores
+from cegate.parts.streams import lose_modality
 from cegate.runfolder import RunFolder, writable_folder, write_json, write_text, written_aside
 from cegate.scenes.mosaic import Mosaic, Pixels, Rows
 from cegate.scenes.predictor import Predictor, evaluation_mode
 from cegate.scenes.sink import likeliest_class
 from cegate.segmenter import Segmenter
+
+log = logging.getLogger(__name__)
+
+RASTERS = ("image", "second")
+"""What a model of two rasters may have to do without."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +114,7 @@ def evaluate(
     workers: int = 0,
     precision: Precision = nullcontext,
     part: range | None = None,
+    without: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Segment every image of a set with a sliding window and count against its labels.
@@ -123,6 +131,7 @@ def evaluate(
         workers: processes that read ahead.
         precision: makes the autocast context of a forward pass.
         part: images of the set to take, in a row; default: all. `join` puts parts together.
+        without: ``image`` or ``second``, the raster that the model is not shown; the domain is named after it.
         progress: told the number of images that are done.
 
     Raises:
@@ -138,7 +147,10 @@ def evaluate(
     with evaluation_mode(segmenter):
         for item in stream.loader(part.start, part.stop, workers=workers):
             tally = Tally(segmenter.classes, item.label[0])
-            predictor.run(Pixels(item.image[0]), tally)
+            images = item.image
+            if without is not None:
+                images = lose_modality(images, dataset.channels, torch.tensor([RASTERS.index(without)]))
+            predictor.run(Pixels(images[0]), tally)
             loss_sum += tally.loss
             names += item.names
             tiles.append(tally.confusion.matrix.numpy())
@@ -148,7 +160,8 @@ def evaluate(
     counts = np.array(tiles, np.int64).reshape(-1, kinds, kinds)
     confusion = Confusion(segmenter.classes, counts.sum(axis=0))
     loss = loss_sum / max(len(names), 1)
-    return Evaluation(dataset.name, confusion, loss, Tiles(names, counts), tuple(mean_classes))
+    domain = dataset.name if without is None else f"{dataset.name}_without_{without}"
+    return Evaluation(domain, confusion, loss, Tiles(names, counts), tuple(mean_classes))
 
 
 def join(parts: Sequence[Evaluation]) -> Evaluation:
@@ -193,7 +206,13 @@ def predict_logits(
 
 
 def evaluate_run(
-    run: RunFolder, config: Config, *, checkpoint: str = "best", output: Path | None = None, overwrite: bool = False
+    run: RunFolder,
+    config: Config,
+    *,
+    checkpoint: str = "best",
+    without: Sequence[str] = (),
+    output: Path | None = None,
+    overwrite: bool = False,
 ) -> list[Evaluation]:
     """Evaluate a checkpoint of a run on the validation and target sets of a configuration.
 
@@ -201,11 +220,12 @@ def evaluate_run(
         run: the run.
         config: its configuration, perhaps with other sets, device or precision.
         checkpoint: ``best``, ``last``, or the path of a checkpoint.
+        without: measure every set once more without its ``image``, and without its ``second`` raster.
         output: folder that gets the files of `write_evaluation`, one folder per domain.
         overwrite: existing ones may be replaced.
 
     Raises:
-        ConfigError: there is nothing to evaluate on.
+        ConfigError: there is nothing to evaluate on, or nothing to do without.
         CheckpointError: the checkpoint does not fit, or output is taken.
         DataError: a set cannot be read.
     """
@@ -213,13 +233,16 @@ def evaluate_run(
     domains = [*([SOURCE_DOMAIN] if data.validation is not None else []), *data.targets]
     if not domains:
         raise ConfigError("there is nothing to evaluate on; give --data.targets.<name>.root DIR")
-    for domain in domains if output is not None and not overwrite else ():
+    shown = (None, *dict.fromkeys(without))  # of each set
+    folders = [domain if lost is None else f"{domain}_without_{lost}" for domain in domains for lost in shown]
+    for domain in folders if output is not None and not overwrite else ():
         if (output / domain).exists():
             raise CheckpointError(f"{output / domain} exists; give another --output, or --overwrite to replace it")
     if output is not None:
         writable_folder(output, "--output")
     device = pick_device(config.run.device)
     segmenter = load_checkpoint(run, checkpoint, config, device)
+    _refuse_nothing_to_lose(without, segmenter)
     validation, targets = open_evaluated(data, data.classes, segmenter.pixel_range, seed=config.run.seed)
     sets = [*([validation] if validation is not None else []), *targets]
     for dataset in sets:
@@ -228,10 +251,21 @@ def evaluate_run(
     _, precision = precision_of(config.run.precision, device)
     workers = data.workers if device.type == "cuda" else 0
     how = {"mean_classes": config.evaluate.mean_classes, "workers": workers, "precision": precision}
-    evaluations = [evaluate(segmenter, dataset, **windows_of(config), **how) for dataset in sets]
+    how |= windows_of(config)
+    evaluations = [evaluate(segmenter, dataset, without=lost, **how) for dataset in sets for lost in shown]
     for evaluation in evaluations if output is not None else ():
         write_evaluation(output / evaluation.domain, evaluation, run=str(run.path), checkpoint=checkpoint)
     return evaluations
+
+
+def _refuse_nothing_to_lose(without: Sequence[str], segmenter: Segmenter) -> None:
+    if unknown := [name for name in without if name not in RASTERS]:
+        raise ConfigError(f"there is no raster {unknown[0]!r} to do without; name {' or '.join(RASTERS)}")
+    second = segmenter.recipe.second
+    if without and second is None:
+        raise ConfigError("the model learned from images alone and can do without nothing; leave out without")
+    if unlearned := [name for name in without if name not in second.dispensable]:
+        log.warning("the model never learned to do without: %s; it is measured all the same", ", ".join(unlearned))
 
 
 def _refuse_other_rasters(dataset: SegmentationSet, segmenter: Segmenter) -> None:

@@ -78,7 +78,8 @@ def _rasters(config: Config, segmenter: Segmenter) -> Iterator[tuple[str, str]]:
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in segmenter.parts().items()}
     if second is not None:
         without, bands = " or ".join(second.dispensable) or "neither", ", ".join(map(str, second.bands))
-        yield "second raster", f"{second.name}, band {bands}, scaled by {second.scale}; learns to miss {without}"
+        word = "bands" if len(second.bands) > 1 else "band"
+        yield "second raster", f"{second.name}, {word} {bands}, scaled by {second.scale}; learns to miss {without}"
     if "modal" in counts:
         yield "modalities", f"{modal.method} with {counts['modal']:,} weights"
     if "fusion" in counts:

@@ -80,7 +80,8 @@ def _with_bands_of(data: DataConfig, source: SegmentationSet) -> DataConfig:
     def settle(cfg: SetConfig | None) -> SetConfig | None:
         if cfg is None or cfg.second is None or cfg.second.bands is not None:
             return cfg
-        return replace(cfg, second=replace(cfg.second, bands=list(source.second_bands)))
+        surplus = cfg.second.surplus or "error"
+        return replace(cfg, second=replace(cfg.second, bands=list(source.second_bands), surplus=surplus))
 
     if not source.second_bands:
         return data

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from cegate.adapters import misfits
+from cegate.backbone.frozen import Cast, cast_frozen
 from cegate.checkpoint import State, load_trained, restore, trained_weights
 from cegate.compute import Precision
 from cegate.config import IGNORE, Config
 from cegate.data.stream import Batch
 from cegate.engine.gating import Gate, Round
+from cegate.engine.recorded import CudaGraph, Pass
 from cegate.engine.runtime import seed_everything
 from cegate.engine.schedule import learning_rate, make_optimizer
 from cegate.engine.sets import Sets
@@ -32,8 +35,12 @@ from cegate.tasks import build_tasks
 from cegate.tasks.stream import StepData, StepStream, crops_of
 from cegate.tasks.task import CleanLoss, Step, Task, Term
 
+log = logging.getLogger(__name__)
+
 # float16 gradients of single samples underflow without it
 FISHER_LOSS_SCALE = 1024.0
+# steps between two looks at the losses, where nothing asks for them before
+MOST_UNREAD = 100
 # a set that has shown no label in so many iterations has none
 UNLABELLED_AFTER = 100
 
@@ -49,8 +56,18 @@ class Numerics:
     """Makes the autocast context of a forward pass."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the forward and backward pass of a step gives, besides gradients."""
+
+    loss: Tensor
+    """Scalar."""
+    terms: list[Term]
+
+
 class NotFiniteError(TrainingError):
-    """The loss of a step is NaN or infinite; the step was not made."""
+    """The loss of a step is NaN or infinite. The step was not made; where steps are recorded, and losses read later, it
+    was, and nothing was saved since."""
 
     def __init__(self, iteration: int, samples: Sequence[tuple[str, float]]) -> None:
         self.iteration = iteration
@@ -104,6 +121,9 @@ class Stage:
         """False from a scoring, or the begin of a step, to the step's end: a state would be half old, half new."""
         self.class_pixels = torch.zeros(256, dtype=torch.int64)
         self.loss_sum, self.loss_count = 0.0, 0
+        self.passes = Pass(self._forward_backward, CudaGraph if self._records() else None, self._cast)
+        self.last_loss = math.nan
+        self._unread: list[tuple[int, Found]] = []
         self.step_seconds: list[float] = []
         self.score_seconds: list[float] = []
 
@@ -118,7 +138,10 @@ class Stage:
     # one iteration --------------------------------------------------------------------------------------------------
 
     def step(self, data: StepData) -> float:
-        """Make the step of the iteration; its loss, over the samples of all processes.
+        """Make the step of the iteration.
+
+        Returns:
+            Loss over the samples of all processes; where steps are recorded, the last one that was read.
 
         Raises:
             NotFiniteError: NaN or infinite loss.
@@ -129,19 +152,10 @@ class Stage:
         seed_everything(self.config.run.seed, "train", iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, iteration)
-        data = data.to(self.numerics.device, non_blocking=True)
-        slots = self.stream.source.slots
-        step = Step(iteration, data.source, self.network, self.config.run.seed, data.drawn, slots)
-        with self.numerics.precision():
-            for task in self.tasks:
-                task.prepare(step)
-            step.encode()
-            terms = [term for task in self.tasks for term in task.terms(step)]
-        loss = torch.stack([term.weight * term.losses.float().mean() for term in terms]).sum()
-        self.scaler.scale(loss).backward()
-        value = self.team.mean(loss.item())  # after backward: until here a GPU need not wait for Python
-        if not math.isfinite(value):
-            raise NotFiniteError(iteration, list(chain.from_iterable(self.team.gather(_losses_of(terms)))))
+        found = self.passes(data.to(self.numerics.device, non_blocking=True))
+        self._unread.append((iteration, _detached(found, data.source.names) if self.passes.records else found))
+        if not self.passes.records or len(self._unread) == MOST_UNREAD:
+            self.read_losses()  # after backward: until here a GPU need not wait for Python
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.team.average_gradients(learning)
         if train.clip is not None:
@@ -149,17 +163,60 @@ class Stage:
             torch.nn.utils.clip_grad_norm_(learning, train.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self.passes.is_recorded:
+            self.optimizer.zero_grad(set_to_none=True)
         for task in self.tasks:
             task.after_step(iteration)
         self.class_pixels += data.pixels
-        self.loss_sum += value
-        self.loss_count += 1
         self.step_seconds.append(time.perf_counter() - started)
         self.iteration += 1
         self.is_whole = True
         self._refuse_no_labels()
-        return value
+        return self.last_loss
+
+    def _forward_backward(self, data: StepData) -> Found:
+        run, slots = self.config.run, self.stream.source.slots
+        step = Step(self.iteration, data.source, self.network, run.seed, data.drawn, slots)
+        with self.numerics.precision():
+            for task in self.tasks:
+                task.prepare(step)
+            step.encode()
+            terms = [term for task in self.tasks for term in task.terms(step)]
+        loss = torch.stack([term.weight * term.losses.float().mean() for term in terms]).sum()
+        self.scaler.scale(loss).backward()
+        return Found(loss.detach(), terms)
+
+    def _records(self) -> bool:
+        """Whether steps are recorded; says why not, where they were meant to be."""
+        if self.config.run.speed != "auto" or self.numerics.device.type != "cuda":
+            return False
+        hindrances = [f"the task {task.name}" for task in self.tasks if not task.recordable]
+        hindrances += ["run.precision=fp16"] if self.scaler.is_enabled() else []
+        if hindrances:
+            log.info("run.speed=auto: steps run as they are written, because of %s", ", ".join(hindrances))
+        return not hindrances
+
+    def _cast(self) -> Cast:
+        half = {"bf16": torch.bfloat16}.get(self.numerics.name)
+        return {} if half is None else cast_frozen(self.network.vit, half)
+
+    def read_losses(self) -> None:
+        """Take the losses of the steps since the last call into the mean of the journal; one transfer for all. Every
+        process of the team calls it.
+
+        Raises:
+            NotFiniteError: one is NaN or infinite.
+        """
+        if not self._unread:
+            return
+        unread, self._unread = self._unread, []
+        sums = self.team.sum(torch.stack([found.loss for _, found in unread]).double())
+        for value, (iteration, found) in zip((sums / self.team.size).tolist(), unread, strict=True):
+            if not math.isfinite(value):
+                raise NotFiniteError(iteration, list(chain.from_iterable(self.team.gather(_losses_of(found.terms)))))
+            self.loss_sum += value
+            self.loss_count += 1
+            self.last_loss = value
 
     def _refuse_no_labels(self) -> None:
         done, train = self.iteration, self.config.train
@@ -197,6 +254,9 @@ class Stage:
             progress: told how many samples are scored.
         """
         started, self.is_whole = time.perf_counter(), False
+        self.read_losses()
+        self.passes.forget()
+        self.optimizer.zero_grad(set_to_none=True)
         mass = self.measure(progress) if self.config.gate.method == "fisher" else {}
         chosen = self.gate.choose(self.iteration, mass)
         self.team.agree(chosen.plan.active, f"the gate of iteration {self.iteration}")
@@ -230,6 +290,7 @@ class Stage:
         train = self.config.train
         if self.iteration % train.log_every and self.iteration != train.iterations:
             return None
+        self.read_losses()
         mean = self.loss_sum / self.loss_count
         self.loss_sum, self.loss_count = 0.0, 0
         mine = {name: value for task in self.tasks for name, value in task.journal().items()}
@@ -242,6 +303,7 @@ class Stage:
         """The entries of a `State` that are this stage's. Every process of the team calls it; what the writer gets is
         whole."""
         assert self.is_whole, "a step is under way"
+        self.read_losses()
         plan = self.network.toolbox.plan
         return {
             "stage": self.name,
@@ -310,6 +372,12 @@ def _parts_of_tasks(tasks: list[Task], device: torch.device) -> dict[str, nn.Mod
     """``<task>.<part>`` -> module, on the device and in training mode."""
     parts = {f"{task.name}.{name}": part for task in tasks for name, part in task.parts().items()}
     return {name: part.to(device).train() for name, part in parts.items()}
+
+
+def _detached(found: Found, names: Sequence[str]) -> Found:
+    """A copy that outlives the next step; a recorded one knows the names of its first batch only."""
+    terms = [replace(term, losses=term.losses.detach().clone(), samples=list(names)) for term in found.terms]
+    return Found(found.loss.clone(), terms)
 
 
 def _losses_of(terms: Sequence[Term]) -> list[tuple[str, float]]:

@@ -165,8 +165,11 @@ class Processes(Team):
         flat = self.sum(torch.cat([*(grad.flatten() for grad in grads), has]))
         *means, anywhere = flat.split([*(p.numel() for p in alike), len(alike)])
         for parameter, mean, somewhere in zip(alike, means, anywhere.tolist(), strict=True):
-            if somewhere:
-                parameter.grad = mean.div(self.size).view_as(parameter)
+            if not somewhere:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            torch.div(mean.view_as(parameter), self.size, out=parameter.grad)  # in place: a recorded step writes there
 
 
 @contextmanager

@@ -31,6 +31,8 @@ class Head(Part, ABC):
     """Width of the head's queries, where it has some that another part can give."""
     log_shares: bool = False
     """Whether logits are logarithms of shares: then overlapping windows are averaged as shares."""
+    recordable: bool = True
+    """Whether loss and gradient are the same work on every batch, and stay on the device."""
     pixel_loss = PixelLoss()
     """What :meth:`loss` is of the logits, where the head has no loss of its own."""
 

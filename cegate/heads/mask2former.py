@@ -64,6 +64,7 @@ class Mask2FormerHead(Head):
     """
 
     log_shares = True
+    recordable = False  # classes are matched on the host
 
     def __init__(
         self,

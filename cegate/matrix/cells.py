@@ -243,7 +243,8 @@ def _other_keys(old: Config, new: Config, *, moved: bool) -> list[str]:
     if not new.data.classes:  # the source set brought them along
         free |= {"data.classes", "data.palette"}
     changed = changed_values(old, new)
-    free |= {key for key, (_, given) in changed.items() if key.endswith(".second.bands") and given is None}  # likewise
+    decided = (".second.bands", ".second.surplus")  # likewise
+    free |= {key for key, (_, given) in changed.items() if key.endswith(decided) and given is None}
     return [key for key in changed if key not in free and not (moved and is_place(key))]
 
 

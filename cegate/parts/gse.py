@@ -9,8 +9,9 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTHS = (64, 128, 256, 512)
-"""Channels after the first four convolutions; the fifth has the backbone's width."""
+SHARES = (16, 8, 4, 2)
+"""The backbone's width over the channels after each of the first four convolutions: 64 to 512 of a ViT-L. On a small
+backbone fixed widths would cost more than the backbone."""
 
 
 class GSE(nn.Module):
@@ -19,13 +20,14 @@ class GSE(nn.Module):
     Args:
         bands: of the images, which are those that the backbone sees.
         channels: C, the backbone's width.
-        widths: channels after each but the last convolution; stride 2 for each.
+        widths: channels after each but the last convolution, stride 2 for each; default C / 16, C / 8, C / 4, C / 2.
     """
 
     deployed = True
 
-    def __init__(self, bands: int, channels: int, widths: Sequence[int] = WIDTHS) -> None:
+    def __init__(self, bands: int, channels: int, widths: Sequence[int] | None = None) -> None:
         super().__init__()
+        widths = widths or [max(channels // share, 1) for share in SHARES]
         strided = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise([bands, *widths])]
         self.layers = nn.ModuleList([*strided, nn.Conv2d(widths[-1], channels, 3, padding=1)])
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from cegate.backbone.backbone import Features
 from cegate.backbone.ports import Plug, Tokens
 from cegate.errors import ConfigError
-from cegate.parts.gse import GSE, WIDTHS
+from cegate.parts.gse import GSE
 from cegate.parts.part import Part
 
 Place = Literal["outputs", "blocks"]
@@ -99,7 +99,7 @@ class Injection(Part):
         residual: bool = True,
         chain: bool = False,
         test: bool = True,
-        widths: Sequence[int] = WIDTHS,
+        widths: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if chain and at == "blocks":

@@ -114,5 +114,9 @@ class LowRank(nn.Module):
 
 
 def add_product(base: Tensor, hidden: Tensor, up: Tensor) -> Tensor:
-    """base [S B, T, out] plus hidden [S, B T, r] by up [S, out, r]."""
-    return torch.baddbmm(by_stream(base, len(up)), hidden, up.mT).view(base.shape)
+    """base [S B, T, out] plus hidden [S, B T, r] by up [S, out, r]; without gradients in place of base."""
+    rows = by_stream(base, len(up))
+    if torch.is_grad_enabled():
+        return torch.baddbmm(rows, hidden, up.mT).view(base.shape)
+    # what a linear map has just given is nobody else's; a copy of it would be half of what the update costs
+    return rows.baddbmm_(hidden.to(rows.dtype), up.mT.to(rows.dtype)).view(base.shape)

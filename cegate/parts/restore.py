@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from cegate.errors import ConfigError, nearest
 
 DILATIONS = (1, 6, 12, 18)
-WIDTH = 256
+SHARE = 4
+"""The backbone's width over that of a decoder: 256 for a ViT-L, as in the authors' code."""
 DecoderName = Literal["per_level", "full_aspp", "linear"]
 
 
@@ -38,8 +39,9 @@ class PerLevel(Restore):
     a dilation of 18 would reach past the border.
     """
 
-    def __init__(self, channels: int, bands: int, width: int = WIDTH) -> None:
+    def __init__(self, channels: int, bands: int, width: int | None = None) -> None:
         super().__init__()
+        width = width or max(channels // SHARE, 1)
         self.levels = nn.ModuleList([nn.Conv2d(channels, width, 3, padding=d, dilation=d) for d in DILATIONS])
         self.linear = nn.Conv2d(len(DILATIONS) * width, bands, 1)
 
@@ -55,8 +57,9 @@ class FullAspp(Restore):
     [B, 1024, H, W].
     """
 
-    def __init__(self, channels: int, bands: int, width: int = WIDTH) -> None:
+    def __init__(self, channels: int, bands: int, width: int | None = None) -> None:
         super().__init__()
+        width = width or max(channels // SHARE, 1)
         self.reduce = nn.Conv2d(channels, width, 1)
         self.branches = nn.ModuleList([nn.Conv2d(width, width, 3, padding=d, dilation=d) for d in DILATIONS])
         self.project = nn.Conv2d(len(DILATIONS) * width, width, 1)

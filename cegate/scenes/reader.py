@@ -22,7 +22,7 @@ from cegate.data.scale import (
     is_measured,
     to_unit,
 )
-from cegate.data.second import epsilon_of, open_second, scaled, unknown
+from cegate.data.second import epsilon_of, open_second, refuse_surplus, scaled, unknown
 from cegate.errors import DataError
 from cegate.recipe import SecondRecipe
 from cegate.scenes.mosaic import Strip
@@ -226,6 +226,8 @@ def open_second_pixels(
     if isinstance(second, str | Path):
         if image is None:
             image = read_header(second)
+        if learned.surplus == "error":
+            refuse_surplus(second, learned.bands, whose=f"the second raster ({learned.name}) that was learned from")
         with open_second(second, image, learned.bands) as opened:
             if not opened.fit.same_grid and not learned.align:
                 raise DataError(f"{second} lies on another grid than its image ({opened.fit.text}); warp it first")

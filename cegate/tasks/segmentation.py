@@ -29,6 +29,11 @@ class Segmentation(Task):
         self.network, self.piece = network, config.data.batch_size
         self.crops = crops_of(config, network, source, config.gate.samples, "fisher", share)
 
+    @property
+    def recordable(self) -> bool:
+        """Where its head is."""
+        return self.network.head.recordable
+
     def prepare(self, step: Step) -> None:
         batch = step.batch
         step.views["image"] = View(batch.image, batch.label, names=tuple(batch.names))

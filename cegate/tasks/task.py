@@ -107,6 +107,9 @@ class Task(Protocol):
     exactly, and so that tasks do not disturb one another."""
 
     name: str
+    recordable: bool = False
+    """Whether all it does in a step, but `draws`, is the same work on every batch and stays on the device, with a loss
+    of every sample of the batch in each term; `run.speed`."""
     scored: bool = False
     """Whether its terms are part of the likelihood of a labelled sample as it is (gate.loss: all)."""
 

@@ -11,6 +11,7 @@ from torch import nn
 from cegate.backbone import sam
 from cegate.backbone.backbone import FAMILIES, Backbone
 from cegate.backbone.ports import Circuit, Plug
+from cegate.backbone.vit import load_weights
 from cegate.errors import BackboneError
 
 PATCH, WINDOW, WIDTH, HEADS = 4, 5, 16, 2
@@ -227,12 +228,15 @@ def test_sams_own_file_fits_weight_by_weight():
     ],
     ids=["missing", "unexpected", "foreign", "another size", "another grid"],
 )
-def test_weights_that_do_not_fit_are_refused(change, message):
+def test_weights_that_do_not_fit_are_refused(change, message, tmp_path):
     vit = small_sam()
     state = sams_file(vit)
     change(state)
     with pytest.raises(BackboneError, match=message):
         sam.from_sam_names(state, vit)
+    torch.save(state, tmp_path / "sam.pth")
+    with pytest.raises(BackboneError, match=rf"sam\.pth does not fit the backbone .*{message}"):
+        load_weights(vit, tmp_path / "sam.pth", "samvit_base_patch16")
 
 
 def test_created_models_have_sams_sizes_and_epsilon():

@@ -164,6 +164,8 @@ def test_an_image_without_a_second_raster_is_named_or_unknown_throughout(root):
 def test_a_raster_of_nothing_but_holes_is_refused_unless_it_may_miss(root):
     write(root / "second/0.tif", np.full((40, 36), -1, np.int16), nodata=-1, **UTM)
     with pytest.raises(DataError, match=r"0\.tif: no pixel of the second raster is known; .*second\.missing: allow"):
+        open_it(root).check(training=True)  # before a training, not in the middle of one
+    with pytest.raises(DataError, match=r"0\.tif: no pixel of the second raster is known; .*second\.missing: allow"):
         open_it(root).read(0)
     assert np.isnan(second_of(open_it(root, missing="allow"))).all()
 
@@ -294,6 +296,25 @@ def test_a_grey_picture_stored_as_rgba_is_one_band(root):
     np.testing.assert_allclose(second_of(data)[0], minmax(grey), atol=1e-6)
 
 
+def test_a_damaged_raster_is_found_before_a_training(root):
+    path = root / "second/2.tif"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=r"second/2\.tif: cannot be read as a raster"):
+        open_it(root).check(training=True)
+
+
+def test_further_bands_are_refused_where_nobody_chose(root):
+    write(root / "second/1.tif", np.stack([heights(1), heights(2)]), **UTM)
+    with pytest.raises(DataError, match=r"second/1\.tif has 2 bands, the second raster of set 's' 1; give files of 1"):
+        open_it(root).check()
+    for keys in ({"bands": [1]}, {"surplus": "ignore"}):
+        data = open_it(root, **keys)
+        data.check()
+        np.testing.assert_allclose(second_of(data, 1)[0], minmax(heights(1)), atol=1e-6)
+    with pytest.raises(DataError, match=r"second/1\.tif has 2 bands"):
+        open_it(root, bands=[1], surplus="error").check()
+
+
 def test_radar_has_two_bands_each_with_its_scale(root):
     radar = np.stack([heights(0) * -0.05, heights(1) * -0.1])
     for number in range(3):
@@ -418,11 +439,13 @@ def _mean_heights(item, classes) -> list[float]:
         ("satellite_ortho_dsm", "ortho_rgb.tif", "dsm.tif", (0.99, 1.0), None),
         ("olinda_landsat7_dem", "L7_ETMs.tif", "olinda_dem_utm25s.tif", (0.95, 1.0), "EPSG:32"),
         ("rmnp_rgb_dem", "rmnp-rgb.tif", "rmnp-dem.tif", (0.1, 0.9), "pixels of 0.00"),
+        ("zion_nlcd_srtm", "nlcd.tif", "srtm.tif", (0.5, 1.0), "EPSG:4326, the image EPSG:26912"),
     ],
 )
 def test_real_rasters_on_other_grids_are_aligned(shared, caplog, folder, image, second, known, said):
     root = shared / "data/coregistered_other_grids" / folder
-    cfg = SetConfig(root=str(root), images=image, bands=[1, 2, 3], second=SecondConfig(images=second), nan="ignore")
+    bands = [1, 1, 1] if image == "nlcd.tif" else [1, 2, 3]
+    cfg = SetConfig(root=str(root), images=image, bands=bands, second=SecondConfig(images=second), nan="ignore")
     data = open_set(cfg, name=folder, labelled=False)
     data.check()
     lines = [record.getMessage() for record in caplog.records]

@@ -9,12 +9,13 @@ import cegate
 from cegate.checkpoint import load_checkpoint, load_state
 from cegate.config import Config
 from cegate.configfile import read_config
-from cegate.engine.evaluator import evaluate_run
+from cegate.engine.evaluator import evaluate, evaluate_run
 from cegate.engine.sets import open_sets
 from cegate.engine.stage import Stage
 from cegate.engine.trainer import train
 from cegate.errors import ConfigError
 from cegate.matrix.cells import _other_keys
+from cegate.metrics import Confusion
 from cegate.runfolder import RunFolder, read_json
 from tests.conftest import SMALL
 
@@ -44,7 +45,7 @@ def two(tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_run_shares_is_its_model(two, method):
+def test_what_a_run_shares_is_its_model(two, method, caplog):
     config = two(method, evaluate__mean_classes=CLASSES[1:], evaluate__stride=3)
     run = RunFolder(train(config).path)
     shared, saved = cegate.load(run.path), load_checkpoint(run, "best", read_config(run.config_file), "cpu")
@@ -57,6 +58,16 @@ def test_what_a_run_shares_is_its_model(two, method):
     known = [v["IoU"] for name, v in metrics["per_class"].items() if name != CLASSES[0] and v["IoU"] is not None]
     assert metrics["mIoU"] == pytest.approx(sum(known) / len(known)) and metrics["mean_classes"] == CLASSES[1:]
     assert "kappa" in metrics
+    config = read_config(run.config_file)
+    if bands == 3:
+        with pytest.raises(ConfigError, match="learned from images alone and can do without nothing"):
+            evaluate_run(run, config, without=["image"])
+    if method == "mfnet_lora":
+        measured = evaluate_run(run, config, without=["second"])
+        assert [of.domain for of in measured] == ["source", "source_without_second"]
+        assert "never learned to do without: second; it is measured all the same" in caplog.text
+        with pytest.raises(ConfigError, match="there is no raster 'dsm' to do without; name image or second"):
+            evaluate_run(run, config, without=["dsm"])
     if bands == 4:
         alone = [("data.targets.a", "{kind: generated, split: arid, limit: 1, tile: 16}")]
         with pytest.raises(ConfigError, match="set 'a' has no bands of a second raster, the model takes 1; give the"):
@@ -65,6 +76,22 @@ def test_what_a_run_shares_is_its_model(two, method):
         scores = run.gates.records[0]["scores"]
         assert len(scores) == 48 and sum(name.endswith(".dsm") for name in scores) == 24
         assert sum(score for name, score in scores.items() if name.startswith("spatial")) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("without", "hidden"), [("image", slice(0, 3)), ("second", slice(3, 4))])
+def test_a_model_is_measured_without_a_raster(two, without, hidden):
+    config, sets = open_sets(two("mfnet_lora", modal__dropout=0.5))
+    model, item = cegate.build(config).eval(), sets.validation.read(0)
+    with torch.no_grad():
+        model.streams.absent.fill_(0.7)
+        mean, std = (torch.tensor(values)[:, None, None] for values in model.recipe.statistics)
+        pixels = (torch.from_numpy(item.image) - mean) / std
+        pixels[hidden] = torch.nan
+        expected = Confusion(model.classes)
+        expected.update(model(pixels[None]).argmax(1)[0], torch.from_numpy(item.label).long())
+    measured = evaluate(model, sets.validation, crop=16, without=without)
+    assert measured.domain == f"source_without_{without}"
+    assert torch.equal(measured.confusion.matrix, expected.matrix)
 
 
 @pytest.mark.parametrize("method", ["mfnet_lora", "mfnet_gate"])
@@ -121,6 +148,7 @@ def test_bands_that_the_files_decided_do_not_keep_a_matrix_from_going_on(two):
     config = two()
     saved, _ = open_sets(config)
     assert saved.data.source.second.bands == [1] and config.data.source.second.bands is None
+    assert saved.data.source.second.surplus == "error" and cegate.build(saved).recipe.second.surplus == "error"
     assert not _other_keys(saved, config, moved=False)
     other = two(data__source__second__bands="[2]")
     assert _other_keys(saved, other, moved=False) == ["data.source.second.bands"]

@@ -247,9 +247,16 @@ def test_other_backbones_take_two_modalities_too(kind, name):
     part = PARTS[kind].build(backbone)
     for weight in part.parameters():
         nn.init.normal_(weight)
-    maps = backbone.run(torch.randn(4, 3, 32, 32), [0, 1], Circuit(part.plugs()), streams=2).maps
-    plain = backbone.run(torch.randn(4, 3, 32, 32), [0, 1]).maps
+    images, circuit = torch.randn(4, 3, 32, 32), Circuit(part.plugs())
+    maps = backbone.run(images, [0, 1], circuit, streams=2).maps
+    plain = backbone.run(images, [0, 1]).maps
     assert [m.shape for m in maps] == [m.shape for m in plain]
+    with torch.no_grad():  # another way through
+        torch.testing.assert_close(backbone.run(images, [0, 1], circuit, streams=2).maps, maps)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = backbone.run(images, [0, 1], circuit, streams=2).maps
+        with torch.no_grad():
+            torch.testing.assert_close(backbone.run(images, [0, 1], circuit, streams=2).maps, half)
     maps[-1].square().mean().backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in part.parameters())
 

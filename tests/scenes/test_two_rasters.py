@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import rasterio
@@ -158,6 +160,20 @@ def test_rasters_that_do_not_fit_are_refused_in_a_line(model, scene, write_scene
             who.predict(**given)
         assert "\n" not in str(error.value)
     np.testing.assert_array_equal(model.predict(image, second=tmp_path / "empty.tif"), model.predict(image))
+
+
+def test_further_bands_are_refused_where_training_chose_none(model, scene, write_scene):
+    image, dsm = scene
+    heights = np.random.default_rng(1).uniform(200, 230, (3, *SIZE)).astype(np.float32)
+    three, first = write_scene("three.tif", heights), write_scene("first.tif", heights[:1])
+    np.testing.assert_array_equal(model.predict(image, second=three), model.predict(image, second=first))
+    strict = build(dropout=0.3)
+    strict.recipe = replace(strict.recipe, second=replace(strict.recipe.second, surplus="error"))
+    with pytest.raises(
+        DataError, match=r"three\.tif has 3 bands, the second raster \(dsm\) that was learned from 1; gi"
+    ):
+        strict.predict(image, second=three)
+    strict.predict(image, second=dsm)
 
 
 @pytest.mark.parametrize(

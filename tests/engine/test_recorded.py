@@ -1,0 +1,187 @@
+"""Recorded steps, by a stand-in for CUDA graphs that runs on a CPU; the real ones wait for a GPU (pytest -m gpu)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cegate.checkpoint import load_state
+from cegate.engine import stage as stage_module
+from cegate.engine.sets import open_sets
+from cegate.engine.stage import Found, Stage
+from cegate.engine.trainer import train
+from cegate.errors import TrainingError
+from cegate.segmenter import build
+from cegate.tasks.segmentation import Segmentation
+from cegate.tasks.task import Task
+
+pytestmark = pytest.mark.usefixtures("no_figures")
+SAME = ("metrics.jsonl", "gates.jsonl", "adapter/adapter_model.safetensors")
+
+
+class StandIn:
+    """Records by running the work and spoiling all that it gave, as a graph's tensors hold nothing before it plays;
+    plays into the same tensors."""
+
+    weights: tuple[torch.nn.Parameter, ...] = ()
+    recorded = played = 0
+
+    def record(self, work):
+        StandIn.recorded += 1
+        self.work, self.found = work, work()
+        self.grads = {weight: weight.grad for weight in self.weights if weight.grad is not None}
+        for tensor in (*_tensors(self.found), *self.grads.values()):
+            tensor.detach().fill_(math.nan)
+        return self.found
+
+    def play(self):
+        StandIn.played += 1
+        for weight in self.weights:
+            assert weight.grad is self.grads.get(weight), "another gradient was put in place of the recorded one"
+            weight.grad = None
+        found = self.work()
+        for still, new in zip(_tensors(self.found), _tensors(found), strict=True):
+            still.detach().copy_(new.detach())
+        for weight in self.weights:
+            assert (weight.grad is None) == (weight not in self.grads)
+            if weight in self.grads:
+                weight.grad = self.grads[weight].copy_(weight.grad)
+
+
+def _tensors(found: Found) -> list[torch.Tensor]:
+    return [found.loss, *(term.losses for term in found.terms)]
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Let every stage record, on the CPU."""
+
+    def records(self: Stage) -> bool:
+        StandIn.weights = tuple(p for group in self.optimizer.param_groups for p in group["params"])
+        return all(task.recordable for task in self.tasks)
+
+    monkeypatch.setattr(StandIn, "recorded", 0)
+    monkeypatch.setattr(StandIn, "played", 0)
+    monkeypatch.setattr(stage_module, "CudaGraph", StandIn)
+    monkeypatch.setattr(Stage, "_records", records)
+
+
+CHANGES = {"train__iterations": 9, "train__baseline": True, "gate__inactive": "frozen", "train__clip": 1.0}
+
+
+@pytest.fixture
+def eager(small):
+    return train(small("eager", **CHANGES)).path
+
+
+def assert_same(one, other):
+    for name in SAME:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_recorded_steps_give_the_losses_gates_and_weights_of_steps_as_written(eager, small, request):
+    request.getfixturevalue("recording")
+    recorded = train(small("recorded", **CHANGES)).path
+    assert_same(eager, recorded)
+    # before: one plan; after: one for each of the scorings at 0, 3, 6; the first step of each is as written
+    assert (StandIn.recorded, StandIn.played) == (4, 8 + 3 * 2)
+
+
+def test_a_recorded_run_resumes_exactly(eager, small, monkeypatch, request):
+    request.getfixturevalue("recording")
+    step = Stage.step
+
+    def until(self, data):
+        if (self.name, self.iteration) == ("after", 5):
+            raise RuntimeError("power cut")
+        return step(self, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "step", until)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(small("cut", **CHANGES))
+    assert_same(eager, train(small("cut", **CHANGES), resume=True).path)
+
+
+def test_a_loss_that_is_not_finite_is_found_late_with_its_batch_and_nothing_of_it_is_saved(
+    small, monkeypatch, recording
+):
+    config = small("nan", train__iterations=9, train__log_every=4, train__checkpoint_every=4, gate__interval=100)
+    names, run = [], stage_module.Pass.__call__
+
+    def call(self, data):
+        names.append(data.source.names)
+        found = run(self, data)
+        if len(names) == 6:  # iteration 5
+            found.terms[0].losses.detach()[0] = math.nan
+            found.loss.fill_(math.nan)
+        return found
+
+    monkeypatch.setattr(stage_module.Pass, "__call__", call)
+    with pytest.raises(TrainingError, match=r"the loss of iteration 5 is not finite for ") as error:
+        train(config)
+    assert names[5][0] in str(error.value)
+    folder = config.run.work_dir
+    state = load_state(Path(folder) / "checkpoints/last.pt")
+    assert state.iteration == 4
+    assert all(value.isfinite().all() for value in state.trained.values())
+
+
+def test_a_recording_that_fails_is_said_and_does_without(eager, small, caplog, monkeypatch, recording):
+    def fail(self, work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(StandIn, "record", fail)
+    with caplog.at_level(logging.WARNING):
+        assert_same(eager, train(small("failed", **CHANGES)).path)
+    assert "recording one failed: operation not permitted when stream is capturing" in caplog.text
+
+
+def records(caplog, *tasks: Task, speed="auto", device="cuda", scales=False) -> bool:
+    stage = SimpleNamespace(
+        config=SimpleNamespace(run=SimpleNamespace(speed=speed)),
+        tasks=tasks,
+        numerics=SimpleNamespace(device=torch.device(device)),
+        scaler=SimpleNamespace(is_enabled=lambda: scales),
+    )
+    with caplog.at_level(logging.INFO):
+        return Stage._records(stage)
+
+
+def test_what_cannot_be_recorded_runs_as_written_and_says_why(caplog):
+    same = SimpleNamespace(name="segmentation", recordable=True)
+    assert records(caplog, same)
+    assert not records(caplog, same, speed="eager")
+    assert not records(caplog, same, device="cpu")
+    assert not caplog.records
+    assert not records(caplog, same, SimpleNamespace(name="dacs", recordable=False), scales=True)
+    assert "because of the task dacs, run.precision=fp16" in caplog.text
+
+
+def test_a_head_that_matches_on_the_host_is_not_recorded(small):
+    for head, expected in (("linear", True), ("mask2former", False)):
+        config, sets = open_sets(small(head, model__head=head))
+        assert Segmentation(config, build(config), sets.source).recordable is expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_recorded_steps_on_a_gpu_equal_steps_as_written(small):
+    """50 steps: equal gates, and losses within the noise of bfloat16."""
+    changes = {"run__device": "cuda", "train__iterations": 50, "gate__interval": 10, "train__log_every": 1}
+    changes |= {"train__eval_every": 50, "train__checkpoint_every": 50}
+    found = []
+    for speed in ("eager", "auto"):
+        path = train(small(speed, run__speed=speed, **changes)).path
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        gates = [json.loads(line)["active"] for line in (path / "gates.jsonl").read_text().splitlines()]
+        found.append(([line["loss"] for line in lines if "loss" in line], gates))
+    (a, gates_a), (b, gates_b) = found
+    assert gates_a == gates_b
+    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-2)
