@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-from cegate import configfile
 from cegate.__main__ import VERBS
 from cegate.config import Config
 from cegate.data.__main__ import USAGES
@@ -100,7 +99,7 @@ def _sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type, str]]:
     """(dotted key, dataclass, text) of every section, sections before those within them."""
     for name, hint in hints_of(cls).items():
         inner, named, _ = section_of(hint)
-        if inner is not None and configfile.is_served(f"{prefix}{name}"):
+        if inner is not None:
             key = f"{prefix}{name}.<name>" if named else f"{prefix}{name}"
             yield key, inner, texts_of(cls)[name]
             yield from _sections(inner, f"{key}.")
@@ -109,7 +108,7 @@ def _sections(cls: type, prefix: str = "") -> Iterator[tuple[str, type, str]]:
 def _keys(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for field in dataclasses.fields(cls):
         key, hint = f"{prefix}.{field.name}", hints_of(cls)[field.name]
-        if section_of(hint)[0] is None and configfile.is_served(key):
+        if section_of(hint)[0] is None:
             default = default_of(field)
             told = (
                 "" if default is None else f"`{shown(str(default).lower() if isinstance(default, bool) else default)}`"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,16 @@ def started(folder, capsys, *options):
     return out, config, sets
 
 
+def trained(**options):
+    """Train what `init` wrote, for a moment; what came of it."""
+    short = {"train.iterations": 2, "train.eval_every": 2, "gate.samples": 2, "data.workers": 0, "data.batch_size": 2}
+    argv = [f"--{key.replace('__', '.')}={value}" for key, value in {**short, **options}.items()]
+    assert train.main(["--config", "mine.yaml", *argv]) == cli.GOOD
+    result = json.loads(Path("runs/mine/result.json").read_text())
+    assert result["iteration"] == 2 and all(scores["mIoU"] is not None for scores in result["after"].values())
+    return result["after"]
+
+
 def test_a_clean_folder_is_described_and_trains(tmp_path, capsys, no_figures):
     for k in range(5):
         put(tmp_path / f"set/images/t{k}.png", picture(k))
@@ -68,13 +79,11 @@ def test_a_clean_folder_is_described_and_trains(tmp_path, capsys, no_figures):
     assert train.main(["--config", "mine.yaml", "--dry_run"]) == cli.GOOD
     text = capsys.readouterr().out
     assert "held out by name (t" in text and "foreground" in text and "validation (1 images)" in text
-    short = {"train.iterations": 3, "train.eval_every": 3, "gate.samples": 2, "data.workers": 0, "data.batch_size": 2}
-    assert train.main(["--config", "mine.yaml", *(f"--{key}={value}" for key, value in short.items())]) == cli.GOOD
+    trained()
     out, err = capsys.readouterr()
     assert "next: cegate report --run runs/mine\n      cegate predict --run runs/mine --input IMAGES --output" in out
     top = err.splitlines()[: err.splitlines().index(next(line for line in err.splitlines() if "schedule:" in line)) + 1]
     assert len(top) <= 10 and any(re.match(r"classes: background \d\d\.\d %, fore", line) for line in top)
-    assert json.loads((tmp_path / "runs/mine/result.json").read_text())["after"]["source"]["mIoU"] is not None
 
 
 def test_nothing_is_overwritten_unasked(tmp_path, capsys):
@@ -102,7 +111,7 @@ def test_train_val_and_test_folders_are_used_as_such(tmp_path, capsys):
     assert config.data.classes == ["class_0", "class_1", "class_2"]
 
 
-def test_an_odd_folder_is_sorted_out(tmp_path, capsys):
+def test_an_odd_folder_is_sorted_out_and_trains(tmp_path, capsys, no_figures):
     """One flat folder; deep pixels in four bands; values with gaps, no-data and 255; files to be left out."""
     for k in range(4):
         place = {"crs": "EPSG:32632", "transform": from_origin(SIDE * k - (k == 1), 0, 1, 1)}
@@ -125,9 +134,10 @@ def test_an_odd_folder_is_sorted_out(tmp_path, capsys):
         2,
         255,
     }
+    trained()
 
 
-def test_colours_grey_images_and_near_twins(tmp_path, capsys):
+def test_colours_grey_images_and_near_twins_train(tmp_path, capsys, no_figures):
     colours = np.array([[255, 0, 0], [0, 0, 255], [0, 255, 0]], np.uint8)
     for k in range(3):
         put(tmp_path / f"set/image/{k}.png", picture(k // 2, 1))  # the first two are one
@@ -136,6 +146,7 @@ def test_colours_grey_images_and_near_twins(tmp_path, capsys):
     assert "1 pairs of images are nearly the same, first 0 and 1" in out and "each colour is a class" in out
     assert config.data.source.bands == [1, 1, 1] and config.data.palette == ["#0000FF", "#00FF00", "#FF0000"]
     assert np.unique(sets.source.read(0).label).tolist() == [0, 1, 2]
+    trained()
 
 
 def test_masks_that_are_none_are_told(tmp_path, capsys):
@@ -182,13 +193,25 @@ def test_check_lists_what_is_there(tmp_path, capsys):
     assert not (tmp_path / "set.yaml").exists()
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["roads/epfl", "isprs_sample", "s1_s2_dem_lulc_terramind", "geotiff/sen1floods11", "geotiff/new_brunswick_aerial"],
-)
-def test_real_folders(name, shared, capsys, monkeypatch):
+REAL = {
+    "roads/epfl": ("alpha left out", "0 is background, 1 is foreground"),
+    "isprs_sample": ("two sets side by side", "each value is a class"),
+    "s1_s2_dem_lulc_terramind": ("several rasters of each place", ""),
+    "geotiff/sen1floods11": ("16 bit, negative labels", ""),
+    "geotiff/new_brunswick_aerial": ("georeferenced", ""),
+    "rgb_nir_deadtree_usa": ("0 and 255, two sets of images", "0 is background, 255 is foreground"),
+    "landcover_dubai_india/india": ("pictures of several sizes, two sets of masks", "255 is no label"),
+    "irrg_ndsm_potsdam_vaihingen_sweden": ("heights beside, parts without labels", "each value is a class"),
+}
+"""Folder of real data -> what is odd about it, and what is to be assumed."""
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_folders_train_with_what_is_written(name, shared, capsys, monkeypatch, no_figures):
     if not (folder := shared / "data" / name).is_dir():
         pytest.skip(f"no {folder}")
     monkeypatch.setattr("cegate.data.survey.SECONDS", 0.3)
-    _, config, sets = started(folder, capsys)
-    assert len(sets.source) >= 1 and len(config.data.classes) >= 2
+    out, config, sets = started(folder, capsys)
+    assert len(sets.source) >= 1 and len(config.data.classes) >= 2 and REAL[name][1] in out
+    short = {"data__source__limit": 4, "data__crop": 64, "evaluate__stride": 64, "gate__k": 2}
+    assert ("source" in trained(**short)) == (sets.validation is not None)

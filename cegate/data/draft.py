@@ -106,6 +106,7 @@ def _lines(
     yield "toolbox: {spatial: {rank: 8}, semantic: {width: 16}, frequency: {width: 8}}"
     yield "gate: {k: 8, interval: 100}"
     yield "train: {iterations: 500, lr: 1e-3, eval_every: 250, log_every: 20}"
+    yield "# baseline: true in train first trains a head alone on the frozen backbone, to compare with."
     if found.validation is not None or found.division is not None:
         yield f"# The rate matters more than the method: cegate tune-lr --config {out} finds one for your data."
     yield "# For numbers that count, with a GPU: take the lines above out and these in (downloads 1.2 GB once)."

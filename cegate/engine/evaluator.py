@@ -25,6 +25,7 @@ from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import EvalStream
 from cegate.engine.sets import open_evaluated
 from cegate.errors import CheckpointError, ConfigError
+from cegate.figures import headline
 from cegate.metrics import Confusion, Scores
 from cegate.parts.streams import lose_modality
 from cegate.runfolder import RunFolder, writable_folder, write_json, write_text, written_aside
@@ -309,14 +310,16 @@ def table_of(evaluations: list[Evaluation]) -> Table:
     for column in ("IoU", "F1", "accuracy"):
         table.add_column(column, justify="right")
     for evaluation in evaluations:
-        scores = evaluation.scores
-        for row, (name, *values) in enumerate(scores.rows()):
-            table.add_row(domain_title(evaluation.domain) if row == 0 else "", name, *map(percent, values))
+        scores, rows = evaluation.scores, evaluation.scores.rows()
+        binary = headline(scores.to_dict())[0] != "mIoU"  # the foreground leads
+        for row, (name, *values) in enumerate(reversed(rows) if binary else rows):
+            style = "bold" if binary and row == 0 else None
+            table.add_row(domain_title(evaluation.domain) if row == 0 else "", name, *map(percent, values), style=style)
         means = (scores.mIoU, scores.mF1, scores.mAcc)
         note = f" (without {', '.join(scores.absent)}: absent)" if scores.absent else ""
         if scores.mean_classes:
             note = f" (of {len(scores.mean_classes)} classes)" + note
-        table.add_row("", f"[bold]mean{note}", *(f"[bold]{percent(value)}" for value in means))
+        table.add_row("", f"mean{note}", *map(percent, means), style=None if binary else "bold")
         table.add_row("", "all pixels", "", "", percent(scores.aAcc), end_section=True)
     return table
 

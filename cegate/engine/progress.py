@@ -51,7 +51,7 @@ class Reporter:
             console=console,
             disable=not console.is_terminal,
         )
-        fields = {"loss": "–", "miou": "–", "text": ""}
+        fields = {"loss": "–", "scores": "", "text": ""}
         self.stages = {
             name: self.bar.add_task(title, total=total, start=False, **fields) for name, title in titles.items()
         }
@@ -74,14 +74,14 @@ class Reporter:
         """One iteration is done."""
         self._say(advance=1, loss=f"{loss:.3f}")
 
-    def evaluated(self, miou: str) -> None:
-        """Show the newest mIoU, in percent."""
-        self._say(miou=miou)
+    def evaluated(self, scores: str) -> None:
+        """Show the newest scores, with what they are of."""
+        self._say(scores=scores)
 
     def _say(self, **changes: object) -> None:
         self.bar.update(self.task, **changes)
         fields = self.bar.tasks[self.task].fields
-        self.bar.update(self.task, text=f"loss {fields['loss']}  mIoU {fields['miou']}")
+        self.bar.update(self.task, text=f"loss {fields['loss']}  {fields['scores']}")
 
     @contextmanager
     def meanwhile(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

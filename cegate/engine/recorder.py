@@ -39,6 +39,7 @@ from cegate.engine.runtime import peak_memory
 from cegate.engine.sets import Sets
 from cegate.engine.stage import NotFiniteError, Numerics, Stage
 from cegate.errors import CheckpointError, TrainingError
+from cegate.figures import headline
 from cegate.gate import GatePlan
 from cegate.runfolder import FREE_ON_RESUME, RunFolder, read_record, write_json
 from cegate.segmenter import Segmenter
@@ -253,7 +254,7 @@ class Recorder:
             self.run.metrics.keep(lambda record: (record["split"], record["iteration"]) != place)
 
     def evaluated(self, stage: Stage, evaluations: Sequence[Evaluation]) -> str:
-        """Keep the model if it is the best so far, and the numbers; the mIoU as text.
+        """Keep the model if it is the best so far, and the numbers; what it is led by, such as mIoU, as text.
 
         The state was saved just before, and the journal is written last. So nothing that is kept is ever younger than
         what a resume goes on from, and what the journal holds is kept; a run that ends in here is evaluated again.
@@ -268,10 +269,11 @@ class Recorder:
                 self.board.write(*records)
                 if stage.name == "after" and self.run.gates.records:
                     self.board.gate(stage.iteration, self.run.gates.records, stage.network.toolbox.sites)
-        text = ", ".join(f"{domain_title(item.domain)} {percent(item.scores.mIoU)}" for item in evaluations)
-        title = stage_title(stage.name, self.config.run.method)
-        log.info("%s iteration %d: mIoU %s", title, stage.iteration, text or "not measured")
-        return text or "–"
+        led = [(domain_title(record["domain"]), *headline(record)) for record in records]
+        text = ", ".join(f"{domain} {percent(score)}" for domain, _, score in led)
+        text = f"{led[0][1]} {text}" if led else "nothing to measure"
+        log.info("%s iteration %d: %s", stage_title(stage.name, self.config.run.method), stage.iteration, text)
+        return text
 
     def _best_iteration(self, stage: str, records: Sequence[results.Record] = ()) -> int | None:
         """The iteration of a stage that counts, by the journal and further records."""

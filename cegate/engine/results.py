@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cegate.configfile import SOURCE_DOMAIN, domain_title
 from cegate.engine.evaluator import percent
+from cegate.figures import headline
 
 Record = dict[str, Any]
 
@@ -89,12 +90,16 @@ class Result:
         for domain, record in self.after.items():
             old = self.before.get(domain)
             rows = [(name, _iou(old, name), scores["IoU"]) for name, scores in record["per_class"].items()]
+            leads = "mean"
+            if headline(record)[0] != "mIoU":  # a foreground, which leads
+                rows.reverse()
+                leads = rows[0][0]
             rows.append(("mean", old and old["mIoU"], record["mIoU"]))
             for number, (name, was, now) in enumerate(rows):
                 last = number == len(rows) - 1
                 label = f"{name} (without absent classes)" if last and record["absent"] else name
                 cells = [percent(was), percent(now), _change(was, now)] if self.before else [percent(now)]
-                style = "bold" if last else None
+                style = "bold" if name == leads else None
                 table.add_row(domain_title(domain) if number == 0 else "", label, *cells, style=style, end_section=last)
         return table
 

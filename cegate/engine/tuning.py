@@ -197,7 +197,7 @@ def _measure(stage: Stage, held_out: SegmentationSet, reporter: Reporter) -> tup
             progress=progress,
         )
     name, score = headline(found.scores.to_dict())
-    reporter.evaluated(percent(score))
+    reporter.evaluated(f"{name} {percent(score)}")
     return name, score
 
 
