@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cegate.gate import GatePlan
 from cegate.kernels.frequency_adapter import frequency_adapter_fft
+from cegate.parts.earth_adapter import EarthAdapter
 from cegate.segmenter import Segmenter
 
 DEVICE, SIZE, ROUNDS = "cuda", VIT_L_512, 15
@@ -32,9 +33,22 @@ def frozen() -> Segmenter:
     return make_segmenter(SIZE).to(DEVICE).train()
 
 
-def frozen_in_a_graph() -> Segmenter:
-    """The same, but the gradient goes down to the first block: what any site in a low layer takes along."""
-    model = frozen()
+class Plain(nn.Module):
+    """The same weights as timm runs them, under the same head: what methods outside cegate sit on."""
+
+    def __init__(self, model: Segmenter) -> None:
+        super().__init__()
+        self.vit, self.head, self.layers = model.vit, model.head, model.layers
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """[B]."""
+        maps = self.vit.forward_intermediates(images, indices=self.layers, norm=False, intermediates_only=True)
+        return self.head.loss(maps, labels)
+
+
+def frozen_in_a_graph() -> Plain:
+    """Gates off, but the gradient goes down to the first block: what any site in a low layer takes along."""
+    model = Plain(frozen())
     model.vit.blocks[0].register_forward_pre_hook(lambda block, args: (args[0].requires_grad_(),))
     return model
 
@@ -47,11 +61,13 @@ def gated(sites: int | None) -> Segmenter:
     return model
 
 
-def earth_adapter() -> Segmenter:
+def earth_adapter() -> Plain:
     """Earth-Adapter on every layer as its paper defines it: FFT of the layer's output at full width, then experts."""
-    model = frozen()
+    gated = frozen()
+    model = Plain(gated)
+    model.experts = nn.ModuleList(part for part in gated.toolbox.modules() if isinstance(part, EarthAdapter))
     prefix, side = model.vit.num_prefix_tokens, SIZE.pixels // SIZE.patch
-    for site, block in zip(model.toolbox.frequency.requires_grad_(), model.vit.blocks, strict=True):
+    for site, block in zip(model.experts.requires_grad_(), model.vit.blocks, strict=True):
 
         def add(block: nn.Module, args: tuple[Tensor, ...], y: Tensor, site: nn.Module = site) -> Tensor:
             weights = (site.down, site.down_bias, site.up, site.up_bias, site.router, site.router_bias, site.scale)
@@ -62,16 +78,16 @@ def earth_adapter() -> Segmenter:
     return model
 
 
-def peft_lora() -> Segmenter:
+def peft_lora() -> Plain:
     """PEFT's LoRA on q and v of every layer."""
-    model = frozen()
+    model = Plain(frozen())
     for block in model.vit.blocks:
         block.attn = SplitAttention(block.attn)
     add_lora(model.vit, RANK)
     return model
 
 
-def make_step(model: Segmenter, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+def make_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     """Forward, loss, backward and AdamW over everything that learns; gives the loss."""
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
@@ -86,7 +102,7 @@ def make_step(model: Segmenter, images: Tensor, labels: Tensor) -> Callable[[], 
     return step
 
 
-def compare(benchmark, builders: dict[str, Callable[[], Segmenter]], tolerance: float, targets: dict[str, str]) -> None:
+def compare(benchmark, builders: dict[str, Callable[[], nn.Module]], tolerance: float, targets: dict[str, str]) -> None:
     """Every way starts as the frozen model, since what it adds starts at zero: equal first losses, then times."""
     batch = make_batch(SIZE, device=DEVICE)
     steps = {name: make_step(build(), *batch) for name, build in builders.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import sys
 import zipfile
@@ -163,6 +164,12 @@ _COMMENT = len(_MARK) + 64
 _END_OF_ZIP = 22  # bytes of an archive's last record, which closes with the length of the comment
 
 
+_OF_ANY_RECORD = (
+    *("create_version", "create_system", "extract_version", "flag_bits", "compress_type", "date_time", "volume"),
+    *("internal_attr", "external_attr", "comment"),
+)
+
+
 class _Signed:
     """File for `torch.save` that hashes what passes, keeps the first failure, and closes the archive with the hash."""
 
@@ -215,6 +222,9 @@ def _verify(path: Path) -> bool:
             raise _DamagedError("its checksum is another")
         return True
     with zipfile.ZipFile(path) as archive:
+        # torch writes all records alike; one that says otherwise of itself is read otherwise, whatever its checksum
+        if len({tuple(getattr(record, name) for name in _OF_ANY_RECORD) for record in archive.infolist()}) != 1:
+            raise _DamagedError("its records are not written alike")
         if name := archive.testzip():
             raise _DamagedError(f"the checksum of its record {name} is another")
     return False
@@ -235,8 +245,9 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def keep_newest(folder: Path, keep: int) -> None:
-    """Remove numbered checkpoints but for the newest ``keep``."""
-    numbered = sorted(folder.glob("iter_*.pt"), key=lambda path: int(path.stem.removeprefix("iter_")))
+    """Remove numbered checkpoints but for the newest ``keep``; copies of other names are somebody's own."""
+    ours = [path for path in folder.glob("iter_*.pt") if re.fullmatch("iter_[0-9]{1,10}", path.stem)]
+    numbered = sorted(ours, key=lambda path: int(path.stem.removeprefix("iter_")))
     for path in numbered[: max(len(numbered) - keep, 0)]:
         path.unlink()
 

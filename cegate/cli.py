@@ -26,10 +26,12 @@ from cegate.fields import default_of, hints_of, section_of, texts_of
 GOOD, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 _PLAIN_WIDTH, _NARROWEST = 160, 60  # of lines that go to no terminal, and of those that do
 
-# what a user can mend: no permission, a full disk, a file where a folder is wanted; all else is ours
+# what a user can mend: no permission, a full disk, a file where a folder is wanted, a place that went away; all else is
+# ours
 _OF_A_PLACE = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
-    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE),
+    *(errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTEMPTY),
+    *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.ETXTBSY, errno.ENODEV, errno.ENXIO),
 }
 
 Main = Callable[[Sequence[str] | None], int]
@@ -65,8 +67,11 @@ def command(function: Callable[[Sequence[str]], int]) -> Main:
         for stream in (sys.stdout, sys.stderr):  # a terminal without é, or a name that is no text, stops nothing
             if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
                 stream.reconfigure(errors="backslashreplace")
+        given = sys.argv[1:] if argv is None else argv
+        if nul := [token for token in given if "\0" in token]:  # which a shell cannot give, but a program
+            return _say(f"error: argument {shown(nul[0])} holds a NUL, which no file name and no value has", USAGE)
         try:
-            return function(sys.argv[1:] if argv is None else argv)
+            return function(given)
         except ConfigError as error:
             return _say(f"error: {error}", USAGE)
         except CegateError as error:

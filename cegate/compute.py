@@ -16,6 +16,9 @@ Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the autocast context of a forward pass."""
 
 
+_DEVICES = "use auto, cpu, cuda or cuda:<index>"
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` is the first GPU, or the CPU without one. A GPU with an index becomes the current one.
 
@@ -27,7 +30,9 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device {name!r} is unknown; use auto, cpu, cuda or cuda:<index>") from error
+        raise ConfigError(f"device {name!r} is unknown; {_DEVICES}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not served; {_DEVICES}")
     if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device {name!r} is not there; this machine has {torch.cuda.device_count()} GPUs, use cpu or auto"

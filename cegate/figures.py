@@ -33,7 +33,9 @@ PANEL_ROWS = 4
 PANEL_SIDE_PX = 512
 RESTORED = "restored.png"
 """Name of the picture of what tasks make of training crops."""
-IGNORED_COLOUR = "#FFFFFF"
+IGNORED_COLOUR, HOLE = "#FFFFFF", "#F3C9A5"
+HEIGHTS = matplotlib.colormaps["gray"].with_extremes(bad=HOLE)
+"""Of one band of a second raster."""
 INK, SOFT, RULE, GREY, ON = "#1c2226", "#59646b", "#dfe2df", "#8b949a", "#d55e00"
 LINES = ("#0072b2", "#c85200", "#00805d", "#a2558a", "#a06f00", "#3f8fbf", "#4b3fa5", "#882255")
 HEAT = LinearSegmentedColormap.from_list("heat", [(0.16, 0.5, 0.69, alpha) for alpha in (0.05, 1.0)])
@@ -97,9 +99,10 @@ def in_order(sites: Iterable[str]) -> list[SiteId]:
 
 def site_groups(sites: Iterable[str]) -> dict[str, dict[int, str]]:
     """Kind, or kind and stream -> layer -> site, in the order of the sites: what is drawn or tabled as one panel."""
-    groups: dict[str, dict[int, str]] = {}
-    for site in map(SiteId, sites):
-        title = f"{site.kind} · {site.stream}" if site.stream else site.kind
+    ids, groups = list(map(SiteId, sites)), {}
+    several = any(site.stream for site in ids)
+    for site in ids:
+        title = f"{site.kind} · {site.stream or 'image'}" if several else site.kind
         groups.setdefault(title, {})[site.layer] = site
     return groups
 
@@ -132,10 +135,12 @@ def gate_figure(
         end: iteration at which the last choice ends; default: as far from its round as the two last rounds are apart.
         marker: iteration of the model that counts.
         measure: what a score is.
-        columns: panels side by side; default: one per kind.
+        columns: panels side by side; default: one per kind, so that streams are rows.
     """
-    groups = site_groups(sites)
-    columns = min(columns or len({SiteId(site).kind for site in sites}), len(groups))
+    ids = list(map(SiteId, sites))
+    streams = list(dict.fromkeys(site.stream for site in ids))
+    groups = site_groups(sites if columns else sorted(ids, key=lambda site: streams.index(site.stream)))
+    columns = min(columns or len({site.kind for site in ids}), len(groups))
     starts = [record["iteration"] for record in rounds]
     edges = [*starts, max(end or 2 * starts[-1] - starts[-2 if len(starts) > 1 else -1], starts[-1] + 1)]
     top = max((score for record in rounds for score in record["scores"].values()), default=0.0)
@@ -305,8 +310,9 @@ def draw_panels(
     classes: Sequence[str],
     palette: Sequence[str],
     path: Path,
+    second: str = "second raster",
 ) -> None:
-    """Draw image, truth and predictions side by side, one row per image, with a legend of the classes.
+    """Draw image, second raster, truth and predictions side by side, one row per image, with a legend of the classes.
 
     Args:
         items: images with labels (`cegate.data.datasets.Item`).
@@ -314,23 +320,28 @@ def draw_panels(
         classes: names in the order of their indices.
         palette: one '#RRGGBB' per class.
         path: PNG to write.
+        second: what the second raster is called, where items have one.
     """
     colours = ListedColormap([*palette, IGNORED_COLOUR])
-    columns = 2 + len(predictions)
+    has_second = any(item.second for item in items)
+    columns = 2 + has_second + len(predictions)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.35 * columns, 2.42 * len(items) + 0.55), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.01)
+        figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.0, hspace=0.01, rect=(0, 0, 1, 0.985))
         axes = figure.subplots(len(items), columns, squeeze=False)
         for row, item in enumerate(items):
             step = -(-max(item.label.shape) // PANEL_SIDE_PX)
             masks = {"truth": item.label, **{STAGES.get(title, title): of[row] for title, of in predictions.items()}}
             axes[row, 0].imshow(_picture(item.image)[::step, ::step], interpolation="none")
-            for ax, (title, mask) in zip(axes[row, 1:], masks.items(), strict=True):
+            if has_second:
+                beside = item.image[len(item.image) - item.second][::step, ::step]
+                axes[row, 1].imshow(beside, cmap=HEIGHTS, vmin=0, vmax=1, interpolation="none")
+            for ax, (title, mask) in zip(axes[row, 1 + has_second :], masks.items(), strict=True):
                 shown = np.where(mask[::step, ::step] == IGNORE, len(classes), mask[::step, ::step])
                 ax.imshow(shown, cmap=colours, vmin=-0.5, vmax=len(classes) + 0.5, interpolation="none")
                 if title != "truth":
                     ax.set_xlabel(_how_right(mask, item.label, classes), fontsize=8, labelpad=2)
-            for ax, title in zip(axes[row], ("image", *masks), strict=True):
+            for ax, title in zip(axes[row], ("image", *([second] if has_second else []), *masks), strict=True):
                 ax.set(xticks=[], yticks=[])
                 ax.spines[:].set_visible(False)
                 if row == 0:
@@ -338,6 +349,8 @@ def draw_panels(
         used = [Patch(facecolor=c, edgecolor="#BBBBBB", label=n) for n, c in zip(classes, palette, strict=True)]
         if any((item.label == IGNORE).any() for item in items):
             used.append(Patch(facecolor=IGNORED_COLOUR, edgecolor="#BBBBBB", label="not labelled"))
+        if any(np.isnan(item.image[len(item.image) - item.second :]).any() for item in items):
+            used.append(Patch(facecolor=HOLE, edgecolor="#BBBBBB", label=f"no {second}"))
         figure.legend(handles=used, loc="outside lower center", ncols=min(len(used), 2 * columns), handlelength=1.2)
     save_png(figure, path)
 

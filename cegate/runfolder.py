@@ -12,13 +12,14 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
-from cegate.config import Config
+from cegate.config import Config, Length
 from cegate.configfile import changed_values, read_config, to_yaml
-from cegate.errors import CheckpointError
+from cegate.errors import CheckpointError, ConfigError
+from cegate.fields import read_fields
 
 log = logging.getLogger(__name__)
 
@@ -111,7 +112,8 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        why = getattr(error, "strerror", None) or "nested too deeply" * isinstance(error, RecursionError) or error
+        raise CheckpointError(f"{path} cannot be read: {why}; restore the file from a copy") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -140,14 +142,14 @@ def _without_nan(value: Any) -> Any:
 class Journal:
     """An append-only file of one JSON object a line, kept in memory too."""
 
-    def __init__(self, path: Path, kinds: Mapping[str, type] = MappingProxyType({})) -> None:
+    def __init__(self, path: Path, line: type | None = None) -> None:
         """
         Args:
             path: the file.
-            kinds: keys that every record has, and the type of their values.
+            line: see `read_journal`.
         """
         self.path = path
-        self.records: list[dict[str, Any]] = list(read_journal(path, kinds))
+        self.records: list[dict[str, Any]] = list(read_journal(path, line))
 
     def append(self, *records: Mapping[str, Any]) -> None:
         """Add one or more lines together, which are on the disk when this returns."""
@@ -164,8 +166,31 @@ class Journal:
         write_text(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records))
 
 
-def read_journal(path: Path, kinds: Mapping[str, type] = MappingProxyType({})) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class MetricsLine:
+    """What every line of metrics.jsonl holds, beside more."""
+
+    iteration: Length
+    split: Literal["train", "before", "after"]
+    stage: Literal["before", "after"] = "after"
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class GatesLine:
+    """What every line of gates.jsonl holds, beside more."""
+
+    iteration: Length
+    scores: dict[str, float]
+    active: list[str]
+
+
+def read_journal(path: Path, line: type | None = None) -> Iterator[dict[str, Any]]:
     """Lines of a journal; a last line that a crash cut short, be it within a character, is left out.
+
+    Args:
+        path: the file.
+        line: dataclass of the keys that every record has; default: none are asked for.
 
     Raises:
         CheckpointError: a line is no JSON, or no record with those keys; it is named.
@@ -174,17 +199,20 @@ def read_journal(path: Path, kinds: Mapping[str, type] = MappingProxyType({})) -
         return
     # not splitlines: a record may hold other line separators of Unicode
     lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-    for number, line in enumerate(lines, 1):
+    for number, text in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = json.loads(text)
         except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise CheckpointError(f"{path} line {number} is no JSON; restore the file from a copy") from error
             return
-        if not isinstance(record, dict) or not all(isinstance(record.get(key), kind) for key, kind in kinds.items()):
-            keys = f" with {', '.join(kinds)}" if kinds else ""
-            raise CheckpointError(f"{path} line {number} is no record{keys}; restore the file from a copy")
-        yield record
+        if not isinstance(record, dict):
+            raise CheckpointError(f"{path} line {number} is no record; restore the file from a copy")
+        try:
+            known = line and read_fields(line, record)
+        except ConfigError as error:
+            raise CheckpointError(f"{path} line {number}: {error}; restore the file from a copy") from error
+        yield {key: getattr(known, key, value) for key, value in record.items()}
 
 
 class RunFolder:
@@ -198,8 +226,8 @@ class RunFolder:
         self.figures = path / "figures"
         self.eval = path / "eval"
         self.result = path / "result.json"
-        self.metrics = Journal(path / "metrics.jsonl", {"iteration": int, "split": str})
-        self.gates = Journal(path / "gates.jsonl", {"iteration": int, "scores": dict, "active": list})
+        self.metrics = Journal(path / "metrics.jsonl", MetricsLine)
+        self.gates = Journal(path / "gates.jsonl", GatesLine)
 
     @property
     def last(self) -> Path:

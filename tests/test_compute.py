@@ -26,6 +26,12 @@ def test_a_device_that_does_not_exist_is_named():
         pick_device("gpu")
 
 
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu:0"])
+def test_a_device_that_nothing_here_runs_on_is_refused(name):
+    with pytest.raises(ConfigError, match=f"device '{name}' is not served; use auto, cpu, cuda or cuda:<index>"):
+        pick_device(name)
+
+
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
 def test_auto_is_bfloat16_only_where_the_gpu_itself_has_it(monkeypatch, capability, expected):
     asked = []

@@ -13,6 +13,7 @@ from cegate import sites as sites_module
 from cegate.data.datasets import Item
 from cegate.figures import (
     DARK,
+    HOLE,
     chart_figure,
     draw_curves,
     draw_gate,
@@ -101,6 +102,33 @@ def test_streams_are_further_rows_and_a_kind_of_any_name_is_drawn(monkeypatch):
     assert rows == [0, 0, 1, 1]
     assert lines_of(figure.axes[3]) == [(1, 0, 1)]
     assert [label.get_text() for label in figure.axes[3].get_yticklabels()] == ["0", "3"]
+
+
+def test_the_streams_of_a_model_are_rows_whatever_the_order_of_its_sites():
+    sites = [
+        f"{kind}.{layer}{stream}" for kind in ("spatial", "semantic") for stream in ("", ".dsm") for layer in (0, 1)
+    ]
+    record = {"iteration": 0, "scores": {}, "active": ["semantic.1"]}
+    figure, narrow = gate_figure([record], sites), gate_figure([record], sites, columns=1)
+    titles = ["spatial · image", "semantic · image", "spatial · dsm", "semantic · dsm"]
+    assert [ax.get_title("left") for ax in figure.axes] == titles
+    assert [len(lines_of(ax)) for ax in figure.axes] == [0, 1, 0, 0]
+    assert [ax.get_title("left") for ax in narrow.axes] == [titles[k] for k in (0, 2, 1, 3)]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_second_raster_has_a_column_of_its_own(tmp_path, rows):
+    image = np.random.default_rng(0).random((5, 24, 24)).astype(np.float32) * 0.5
+    image[3, :8] = np.nan
+    items = [Item(image, np.zeros((24, 24), np.uint8), "a", None, 2)] * rows
+    masks = {"after": [np.zeros((24, 24), np.uint8)] * rows}
+    pictures = {}
+    for name, shown in {"two": items, "one": [Item(image[:3], item.label, "a") for item in items]}.items():
+        draw_panels(shown, masks, ("road", "house"), PALETTE, tmp_path / f"{name}.png", second="sar")
+        pictures[name] = matplotlib.image.imread(tmp_path / f"{name}.png")
+    assert pictures["two"].shape[1] / pictures["one"].shape[1] == pytest.approx(4 / 3, abs=0.01)
+    assert colour_share(pictures["two"], HOLE) > 0.02 and not colour_share(pictures["one"], HOLE)
+    assert (pictures["two"][0] == 1).all(), "the titles are whole"
 
 
 def test_nothing_is_announced_that_is_not_drawn():

@@ -186,5 +186,7 @@ def test_what_cannot_be_written_is_one_line_and_a_folder_that_went_is_told_apart
 @pytest.mark.parametrize("text", ["[]", '"x"', "\0", "[" * 99_999], ids=["list", "text", "binary", "deep"])
 def test_a_json_file_of_anything_else_is_refused(tmp_path, text):
     (tmp_path / "env.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"env\.json (holds no JSON object|cannot be read)"):
+    with pytest.raises(CheckpointError, match=r"env\.json (holds no|cannot be read: .*; restore the file from a copy)"):
         read_record(tmp_path / "env.json")
+    with pytest.raises(CheckpointError, match=r"result\.json cannot be read: No such file or directory; restore"):
+        read_record(tmp_path / "result.json")

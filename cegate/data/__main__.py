@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cegate import cli
-from cegate.errors import ConfigError, nearest
+from cegate.errors import ConfigError, nearest, shown
 
 ACTIONS = {
     "list": "the catalogue of published sets, or all about one of them",
@@ -242,9 +243,10 @@ def _allowed(text: str) -> set[int]:
     values: set[int] = set()
     for part in text.split(","):
         low, _, high = part.strip().partition("-")
-        if not low.isdecimal() or not (high or low).isdecimal():
+        fits = re.fullmatch("[0-9]{1,9}", low) and re.fullmatch("[0-9]{1,9}", high or low)
+        if not fits or not 0 <= int(high or low) - int(low) < 2**16:
             raise ConfigError(
-                f"--allowed={text} is neither values, as in 0-6,255, nor a data set{nearest(text, CATALOGUE)}"
+                f"--allowed={shown(text)} is neither values, as in 0-6,255, nor a data set{nearest(text, CATALOGUE)}"
             )
         values |= set(range(int(low), int(high or low) + 1))
     return values
@@ -268,6 +270,8 @@ def _generate(argv: Sequence[str]) -> int:
 def _style_stats(argv: Sequence[str]) -> int:
     folder, options = _parse(argv, STYLE_STATS, "the folder of images")
     out = Path(_needed(options, "out")).expanduser()
+    if re.search("[A-Za-z]", out.suffix) and out.suffix != ".npz" and not out.is_dir():
+        raise ConfigError(f"--out={out}: statistics are not written as {out.suffix}; give an .npz file, or a folder")
     from cegate.style.networks import load_style
     from cegate.style.statistics import measure_folder
 

@@ -6,6 +6,7 @@ more than `LARGE_PX` pixels are never held: the part asked for is read from the 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -58,6 +59,7 @@ UNLABELLED = 254
 DEFAULT_BANDS = (1, 2, 3)
 _FACT_BYTES = 2**13  # of a file's middle and end
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
+_FEW = 256  # pixels that tell whether a band has more than a few values
 
 
 @dataclass(frozen=True)
@@ -445,8 +447,35 @@ class FileSet(SegmentationSet):
         values, counts = np.concatenate(samples, axis=1), np.concatenate(kept, axis=1)
         if not values.size:
             raise DataError(f"{self._describe(0)}: no finite pixel in bands {list(self.bands)}; set value_range")
-        rows = (row[mask] if mask.any() else row for row, mask in zip(values, counts, strict=True))
-        return tuple(tuple(np.percentile(row, (1, 99)).tolist()) for row in rows)
+        rows = [row[mask] if mask.any() else row for row, mask in zip(values, counts, strict=True)]
+        ends = tuple(tuple(np.percentile(row, (1, 99)).tolist()) for row in rows)
+        self._look_at_ends(rows, ends)
+        return ends
+
+    def _look_at_ends(self, rows: Sequence[np.ndarray], ends: Sequence[tuple[float, float]]) -> None:
+        """Say where an end of a band's range is a value that stands apart, as what means no data without a tag does."""
+        apart = {}
+        for band, row, low_high in zip(self.bands, rows, ends, strict=True):
+            for end in filter(functools.partial(_stands_apart, row), low_high):
+                apart[band] = row, end
+        if not apart:
+            return
+        row, end = next(iter(apart.values()))
+        log.warning(
+            "set %r: %.1f %% of the pixels are %g, far from all others (band%s %s); if that stands for no data, tag it "
+            "(gdal_edit.py -a_nodata %g), or set value_range",
+            *(self.name, 100 * (row == end).mean(), end, "s" * (len(apart) > 1), ", ".join(map(str, apart)), end),
+        )
+
+
+def _stands_apart(values: np.ndarray, end: float) -> bool:
+    """Whether a value lies farther from all others than these lie from each other, and they are more than a few."""
+    others = values[values != end]
+    if not 0 < others.size < values.size:
+        return False
+    low, high = others.min(), others.max()
+    few = np.unique(others[:: max(1, others.size // _FEW)]).size < _FEW // 8
+    return bool(max(low - end, end - high) > high - low) and not few
 
 
 def _differs(values: np.ndarray, tag: float | None) -> np.ndarray:

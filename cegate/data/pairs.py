@@ -267,11 +267,22 @@ def expression_of(pattern: str) -> str:
     groups = {"**/": "(?:(.+)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
 
     def translate(token: str) -> str:
-        if token.startswith("[") and len(token) > 2:
-            return f"({token.replace('[!', '[^', 1)})"
+        if token.startswith("[") and len(token.replace("!", "", 1)) > 2:
+            return f"({_set_of_letters(token)})"
         return groups.get(token) or re.escape(token)
 
     return "".join(translate(token) for token in re.findall(r"\*\*/|\*\*|\*|\?|\[[^]]*\]|[^*?\[]+|\[", pattern))
+
+
+def _set_of_letters(token: str) -> str:
+    """``[a-z]`` or ``[!a-z]`` of a glob as that of a regular expression."""
+    inside = re.sub(r"([\\^&~|\[])", r"\\\1", token[1:-1].removeprefix("!"))
+    expression = f"[{'^' * token.startswith('[!')}{inside}]"
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ConfigError(f"the glob has {token!r}, which stands for no letters ({error}); mend it") from error
+    return expression
 
 
 def natural(key: Sequence[str]) -> list[list[tuple[int, str]]]:

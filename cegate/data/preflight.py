@@ -129,7 +129,7 @@ def _refuse_unmapped(
         read_mask(mask, labels, window=window)
     except DataError as error:
         values = sorted(counts.keys() - {ignore})
-        if labels.given or len(values) != len(classes):
+        if labels.given or len(values) != len(classes) or not all(float(value).is_integer() for value in values):
             raise
         wanted = ", ".join(f"{value:g}: {name}" for value, name in zip(values, classes, strict=True))
         raise DataError(f"{error}; perhaps label_map: {{{wanted}}}") from error

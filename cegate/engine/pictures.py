@@ -31,7 +31,7 @@ def draw_run(
     backbone_sha256: str,
     precision: Precision,
 ) -> None:
-    """Write figures/: gate.png, curves.png, and panels_<domain>.png.
+    """Write figures/: gate.png where there are gates, curves.png, and panels_<domain>.png.
 
     Args:
         run: whose journals are drawn.
@@ -43,7 +43,7 @@ def draw_run(
     """
     folder, rounds = run.figures, run.gates.records
     figures.draw_curves(run.metrics.records, folder / "curves.png")
-    if rounds:
+    if any(record["scores"] or record["active"] for record in rounds):
         figures.draw_gate(rounds, segmenter.toolbox.sites, folder / "gate.png")
     shown = {data.name: [data.read(index) for index in range(min(len(data), figures.PANEL_ROWS))] for data in sets}
     masks: dict[str, dict[str, list[np.ndarray]]] = {}
@@ -54,7 +54,9 @@ def draw_run(
         }
     for domain, items in shown.items():
         drawn = {title: by_domain[domain] for title, by_domain in masks.items()}
-        figures.draw_panels(items, drawn, segmenter.classes, segmenter.recipe.palette, folder / f"panels_{domain}.png")
+        recipe, path = segmenter.recipe, folder / f"panels_{domain}.png"
+        second = {} if recipe.second is None else {"second": recipe.second.name}
+        figures.draw_panels(items, drawn, recipe.classes, recipe.palette, path, **second)
 
 
 @torch.no_grad()

@@ -228,8 +228,11 @@ class _Painter:
             else ""
         )
         palette, k = segmenter.recipe.palette, len(segmenter.classes)
+        own = len(item.image) - item.second
+        beside = [] if not item.second else [second_picture(item, segmenter.recipe.second.name)]
         pictures = (
-            Picture("image", photo(item.image), f"Image of {item.name}"),
+            Picture("image", photo(item.image[:own]), f"Image of {item.name}"),
+            *beside,
             Picture("truth", class_map(item.label, palette), f"True classes of {item.name}", True),
             Picture("prediction", class_map(mask, palette), f"Predicted classes of {item.name}", True),
             Picture("confidence", confidence_map(sure, k), f"Confidence of the prediction of {item.name}"),
@@ -247,6 +250,14 @@ def photo(image: np.ndarray) -> str:
     picture = Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
     picture.thumbnail((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
     return _uri(picture, "jpeg", quality=88)
+
+
+def second_picture(item: Item, name: str) -> Picture:
+    """The first band of a tile's second raster, in grey; what is unknown is transparent."""
+    band = _thinned(item.image[len(item.image) - item.second])
+    grey = np.clip(np.nan_to_num(band), 0, 1) * 255 + 0.5
+    picture = Image.fromarray(np.stack([grey, np.where(np.isnan(band), 0, 255)], -1).astype(np.uint8), "LA")
+    return Picture(name, _uri(picture, "png", optimize=True), f"{name} of {item.name}")
 
 
 def class_map(mask: np.ndarray, palette: Sequence[str]) -> str:

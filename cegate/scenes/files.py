@@ -41,7 +41,8 @@ class Written(NamedTuple):
 def find_images(inputs: Sequence[str]) -> list[Path]:
     """Image files that are named by files, folders (not below them) or globs, each once, in order.
 
-    Of a folder, files whose names begin with a dot are left out: what a killed process left, or a system's notes.
+    Of a folder, files whose names begin with a dot are left out: what a killed process left, or a system's notes. A
+    glob that ends in a wildcard takes raster files only, as those of sets do; none takes folders.
 
     Raises:
         DataError: an input names no image.
@@ -54,8 +55,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         if path.is_dir():
             images = sorted(file for file in path.iterdir() if _is_image(file))
         else:
-            matches = glob.glob(name, recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
-            images = [path] if path.is_file() else sorted(map(Path, matches))
+            matches = sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute one
+            images = [path] if path.is_file() else [file for file in matches if _is_meant(file, name)]
         if not images:
             raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
         found.update(dict.fromkeys(images))
@@ -103,6 +104,12 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and not file.is_dir()
 
 
+def _is_meant(file: Path, pattern: str) -> bool:
+    """Whether what a glob finds is an image, and not what lies beside images."""
+    beside = "__MACOSX" in file.parts or (pattern.endswith("*") and file.suffix.lower() not in SUFFIXES)
+    return not beside and not file.is_dir()
+
+
 def _suffix_for(image: Path) -> str:
     try:
         return ".tif" if is_georeferenced(image) else ".png"
@@ -142,10 +149,11 @@ def plan_outputs(
     else:
         masks = {image: output / f"{image.stem}{_suffix_for(image)}" for image in images}
     taken: dict[Path, Path] = {}
+    given = {image.resolve() for image in images}
     for image, mask in masks.items():
         if mask in taken:
             raise DataError(f"{taken[mask]} and {image} would both be written to {mask}; predict them into two folders")
-        if mask.resolve() in {other.resolve() for other in images}:
+        if mask.resolve() in given:
             raise DataError(f"the mask of {image} would replace the image {mask}; give another --output")
         if mask.exists() and not (overwrite or keep):
             raise DataError(

@@ -325,7 +325,7 @@ def read_small(
     """An image as RGB [3, H, W] float32 in 0..1; one with a side of more than 4096 px averaged down, strip by strip.
 
     Raises:
-        DataError: unreadable, too few bands, or pixels of another depth than 8 bit without a value range.
+        DataError: unreadable, too few bands, no finite pixel, or another depth than 8 bit without a value range.
     """
     with open_image(path) as image:
         header = image.header
@@ -338,8 +338,10 @@ def read_small(
             )
         ranges = [value_range or EIGHT_BIT] * 3
         step = -(-max(header.size) // (LARGE_PX // 2)) if max(header.size) > LARGE_PX else 1
-        strips = [to_unit(strip, ranges)[0] for strip in _strips(image, bands, step)]
-    return torch.from_numpy(np.concatenate(strips, axis=1))
+        strips = [to_unit(strip, ranges) for strip in _strips(image, bands, step)]
+    if all(empty.all() for _, empty in strips):
+        raise DataError(f"{path}: no finite pixel, so it has no style; mend it, or leave it out with --images")
+    return torch.from_numpy(np.concatenate([strip for strip, _ in strips], axis=1))
 
 
 def _strips(image: OpenImage, bands: Sequence[int], step: int) -> Iterator[np.ndarray]:

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from cegate.config import SecondConfig, SetConfig
+from cegate.configfile import read_config
 from cegate.data.opening import open_set
 from cegate.data.prepared import FILE, read_manifest, write_manifest
 from cegate.data.published.catalogue import CATALOGUE
 from cegate.data.rasters import read_codes, read_image
+from cegate.engine.sets import open_sets
 from cegate.errors import ConfigError, DataError
 
 
@@ -49,6 +51,23 @@ def test_prepared_heights_are_a_second_raster(prepared, caplog, name, split):
     for index in range(len(data)):
         heights = data.read(index).image[3]
         assert heights.min() == 0 and heights.max() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "root", "name"),
+    [
+        ("mfnet/potsdam", "potsdam_dsm", "isprs-potsdam-dsm"),
+        ("mfnet/vaihingen", "vaihingen_dsm", "isprs-vaihingen-dsm"),
+        ("mfnet/mmhunan", "mmhunan", "mmhunan"),
+    ],
+)
+def test_settings_of_mfnet_name_what_is_prepared(prepared, setting, root, name):
+    folder = prepared(name)
+    given, sets = open_sets(read_config(setting, [(f"data.roots.{root}", str(folder))], training=True))
+    (target,) = sets.targets
+    counts = sorted(part.found.files for part in read_manifest(folder).splits.values())
+    assert [len(target), len(sets.source)] == counts and target.channels == sets.source.channels == (3, 1)
+    assert set(given.evaluate.mean_classes) <= set(given.data.classes)
 
 
 def test_stored_ids_become_train_ids(prepared):

@@ -61,6 +61,18 @@ def test_inputs_are_files_folders_and_globs_each_once(images):
         find_images([str(images / "nowhere*.png")])
 
 
+def test_a_glob_takes_images_and_not_what_lies_beside_them(images):
+    hidden = ("._a.png", ".ipynb_checkpoints/a.png", "__MACOSX/a.png")
+    for name in ("a.pgw", "b.tif.aux.xml", "Thumbs.db", "d.tif/e", *hidden):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes(b"x")
+    for pattern in ("*", "**", "**/*", "*.*"):
+        assert [path.name for path in find_images([str(images / pattern)])] == ["a.png", "b.tif", "c.tif"], pattern
+    assert [path.name for path in find_images([str(images / "**/*.tif")])] == ["b.tif", "c.tif"]
+    (images / "f.img").write_bytes(b"x")
+    assert [path.name for path in find_images([str(images / "*.img")])] == ["f.img"]
+
+
 def test_an_empty_input_is_not_the_working_directory(images, monkeypatch):
     monkeypatch.chdir(images)
     with pytest.raises(DataError, match="an input is empty; give a file, a folder or a glob"):

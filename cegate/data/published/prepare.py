@@ -9,6 +9,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -308,6 +309,10 @@ def run_all(
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), signal.signal, quiet)
     try:
         yield from shown(pool.map(function, items))
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a process was killed, as when memory runs out; use fewer --workers and call it again, which goes on"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 
