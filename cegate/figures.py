@@ -163,7 +163,8 @@ def gate_figure(
                 ax.axvline(marker, **MARKER)
             per_round = chosen.sum(axis=0)
             ax.set_title(title, pad=5)
-            ax.set_title(f"{per_round.mean():.3g} of {len(members)} on", loc="right", fontsize=8, weight="normal")
+            mean = "" if len(set(per_round)) == 1 else ", mean over rounds"
+            ax.set_title(f"{per_round.mean():.3g} of {len(members)} on{mean}", loc="right", fontsize=8, weight="normal")
             ax.set(xlim=(edges[0], edges[-1]), ylim=(-0.5, len(members) - 0.5))
             step = -(-len(members) // 12)
             ax.set_yticks(range(0, len(members), step), [str(layer) for layer in list(members)[::step]])

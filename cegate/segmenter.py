@@ -23,7 +23,7 @@ from cegate.heads.build import build_head
 from cegate.losses import pixel_loss_of
 from cegate.necks.dfm import DFM, Neck, StreamSum
 from cegate.network import Network
-from cegate.palette import default_palette
+from cegate.palette import palette_of
 from cegate.parts.injector import Injection
 from cegate.parts.mm_adapter import MMAdapter
 from cegate.parts.mm_lora import MMLoRA
@@ -289,7 +289,7 @@ def starting_recipe(config: Config, vit: nn.Module) -> Recipe:
     mean, std = unit if config.model.normalize == "unit" else normalisation(vit, len(bands))
     return Recipe(
         classes=tuple(data.classes),
-        palette=tuple(data.palette or default_palette(len(data.classes))),
+        palette=tuple(data.palette or palette_of(data.classes)),
         bands=bands,
         mean=mean,
         std=std,

@@ -25,6 +25,7 @@ from cegate.figures import (
     site_groups,
     svg_uri,
 )
+from cegate.palette import BACKGROUND, SAFE, palette_of
 
 PALETTE = ("#E69F00", "#009E73")
 
@@ -203,3 +204,9 @@ def test_images_stand_side_by_side_whatever_their_size_and_bands(tmp_path):
     draw_images(columns, tmp_path / "restored.png")
     height, width, _ = matplotlib.image.imread(tmp_path / "restored.png").shape
     assert width > 400 and height > 400
+
+
+def test_a_background_is_paper_and_every_other_class_keeps_its_colour():
+    assert palette_of(["Background", "road"]) == [BACKGROUND, SAFE[0]]
+    assert palette_of(["land", "background"]) == list(SAFE[:2])
+    assert palette_of([]) == [] and len(palette_of([str(k) for k in range(40)])) == 40

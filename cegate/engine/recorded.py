@@ -1,8 +1,8 @@
 """The forward and backward pass of a step as one recorded graph, played again for every batch until the plan changes.
 
 A gated step of a large ViT is thousands of small kernels, and Python takes longer to launch them than a GPU to run them
-(docs/performance.md). Recorded once, all of them are launched by one call. What is recorded must be the same work on
-every batch and stay on the device: a task says so of itself (`Task.recordable`), and so does a head.
+(docs/explanation/performance.md). Recorded once, all of them are launched by one call. What is recorded must be the
+same work on every batch and stay on the device: a task says so of itself (`Task.recordable`), and so does a head.
 """
 
 from __future__ import annotations

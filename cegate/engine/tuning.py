@@ -92,6 +92,10 @@ class Tuning:
         rates = [trial.rate for trial in self.trials]
         if self.recommended is None:
             return [f"No rate could be measured; try lower ones, such as --rates {rate_text(min(rates) / 10)}"]
+        if not any(trial.score for trial in self.trials):
+            return [
+                "Nothing was learned at any rate; give more --iterations, or look at the labels with cegate data check"
+            ]
         how = "places of the source, each left out of training" if self.by_place else "the held-out part of the source"
         lines = [
             f"Measured on {how}.",

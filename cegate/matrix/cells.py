@@ -163,7 +163,9 @@ def read_configs(
                 problems.setdefault(str(error), []).append(f"{setting.name} with {method}")
                 continue
             if not config.data.targets:
-                problems.setdefault("there is nothing to test on; give data.targets", []).append(setting.name)
+                problems.setdefault(
+                    "there is nothing to test on; give data.targets, as in --data.targets.elsewhere.root DIR", []
+                ).append(setting.name)
             configs[setting.name, method] = config
     if problems:
         raise ConfigError("; ".join(f"{', '.join(dict.fromkeys(who))}: {text}" for text, who in problems.items()))

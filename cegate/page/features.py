@@ -22,7 +22,7 @@ from cegate.errors import CegateError
 from cegate.figures import LINES, STYLE, domain_title, svg_uri
 from cegate.page.reading import RunFiles
 from cegate.page.tiles import Picture, open_domain, photo
-from cegate.palette import default_palette
+from cegate.palette import palette_of
 from cegate.segmenter import Segmenter
 
 IMAGES, SHOWN = 12, 3
@@ -81,7 +81,7 @@ def features_part(run: RunFiles, config: Config) -> dict[str, Any]:
         if place is None:
             problems.append(NO_UMAP)
         else:
-            palette = run.config.data.palette or default_palette(len(run.classes))
+            palette = run.config.data.palette or palette_of(run.classes)
             drawn = svg_uri(map_figure(place, chosen, run.classes, palette))
     return {"tiles": list(shown.items()), "map": drawn, "problems": problems}
 

@@ -26,7 +26,7 @@ from cegate.errors import CegateError, DataError
 from cegate.figures import headline
 from cegate.metrics import Confusion
 from cegate.page.reading import RunFiles, how_to_evaluate, read_domain
-from cegate.palette import default_palette
+from cegate.palette import palette_of
 from cegate.segmenter import Segmenter, ValueRange
 
 SIDE_PX = 512
@@ -101,7 +101,7 @@ def tiles_part(run: RunFiles, config: Config, count: int) -> dict[str, Any] | No
     open_model = cache(lambda: _Painter(run, config))
     domains = [_domain_tiles(run, config, domain, count, open_model) for domain in run.domains]
     pictured = [tile for domain in domains for tile in domain.tiles if tile.pictures]
-    palette = run.config.data.palette or default_palette(len(run.classes))
+    palette = run.config.data.palette or palette_of(run.classes)
     colours = [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in _confidence_palette(LEGEND_STEPS)]
     return {
         "domains": domains,

@@ -24,6 +24,8 @@ def test_the_lowest_rate_that_comes_close_is_recommended():
     assert len(Tuning(tuple(trials[1:]), by_place=True).advice()) == 3
     assert Tuning(tuple(trials[3:]), by_place=True).recommended is None
     places = Trial(1e-4, {"a": 0.2, "b": 0.4}, 1.0)
+    (nothing,) = Tuning((Trial(1e-4, {"validation": 0.0}, 1.0),), by_place=False).advice()
+    assert nothing.startswith("Nothing was learned at any rate; give more --iterations")
     assert places.score == pytest.approx(0.3) and rate_text(1e-3) == "1e-3" and rate_text(2.5e-4) == "2.5e-4"
 
 
