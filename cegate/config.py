@@ -185,7 +185,7 @@ class DataConfig:
     batch_size: Annotated[int, Range(1, 4096)] = 4
     """Crops per iteration."""
     workers: Annotated[int, Range(0, 1024)] = 2
-    """Processes that read and augment."""
+    """Processes that read and augment; one more for the scoring rounds, where there are any."""
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     """Random changes of a training crop."""
 

@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
     seconds = files.pair_second(images, files.find_images(options["second"])) if paired else None
     if options["overwrite"] and options["keep"]:
         raise ConfigError("give one of --overwrite and --keep")
-    kept = {"overwrite": options["overwrite"], "keep": options["keep"]}
+    kept = {"overwrite": options["overwrite"], "keep": options["keep"], "seconds": (seconds or {}).values()}
     masks = files.plan_outputs(images, Path(options["output"]), **kept)
     device = pick_device(options["device"] or "auto")
     segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])

@@ -191,7 +191,9 @@ class Segmenter(Network):
         if adapter is not None:
             forward, head = partial(self, adapter=adapter), self.bank.head(self.bank.index(adapter))
         shares, further = head.log_shares, recipe.further
-        mosaic = Mosaic(recipe.crop, stride or recipe.stride, blend, log_shares=shares, further=further)
+        mosaic = Mosaic(
+            recipe.crop, recipe.stride if stride is None else stride, blend, log_shares=shares, further=further
+        )
         return Predictor(forward, mosaic, self.device, precision_of(recipe.precision, self.device)[1], self, tta)
 
     def predict(

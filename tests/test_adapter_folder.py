@@ -6,7 +6,7 @@ import dataclasses
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,9 @@ from cegate import checkpoint
 from cegate import segmenter as segmenter_module
 from cegate.adapter_folder import load_adapter, save_adapter
 from cegate.backbone.vit import tiny_vit, weight_hash
+from cegate.config import InjectorConfig, ModalConfig, ModelConfig, RefinerConfig, SecondConfig
 from cegate.errors import BackboneError, CegateError, CheckpointError
+from cegate.fields import choices, hints_of
 from cegate.gate import GatePlan
 from cegate.inspect import main as inspect_command
 from cegate.predict import main as predict_command
@@ -384,7 +386,15 @@ def test_class_names_are_no_markup(folder, capfd):
 
 # --- anything at all ------------------------------------------------------------------------------------------------
 
-ANY = st.recursive(
+WORDS = sorted(
+    {
+        word
+        for section in (ModalConfig, InjectorConfig, RefinerConfig, ModelConfig, SecondConfig)
+        for hint in hints_of(section).values()
+        for word in choices(hint)
+    }
+)
+ANY = st.sampled_from(WORDS) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**400, "a\0b"]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=6,
@@ -409,6 +419,14 @@ def built(monkeypatch):
     monkeypatch.setattr(adapter_folder, "build", build)
 
 
+def _sections(mapping: dict) -> Iterator[dict]:
+    """Mappings within mappings, at any depth."""
+    for value in mapping.values():
+        if isinstance(value, dict):
+            yield value
+            yield from _sections(value)
+
+
 def accepted(folder: Path) -> bool:
     """Whether an adapter is taken; where it is, it predicts classes that it names."""
     try:
@@ -430,7 +448,7 @@ def test_any_value_of_any_key_is_taken_or_refused_in_a_line(folder, built, data)
     path = folder / "adapter_config.json"
     good = path.read_text()
     mapping = json.loads(good)
-    sections = [value for value in mapping.values() if isinstance(value, dict)]
+    sections = list(_sections(mapping))
     where = data.draw(st.sampled_from([mapping] * len(sections) + sections))
     key = data.draw(st.sampled_from(sorted(where)))
     if isinstance(where[key], list) and where[key] and data.draw(st.booleans()):

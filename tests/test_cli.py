@@ -179,6 +179,11 @@ def test_the_entry_point_knows_its_verbs(capsys):
             1,
             "error: ro/x: Permission denied; see that it can be read and written",
         ),
+        (
+            OSError(5, "Input/output error", "disk/x"),
+            1,
+            "error: disk/x: Input/output error; see that it can be read and written",
+        ),
         (KeyboardInterrupt("saved; go on with --resume"), 130, "saved; go on with --resume"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

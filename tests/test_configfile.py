@@ -17,7 +17,7 @@ from cegate import configfile, train
 from cegate.config import Config, StyleConfig
 from cegate.configfile import SYNONYMS, all_keys, read_config, to_mapping, to_yaml
 from cegate.errors import ConfigError, shown
-from cegate.fields import hints_of, section_of, texts_of
+from cegate.fields import choices, hints_of, section_of, texts_of
 from cegate.methods import METHODS
 from cegate.sites import PAPER_KINDS
 
@@ -465,9 +465,27 @@ VALUES = st.recursive(
     ODD, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(ODD.filter(hash), inner, max_size=3), max_leaves=6
 )
 NAMES = st.sampled_from(["a", "", "source", "a b", "\0", "é", ".", "x" * 300])
-KEYS = st.builds(
-    lambda key, name: key.replace("<name>", name), st.sampled_from([*all_keys(), *configfile.SECTIONS]), NAMES
-)
+
+
+def every_key(cls: type = Config, prefix: str = "") -> typing.Iterator[tuple[str, object]]:
+    """Dotted key -> type, of values and of sections, also of sections that may be null."""
+    for name, hint in hints_of(cls).items():
+        inner, named, _ = section_of(hint)
+        yield prefix + name, hint
+        if inner:
+            yield from every_key(inner, f"{prefix}{name}.<name>." if named else f"{prefix}{name}.")
+
+
+HINTS = dict(every_key())
+GOOD = ["0", "1", "2", "8", "0.5", "true", "false", "[1]", "[0, 1]", "a", "[a, b]", "null", "{}", "{root: x}"]
+"""What is right for some key or other, so that values meet each other."""
+
+
+@st.composite
+def keys_and_values(draw) -> tuple[str, object]:
+    key = draw(st.sampled_from(sorted(HINTS)))
+    right = st.sampled_from(choices(HINTS[key]) or GOOD)
+    return key.replace("<name>", draw(NAMES)), draw(right | st.sampled_from(GOOD) | VALUES)
 
 
 def call(argv) -> str:
@@ -479,8 +497,8 @@ def call(argv) -> str:
     return err.getvalue()
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=3))
+@settings(max_examples=60, deadline=None)
+@given(st.lists(keys_and_values(), min_size=1, max_size=4))
 def test_no_key_and_value_ends_in_a_traceback(pairs):
     texts = [(key, value if isinstance(value, str) else shown(value)) for key, value in pairs]
     line = call(["--print_config", *(f"--{key}={text}" for key, text in texts)])
@@ -490,6 +508,15 @@ def test_no_key_and_value_ends_in_a_traceback(pairs):
         with contextlib.suppress(ConfigError):
             config = read_config(mapping, training=training)
             assert read_config(configfile.parse_yaml(to_yaml(config))) == config
+
+
+def test_the_keys_that_are_tried_are_all_keys():
+    assert {*all_keys(), *configfile.SECTIONS} <= HINTS.keys()
+    assert {
+        "data.source.second.scale",
+        "data.targets.<name>.second.bands",
+        "data.unlabelled.val_fraction",
+    } <= HINTS.keys()
 
 
 @settings(max_examples=100, deadline=None)

@@ -324,6 +324,10 @@ def _numbers(options: dict[str, Any], name: str, kind: Callable[[str], Any]) -> 
         raise ConfigError(f"--{name}={options[name]} is not accepted; expected numbers with commas") from None
 
 
+_MOST = {"rows": 64, "crop": 2**14, "block": 2**14, "style_block": 2**14, "seed": 2**63 - 1}
+"""Option -> largest number, where 10^9 would be asked for by a slip alone."""
+
+
 def _number(options: dict[str, Any], name: str, kind: Callable[[str], Any], default: Any) -> Any:
     if options[name] is None:
         return default
@@ -331,9 +335,12 @@ def _number(options: dict[str, Any], name: str, kind: Callable[[str], Any], defa
         value = kind(options[name])
     except ValueError:
         value = -1
-    if not value >= 0 or (kind is int and not value and name != "seed"):
+    most = _MOST.get(name, 10**9)
+    if not 0 <= value <= most or (kind is int and not value and name != "seed"):
         least = "0" if kind is float or name == "seed" else "1"
-        raise ConfigError(f"--{name}={options[name]} is not accepted; expected a number of {least} or more")
+        raise ConfigError(
+            f"--{name}={shown(options[name])} is not accepted; expected a number of {least} or more, up to {most}"
+        )
     return value
 
 

@@ -355,6 +355,15 @@ class FileSet(SegmentationSet):
                 *(self.name, len(self._misplaced), len(self), *next(iter(self._misplaced.items()))),
             )
         self._say_what_is_read()
+        if self._rasters and (
+            both := {*self.bands} & {*self._rasters.bands}
+        ):  # of one file, as infrared beside colours
+            for pair, file in zip(self._pairs, self._rasters.files, strict=True):
+                if pair.image == file:
+                    raise DataError(
+                        f"set {self.name!r}: {file} would be its own second raster (band {min(both)} is read for both)"
+                        "; mend second.images or second.bands"
+                    )
         if self._rasters and (warped := self._rasters.check([self._header(index) for index in range(len(self))])):
             log.warning("%s", warped)
         if masks := [pair.mask for pair in self._pairs if pair.mask is not None]:

@@ -253,11 +253,12 @@ class Stage:
         Args:
             progress: told how many samples are scored.
         """
-        started, self.is_whole = time.perf_counter(), False
+        started = time.perf_counter()
         self.read_losses()
         self.passes.forget()
         self.optimizer.zero_grad(set_to_none=True)
         mass = self.measure(progress) if self.config.gate.method == "fisher" else {}
+        self.is_whole = False
         chosen = self.gate.choose(self.iteration, mass)
         self.team.agree(chosen.plan.active, f"the gate of iteration {self.iteration}")
         self.network.toolbox.apply(chosen.plan)

@@ -145,7 +145,7 @@ def place_on_plane(features: np.ndarray) -> np.ndarray | None:
         import umap
     except ImportError:
         return None
-    return umap.UMAP(n_neighbors=min(15, len(features) - 1), random_state=0).fit_transform(features)
+    return umap.UMAP(n_neighbors=min(15, len(features) - 1), random_state=0, n_jobs=1).fit_transform(features)
 
 
 def map_figure(
@@ -166,5 +166,6 @@ def map_figure(
                     dots = ax.scatter(*place[whose].T, s=5, color=colour, label=name, linewidths=0)
                     dots.set_rasterized(True)
             ax.set(xticks=[], yticks=[], title=title)
+            ax.spines[:].set_visible(False)
             ax.legend(loc="upper left", bbox_to_anchor=(-0.02, -0.02), ncols=3, fontsize=8, markerscale=2)
     return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from cegate.adapter_folder import CONFIG_FILE
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN
 from cegate.engine.results import Record, best_iteration, records_of
-from cegate.errors import CheckpointError, ConfigError
+from cegate.errors import CheckpointError, ConfigError, shown
+from cegate.fields import read_fields
 from cegate.figures import in_order
 from cegate.runfolder import RunFolder, read_record
 from cegate.sites import SiteId
@@ -145,6 +146,10 @@ def _read(label: str, folder: RunFolder, config: Config) -> RunFiles:
         before = records_of(records, "before", best_iteration(records, "before", validated=validated))
     else:
         counts, before, after = result["iteration"], result["before"], result["after"]
+        if not isinstance(before, dict) or not isinstance(after, dict):
+            raise CheckpointError(f"{path} holds no scores by domain; finish the run with cegate train --resume")
+    for record in (*before.values(), *after.values()):
+        _check_scores(record, folder.path / "metrics.jsonl" if result is None else path)
     environment = folder.path / "env.json"
     return RunFiles(
         label=label,
@@ -159,6 +164,30 @@ def _read(label: str, folder: RunFolder, config: Config) -> RunFiles:
         before=before,
         after=after,
     )
+
+
+@dataclass(frozen=True)
+class _ClassScores:
+    IoU: float | None
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """What every record of an evaluation holds, beside more."""
+
+    mIoU: float | None
+    per_class: dict[str, _ClassScores] = field(default_factory=dict)
+
+
+def _check_scores(record: Any, path: Path) -> None:
+    try:
+        if not isinstance(record, Mapping):
+            raise ConfigError(f"{shown(record)} is no record of scores")
+        classes = record.get("per_class", {})
+        plain = {name: {"IoU": scores.get("IoU", "")} for name, scores in classes.items()}
+        read_fields(_Scores, {**record, "per_class": plain})
+    except (ConfigError, AttributeError) as error:
+        raise CheckpointError(f"{path}: {error}; finish or evaluate the run again") from error
 
 
 def _sites(folder: RunFolder, config: Config) -> tuple[str, ...]:
@@ -186,6 +215,8 @@ def read_domain(run: RunFiles, domain: str) -> DomainFiles:
     """
     folder = run.folder.eval / domain
     metrics = read_record(folder / "metrics.json") if (folder / "metrics.json").is_file() else None
+    if metrics is not None:
+        _check_scores(metrics, folder / "metrics.json")
     arrays: dict[str, np.ndarray] = {}
     for name in ("confusion.npy", "tiles.npz"):
         if (folder / name).is_file():

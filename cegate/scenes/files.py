@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -118,7 +118,12 @@ def _suffix_for(image: Path) -> str:
 
 
 def plan_outputs(
-    images: Sequence[Path], output: Path, *, overwrite: bool = False, keep: bool = False
+    images: Sequence[Path],
+    output: Path,
+    *,
+    overwrite: bool = False,
+    keep: bool = False,
+    seconds: Iterable[Path] = (),
 ) -> dict[Path, Path]:
     """Decide where each mask goes, before any work is done.
 
@@ -128,6 +133,7 @@ def plan_outputs(
             for a georeferenced image, a .png for others.
         overwrite: existing masks may be replaced.
         keep: images that have a mask already are left out.
+        seconds: second rasters, which no mask may replace either.
 
     Returns:
         Image -> mask file.
@@ -149,12 +155,12 @@ def plan_outputs(
     else:
         masks = {image: output / f"{image.stem}{_suffix_for(image)}" for image in images}
     taken: dict[Path, Path] = {}
-    given = {image.resolve() for image in images}
+    given = {file.resolve() for file in (*images, *seconds)}
     for image, mask in masks.items():
         if mask in taken:
             raise DataError(f"{taken[mask]} and {image} would both be written to {mask}; predict them into two folders")
         if mask.resolve() in given:
-            raise DataError(f"the mask of {image} would replace the image {mask}; give another --output")
+            raise DataError(f"the mask of {image} would replace {mask}, which is read; give another --output")
         if mask.exists() and not (overwrite or keep):
             raise DataError(
                 f"{mask} exists; give another --output, --overwrite to replace it, or --keep to leave its image out"

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -101,9 +102,10 @@ class Mosaic:
         if self.blend not in BLENDS:
             raise ConfigError(
                 f"blend={self.blend} is unknown; use {', '.join(BLENDS[:-1])} or {BLENDS[-1]}"
-                f"{nearest(self.blend, BLENDS)}"
+                f"{nearest(str(self.blend), BLENDS)}"
             )
-        if self.stride is not None and not 1 <= self.stride <= self.crop:
+        whole = isinstance(self.stride, Integral) and not isinstance(self.stride, bool)
+        if self.stride is not None and not (whole and 1 <= self.stride <= self.crop):
             raise ConfigError(f"stride={self.stride} does not fit windows of {self.crop} px; use 1..{self.crop}")
 
     def rows(self, forward: Forward, source: Source, device: torch.device | str = "cpu") -> Iterator[Rows]:

@@ -38,7 +38,7 @@ class Predictor:
 
     def __post_init__(self) -> None:
         if self.tta not in TTA:
-            raise ConfigError(f"tta={self.tta} is unknown; use {' or '.join(TTA)}{nearest(self.tta, TTA)}")
+            raise ConfigError(f"tta={self.tta} is unknown; use {' or '.join(TTA)}{nearest(str(self.tta), TTA)}")
 
     def rows(self, source: Source) -> Iterator[Rows]:
         """Logits of an image from top to bottom.

@@ -163,6 +163,7 @@ def open_reader(
                 "images that have them"
             )
         dtype = file.dtype_of(bands)
+        _refuse_itself(image, second, learned)
         _refuse_hollow(image, header)
         _refuse_too_wide(image, header, dtype, learned)
         read = lambda part: file.read(bands, window=part)  # noqa: E731
@@ -290,6 +291,17 @@ def _bands_first(image: np.ndarray, bands: int, name: str = "image") -> np.ndarr
     if image.ndim == 3 and image.shape[-1] == bands:
         return np.moveaxis(image, -1, 0)
     raise DataError(f"{name} has shape {image.shape}; the model takes ({bands}, H, W) or (H, W, {bands})")
+
+
+def _refuse_itself(image: str | Path, second: RawImage | None, learned: Learned) -> None:
+    """One file may hold both rasters, as infrared beside colours, but no band of it is both."""
+    if learned.second is None or not isinstance(second, str | Path) or not Path(second).exists():
+        return
+    if Path(image).samefile(second) and (both := sorted({*learned.bands} & {*learned.second.bands})):
+        raise DataError(
+            f"{image} would be its own second raster (band {both[0]} is read for both); give --second other files than "
+            "--input"
+        )
 
 
 def _refuse_hollow(image: str | Path, header: Header) -> None:

@@ -19,7 +19,7 @@ from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import Batch, TrainStream
 from cegate.data.transforms import draw_class_mask
 from cegate.segmenter import Segmenter
-from cegate.tasks.stream import Share, crops_of
+from cegate.tasks.stream import Probes, Share, crops_of
 from cegate.tasks.task import Step, Task, Term, View
 
 
@@ -43,7 +43,7 @@ class Dacs(Task):
         self.teacher = Teacher(network, config.adapt.ema)
         crops = crops_of(config, network, target, config.data.batch_size, "target", share)
         self._pasting = Pasting(crops, warmup=config.adapt.warmup, seed=config.run.seed)
-        self._probe = crops_of(config, network, target, config.gate.samples, "fisher target", share)
+        self._probes = Probes(config, crops_of(config, network, target, config.gate.samples, "fisher target", share))
         self._seen: dict[str, list[float]] = {"mixed": [], "confident": []}
 
     def draws(self) -> Pasting:
@@ -76,7 +76,7 @@ class Dacs(Task):
     def probe(self, iteration: int) -> list[Batch]:
         if iteration < self.adapt.warmup or self.adapt.fisher_domains == "source":
             return []
-        pieces = self._probe.batch(iteration).pieces(self.piece)
+        pieces = self._probes.batch(iteration).pieces(self.piece)
         return [self._labelled(piece.to(self.network.device)) for piece in pieces]
 
     def _labelled(self, target: Batch) -> Batch:

@@ -8,7 +8,7 @@ from cegate.config import Config
 from cegate.data.datasets import SegmentationSet
 from cegate.data.stream import Batch
 from cegate.segmenter import Segmenter
-from cegate.tasks.stream import Share, crops_of
+from cegate.tasks.stream import Probes, Share, crops_of
 from cegate.tasks.task import Step, Task, Term, View
 
 
@@ -27,7 +27,7 @@ class Segmentation(Task):
 
     def __init__(self, config: Config, network: Segmenter, source: SegmentationSet, share: Share = range) -> None:
         self.network, self.piece = network, config.data.batch_size
-        self.crops = crops_of(config, network, source, config.gate.samples, "fisher", share)
+        self.probes = Probes(config, crops_of(config, network, source, config.gate.samples, "fisher", share))
 
     @property
     def recordable(self) -> bool:
@@ -42,5 +42,5 @@ class Segmentation(Task):
         return [Term("source", step.loss("image"), list(step.views["image"].names))]
 
     def probe(self, iteration: int) -> Iterator[Batch]:
-        pieces = self.crops.batch(iteration).pieces(self.piece)
+        pieces = self.probes.batch(iteration).pieces(self.piece)
         return (piece.to(self.network.device) for piece in pieces)

@@ -57,6 +57,34 @@ class StepData:
         return StepData(self.source.pin_memory(), drawn, self.pixels)
 
 
+class Probes:
+    """A stream's batches for the scoring rounds. With data workers one more of them reads the next ones while steps are
+    made, so that no round waits for files.
+
+    Args:
+        config: how often rounds come, and whether there are workers.
+        crops: a batch is what one round scores.
+    """
+
+    def __init__(self, config: Config, crops: TrainStream) -> None:
+        self.crops, self.every, self.workers = crops, config.gate.interval, min(1, config.data.workers)
+        self.stop = config.train.iterations
+        self._next, self._ahead = -1, iter(())
+
+    def batch(self, iteration: int) -> Batch:
+        """Of the round before an iteration.
+
+        Raises:
+            WorkerLostError: the worker was killed, or gives nothing any more.
+        """
+        if not self.workers or iteration >= self.stop:
+            return self.crops.batch(iteration)
+        if iteration != self._next:
+            self._ahead = fetch(self.crops.batch, range(iteration, self.stop, self.every), self.workers)
+        self._next = iteration + self.every
+        return next(self._ahead)
+
+
 class StepStream:
     """Source crops joined by the draws of the tasks; a pure function of the iteration, as its source is.
 

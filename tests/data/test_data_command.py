@@ -57,6 +57,9 @@ def test_missing_files_and_wrong_labels_end_with_1(capsys, tmp_path, miniature):
         (["prepare", "whu", "--rot", "x"], "unknown option --rot; did you mean --root?"),
         (["prepare", "whu", "--root", "x", "--out", "y", "--workers", "two"], "--workers=two is not accepted"),
         (["generate", "whu"], "--out is missing"),
+        (["check", ".", "--labels", "*", "--allowed", "1-0"], "--allowed=1-0 is neither values"),
+        (["check", ".", "--labels", "*", "--allowed", "0-" + "9" * 5000], "is neither values, as in 0-6,255"),
+        (["check", ".", "--labels", "a\0b"], "argument 'a\\x00b' holds a NUL"),
         (["generate", "wuh", "--out", "x"], "no miniature of 'wuh'"),
         (["check"], "the folder to check is missing"),
         (["check", "x", "--labels", "y"], "give --labels and --allowed together"),
@@ -76,6 +79,10 @@ def test_a_miniature_is_not_written_over_something(capsys, tmp_path):
     (tmp_path / "x").write_text("x")
     code, _, err = run(capsys, "generate", "whu", "--out", tmp_path)
     assert code == cli.FAILED and "is not empty; give a new folder" in err
+    code, _, err = run(capsys, "generate", "climates", "--out", "/proc/x")
+    assert (
+        code == cli.FAILED and err == "error: /proc/x: No such file or directory; see that it can be read and written\n"
+    )
 
 
 def test_climates_are_images_with_masks(capsys, tmp_path):

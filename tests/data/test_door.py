@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -188,6 +190,13 @@ def test_a_container_of_rasters_is_refused_in_a_line(tmp_path, monkeypatch):
 def test_complex_radar_is_refused_in_a_line(tmp_path):
     path = write(tmp_path / "slc.tif", bands=1, dtype="complex64")
     with pytest.raises(DataError, match=r"slc\.tif: pixels are complex64.*write amplitude, intensity or dB"):
+        read_image(path)
+
+
+def test_a_name_that_is_no_text_is_refused_in_a_line(tmp_path):
+    path = tmp_path / os.fsdecode(b"\xff.tif")
+    shutil.copy(write(tmp_path / "a.tif"), path)
+    with pytest.raises(DataError, match=r"udcff\.tif': a name that is no UTF-8, which GDAL does not open; rename"):
         read_image(path)
 
 

@@ -6,10 +6,12 @@ import dataclasses
 import errno
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from cegate.data.prepared import FILE, Counts, read_manifest
 from cegate.data.published import prepare as prepare_module
@@ -588,3 +590,9 @@ def test_a_miniature_depends_on_its_seed_only(miniature, tmp_path):
     assert contents(tmp_path / "same") == contents(miniature("mmhunan"))
     assert contents(tmp_path / "other").keys() == contents(tmp_path / "same").keys()
     assert contents(tmp_path / "other") != contents(tmp_path / "same")
+
+
+def test_a_killed_process_is_one_line():
+    killed = prepare_module.run_all(signal.raise_signal, [signal.SIGKILL] * 2, 2, "", Console(quiet=True))
+    with pytest.raises(DataError, match=r"a process was killed, .*; use fewer --workers and call it again, which goes"):
+        list(killed)

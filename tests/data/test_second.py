@@ -161,6 +161,13 @@ def test_an_image_without_a_second_raster_is_named_or_unknown_throughout(root):
         open_it(root, images="dsm.tif")
 
 
+def test_an_image_is_no_second_raster_of_itself_but_its_other_bands_may_be(root):
+    with pytest.raises(DataError, match=r"0\.tif would be its own second raster \(band 1 is read for both\); mend sec"):
+        open_it(root, images="images/*", bands=[1]).check()
+    data = open_it(root, images="images/*", bands=[3], set_keys={"bands": [2, 1]})
+    assert data.read(0).image.shape[0] == 3
+
+
 def test_a_raster_of_nothing_but_holes_is_refused_unless_it_may_miss(root):
     write(root / "second/0.tif", np.full((40, 36), -1, np.int16), nodata=-1, **UTM)
     with pytest.raises(DataError, match=r"0\.tif: no pixel of the second raster is known; .*second\.missing: allow"):

@@ -127,9 +127,10 @@ def test_a_killed_worker_is_one_line_and_what_is_done_is_saved(small, whole, mon
 def test_a_lost_worker_is_not_waited_for_without_end(monkeypatch, how):
     """Each batch is a tensor that must be asked of its worker, which no time limit of torch covers."""
     monkeypatch.setattr(stream, "PATIENCE_S", 1.0)
+    before = multiprocessing.active_children()
     batches = stream.fetch(torch.tensor, range(50), 1)
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()).difference(before)
     os.kill(worker.pid, how)
     why = "gave nothing for 1 s" if how == signal.SIGSTOP else "was killed"
     with pytest.raises(WorkerLostError, match=f"a data worker {why}"):

@@ -71,6 +71,18 @@ def test_the_same_run_twice_is_refused(make_run):
     [
         ("result.json", b"{", "result.json cannot be read"),
         ("result.json", b'{"iteration": 3}', "result.json lacks iteration, before or after"),
+        ("result.json", b'{"iteration": 3, "before": [], "after": {}}', "result.json holds no scores by domain"),
+        ("result.json", b'{"iteration": 3, "before": {}, "after": {"arid": {}}}', "result.json: lacks mIoU; finish or"),
+        (
+            "result.json",
+            b'{"iteration": 3, "before": {"arid": 5}, "after": {}}',
+            "result.json: 5 is no record of scores",
+        ),
+        (
+            "result.json",
+            b'{"iteration": 3, "before": {}, "after": {"arid": {"mIoU": null, "per_class": {"a": {}}}}}',
+            "result.json: per_class.a.IoU='' is not accepted",
+        ),
         ("env.json", b"no", "env.json cannot be read"),
         ("config.yaml", None, "is no run folder"),
     ],
@@ -91,6 +103,14 @@ def test_files_of_a_domain(make_run):
     assert files.tile_names == tuple(f"arid/{index:05d}" for index in range(5))
     assert np.array_equal(files.tile_confusion.sum(axis=0), files.confusion)
     assert read_domain(run, "elsewhere").confusion is None
+
+
+def test_scores_of_a_domain_that_lack_their_numbers_are_named(make_run):
+    folder = make_run()
+    (folder / "eval/arid/metrics.json").write_text("{}")
+    (run,) = read_runs([folder])
+    with pytest.raises(CheckpointError, match=r"arid/metrics\.json: lacks mIoU; finish or evaluate the run again"):
+        read_domain(run, "arid")
 
 
 @pytest.mark.parametrize("name", ["tiles.npz", "confusion.npy"])

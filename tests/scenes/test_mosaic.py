@@ -203,5 +203,11 @@ def test_default_stride_is_that_of_the_paper():
 def test_what_leaves_gaps_or_has_no_name_is_refused():
     with pytest.raises(ConfigError, match=r"stride=33 does not fit windows of 32 px; use 1\.\.32"):
         Mosaic(32, 33)
+    for stride in (0, -1, 1.5, "8", True, 2**70):
+        with pytest.raises(ConfigError, match=f"stride={stride} does not fit windows of 32 px"):
+            Mosaic(32, stride)
+    assert Mosaic(32, np.int64(8)).stride == 8
+    with pytest.raises(ConfigError, match="blend=None is unknown"):
+        Mosaic(32, blend=None)
     with pytest.raises(ConfigError, match=r"blend=cosin is unknown; use none, linear or cosine; did you mean 'cosine'"):
         Mosaic(32, blend="cosin")

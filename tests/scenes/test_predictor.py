@@ -90,5 +90,9 @@ def test_flip_of_a_mirrored_image_is_the_mirrored_result(segmenter):
     shares, mirrored = (segmenter.predict_proba(x, tta="flip") for x in (image, image[..., ::-1].copy()))
     assert np.abs(mirrored[..., ::-1] - shares).max() < 1e-5
     assert np.abs(segmenter.predict_proba(image) - shares).max() > 1e-4
+    with pytest.raises(ConfigError, match="stride=0 does not fit windows"):
+        segmenter.predictor(stride=0)
+    with pytest.raises(ConfigError, match="tta=None is unknown"):
+        segmenter.predictor(tta=None)
     with pytest.raises(ConfigError, match=r"tta=flp is unknown; use none or flip; did you mean 'flip'"):
         segmenter.predict(image, tta="flp")

@@ -17,7 +17,7 @@ from cegate.config import SecondConfig, SetConfig
 from cegate.data.opening import open_set
 from cegate.data.stream import EvalStream
 from cegate.errors import DataError
-from cegate.scenes.files import pair_second
+from cegate.scenes.files import pair_second, plan_outputs
 from cegate.scenes.mosaic import Mosaic, Pixels
 from cegate.scenes.reader import open_reader
 
@@ -194,6 +194,21 @@ def test_files_are_paired_by_name(images, seconds, pairs, tmp_path):
             pair_second(images, seconds)
     else:
         assert pair_second(images, seconds) == dict(zip(images, [seconds[k] for k in pairs], strict=True))
+
+
+def test_a_raster_that_is_read_is_no_output_and_no_second_of_itself(model, scene, tmp_path):
+    image, second = tmp_path / "a.png", tmp_path / "dsm.tif"
+    for file in (image, second):
+        file.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"the mask of .*a\.png would replace .*dsm\.tif, which is read"):
+        plan_outputs([image], second, overwrite=True, seconds=[second])
+    image, _ = scene
+    (tmp_path / "link.tif").symlink_to(image)
+    for itself in (image, tmp_path / "link.tif"):
+        with pytest.raises(
+            DataError, match=r"would be its own second raster \(band 1 is read for both\); give --second"
+        ):
+            model.predict(image, second=itself)
 
 
 def test_the_command_takes_two_inputs_or_one(model, scene, tmp_path, capsys):

@@ -66,6 +66,8 @@ def test_the_picture_shows_image_style_blocks_and_mask(region):
         (["--alpha", "much"], USAGE, "--alpha=much is not accepted"),
         (["--region", "mask"], USAGE, "use masked or kept; did you mean 'masked'?"),
         (["--ratio", "7"], USAGE, "mim.ratio=7.0 is no share of blocks"),
+        (["--rows", "10000000"], USAGE, "--rows=10000000 is not accepted; expected a number of 1 or more, up to 64"),
+        (["--alpha", "inf"], USAGE, "--alpha=inf is not accepted"),
         (["--block", "600"], USAGE, "mim.block=600 is larger than the crop"),
         (["--bands", "1,2,x"], USAGE, "--bands=1,2,x is not accepted"),
         (["--value_range", "5,5"], USAGE, "expected LOW,HIGH"),
@@ -79,6 +81,16 @@ def test_bad_input_is_one_line(folder, capsys, change, code, message):
     assert main(command) == code
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_statistics_are_of_images_that_have_pixels_and_go_into_files_of_their_kind(capsys, folder, tmp_path):
+    assert main(["style-stats", str(folder), "--out", str(tmp_path / "s.txt")]) == USAGE
+    assert "statistics are not written as .txt; give an .npz file, or a folder" in capsys.readouterr().err
+    (tmp_path / "nan").mkdir()
+    write_image(tmp_path / "nan/0.tif", np.full((3, 8, 8), np.nan, np.float32))
+    command = ["style-stats", str(tmp_path / "nan"), "--out", str(tmp_path / "s.npz"), "--value_range", "0,1"]
+    assert main(command) == FAILED
+    assert "0.tif: no finite pixel, so it has no style" in capsys.readouterr().err
 
 
 def test_unknown_actions_and_missing_arguments(capsys, folder):
