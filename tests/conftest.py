@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cegate.config import Config
+    from cegate.segmenter import Segmenter
 
 # the models are tiny: a second thread only waits for the first; set before torch is imported, for subprocesses too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,6 +48,33 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no {folder}: set CEGATE_SHARED to the folder with data/, weights/ and vectors/")
     return folder
+
+
+THREE_SITES: dict[str, Any] = {
+    "data": {"classes": ["land", "water"], "crop": 32},
+    "model": {"weights": "none"},
+    "toolbox": {"spatial": {"rank": 2}, "semantic": {"width": 4}, "frequency": {"width": 2}},
+}
+
+
+@pytest.fixture(scope="session")
+def trained() -> Callable[..., Segmenter]:
+    """Makes a model of THREE_SITES, changed by sections, whose every trained weight is random; two sites are on, one is
+    on and frozen."""
+    import cegate
+    from cegate.checkpoint import trained_weights
+    from cegate.gate import GatePlan
+
+    def make(**changes: object) -> Segmenter:
+        segmenter = cegate.build({**THREE_SITES, **changes})
+        with torch.no_grad():
+            for value in trained_weights(segmenter).values():
+                value.copy_(0.3 * torch.randn(value.shape))
+        segmenter.toolbox.apply(GatePlan(("spatial.1", "semantic.0"), ("frequency.7",)))
+        return segmenter.eval()
+
+    make.mapping = THREE_SITES
+    return make
 
 
 SMALL: dict[str, Any] = {

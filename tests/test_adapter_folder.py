@@ -18,37 +18,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import cegate
-from cegate import checkpoint
 from cegate import segmenter as segmenter_module
 from cegate.adapter_folder import load_adapter, save_adapter
 from cegate.backbone.vit import tiny_vit, weight_hash
 from cegate.config import InjectorConfig, ModalConfig, ModelConfig, RefinerConfig, SecondConfig
 from cegate.errors import BackboneError, CegateError, CheckpointError
 from cegate.fields import choices, hints_of
-from cegate.gate import GatePlan
 from cegate.inspect import main as inspect_command
 from cegate.predict import main as predict_command
 
-MAPPING = {
-    "data": {"classes": ["land", "water"], "crop": 32},
-    "model": {"weights": "none"},
-    "toolbox": {"spatial": {"rank": 2}, "semantic": {"width": 4}, "frequency": {"width": 2}},
-}
 SITES = ("spatial.1", "semantic.0", "frequency.7")
 
 
-def trained(**changes) -> cegate.api.Segmenter:
-    """A model whose every trained weight is random, with three sites on."""
-    segmenter = cegate.build({**MAPPING, **changes})
-    with torch.no_grad():
-        for value in checkpoint.trained_weights(segmenter).values():
-            value.copy_(0.3 * torch.randn(value.shape))
-    segmenter.toolbox.apply(GatePlan(SITES[:2], SITES[2:]))
-    return segmenter.eval()
-
-
 @pytest.fixture(scope="module")
-def segmenter():
+def segmenter(trained):
     model = trained()
     model.recipe = dataclasses.replace(model.recipe, value_range=[[0.0, 1000.0]] * 3)
     return model
@@ -146,11 +129,11 @@ def test_damaged_files_are_named(folder):
 
 
 @pytest.fixture
-def on_a_file(tmp_path) -> Path:
+def on_a_file(tmp_path, trained) -> Path:
     """A run folder whose adapter was trained on the file ``tmp_path/vit.safetensors``."""
     file = tmp_path / "vit.safetensors"
     safetensors.torch.save_file(tiny_vit(32).state_dict(), file)
-    segmenter = cegate.build(MAPPING | {"model": {"weights": str(file)}})
+    segmenter = cegate.build(trained.mapping | {"model": {"weights": str(file)}})
     save_adapter(tmp_path / "run/adapter", segmenter, weight_hash(segmenter.vit), {})
     return tmp_path / "run"
 

@@ -21,29 +21,13 @@ from cegate.checkpoint import (
     save_state,
 )
 from cegate.errors import CheckpointError
-from cegate.gate import GatePlan
 from cegate.runfolder import Journal, RunFolder, written_aside
 
-MAPPING = {
-    "data": {"classes": ["land", "water"], "crop": 32},
-    "model": {"weights": "none"},
-    "toolbox": {"spatial": {"rank": 2}, "semantic": {"width": 4}, "frequency": {"width": 2}},
-}
 SITES = ("spatial.1", "semantic.0", "frequency.7")
 
 
-def trained(**changes) -> cegate.api.Segmenter:
-    """A model whose every trained weight is random, with three sites on."""
-    segmenter = cegate.build({**MAPPING, **changes})
-    with torch.no_grad():
-        for value in checkpoint.trained_weights(segmenter).values():
-            value.copy_(0.3 * torch.randn(value.shape))
-    segmenter.toolbox.apply(GatePlan(SITES[:2], SITES[2:]))
-    return segmenter.eval()
-
-
 @pytest.fixture
-def segmenter():
+def segmenter(trained):
     return trained()
 
 
@@ -61,9 +45,9 @@ def state_of(segmenter, **changes) -> State:
     return State(**values | changes)
 
 
-def test_a_state_restores_weights_and_plan(segmenter, tmp_path):
+def test_a_state_restores_weights_and_plan(segmenter, tmp_path, trained):
     save_state(tmp_path / "last.pt", state_of(segmenter))
-    fresh = cegate.build(MAPPING)
+    fresh = cegate.build(trained.mapping)
     restore(fresh, load_state(tmp_path / "last.pt"), "last.pt")
     for key, value in checkpoint.trained_weights(segmenter).items():
         assert torch.equal(value, checkpoint.trained_weights(fresh)[key])
@@ -91,8 +75,8 @@ def test_the_baseline_is_never_taken_for_the_best(segmenter, tmp_path):
         load_checkpoint(run, "bst", config, "cpu")
 
 
-def test_a_state_of_other_classes_or_another_backbone_is_refused(segmenter):
-    other = cegate.build({**MAPPING, "data": {"classes": ["land", "road"], "crop": 32}})
+def test_a_state_of_other_classes_or_another_backbone_is_refused(segmenter, trained):
+    other = cegate.build({**trained.mapping, "data": {"classes": ["land", "road"], "crop": 32}})
     with pytest.raises(CheckpointError, match=r"last\.pt was trained for the classes land, water, not land, road"):
         restore(other, state_of(segmenter), "last.pt")
     with pytest.raises(CheckpointError, match=r"last\.pt was trained on a backbone with sha256 abc"):
@@ -103,7 +87,7 @@ def test_a_state_of_other_classes_or_another_backbone_is_refused(segmenter):
         restore(segmenter, lost, "last.pt")
 
 
-def test_a_refused_state_changes_nothing(segmenter):
+def test_a_refused_state_changes_nothing(segmenter, trained):
     before = {key: value.clone() for key, value in checkpoint.trained_weights(segmenter).items()}
     wrong = state_of(trained())
     wrong.trained["head.extra"] = torch.zeros(1)
@@ -206,7 +190,7 @@ def test_a_journal_of_anything_else_is_refused_by_its_line(tmp_path, line):
 
 
 @pytest.mark.parametrize("room", [0, 100, 5_000, 60_000], ids=str)
-def test_a_full_disk_is_named_and_the_old_checkpoint_stays(segmenter, tmp_path, monkeypatch, room):
+def test_a_full_disk_is_named_and_the_old_checkpoint_stays(segmenter, tmp_path, monkeypatch, room, trained):
     path = tmp_path / "last.pt"
     with pytest.raises(CheckpointError, match=r"\(No space left on device\), there was none before it; make room"):
         save_on_a_disk_of(room, path, state_of(segmenter), monkeypatch)
@@ -266,12 +250,12 @@ def as_format_1(state: State) -> dict:
     return old | {"objective": state.tasks.get("dacs", {}), "format_version": 1}
 
 
-def test_a_checkpoint_of_an_older_version_is_read_and_its_weights_are_checked(segmenter, tmp_path):
+def test_a_checkpoint_of_an_older_version_is_read_and_its_weights_are_checked(segmenter, tmp_path, trained):
     path, seen = tmp_path / "last.pt", {"mixed": [1.5], "confident": []}
     torch.save(as_format_1(state_of(segmenter, tasks={"dacs": {"seen": seen}})), path)
     state = load_state(path)
     assert state.tasks == {"dacs": {"seen": seen}} and state.config == "" and state.task_weights == {}
-    restore(cegate.build(MAPPING), state, path)
+    restore(cegate.build(trained.mapping), state, path)
     good = path.read_bytes()
     weights = max((segmenter.head.state_dict().values()), key=torch.Tensor.numel).numpy().tobytes()
     place = good.index(weights) + len(weights) // 2
