@@ -64,6 +64,11 @@ def main(argv: Sequence[str]) -> int:
     """Parse, run the cells, write and print the tables."""
     options = cli.parse_options(argv, USAGE)
     overrides = cli.parse_overrides(argv, USAGE)
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
+        raise ConfigError(
+            "torchrun is not for cegate bench, which takes every GPU of its machine by itself; on several machines "
+            "start it once on each with the same --output, and they share the cells"
+        )
     if not options["output"]:
         raise ConfigError("--output is missing; give the folder of the matrix")
     output = Path(options["output"])

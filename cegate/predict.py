@@ -13,7 +13,8 @@ _SHOWN = 4
 USAGE = cli.Usage(
     prog="cegate predict",
     description="Segment images with a trained run or a shared adapter. A georeferenced image gives a GeoTIFF with its "
-    "coordinate system, any other a PNG; both hold class indices and the palette.",
+    "coordinate system, any other a PNG; both hold class indices and the palette. "
+    "Started by torchrun, its processes share the images.",
     options=(
         cli.Option("run", "Run folder (its adapter is used).", "DIR"),
         cli.Option("adapter", "Adapter folder.", "DIR"),
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.progress import Progress
 
     from cegate.adapter_folder import load_adapter
-    from cegate.compute import pick_device
+    from cegate.engine.team import open_team
     from cegate.scenes import files
     from cegate.scenes.mosaic import BLENDS
     from cegate.scenes.predictor import TTA
@@ -81,24 +82,28 @@ def main(argv: Sequence[str]) -> int:
     if options["overwrite"] and options["keep"]:
         raise ConfigError("give one of --overwrite and --keep")
     kept = {"overwrite": options["overwrite"], "keep": options["keep"], "seconds": (seconds or {}).values()}
-    masks = files.plan_outputs(images, Path(options["output"]), **kept)
-    device = pick_device(options["device"] or "auto")
-    segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
-    # the bar on stderr, the names on stdout: above the bar on a terminal, untouched in a pipe
-    console, above = Console(stderr=True), sys.stdout.isatty()
-    given = {"seconds": seconds, "alone": alone, "all_pixels": options["all_pixels"], **windows}
-    gaps: list[str] = []
-    try:
-        with Progress(console=console, transient=True, redirect_stdout=above, disable=not console.is_terminal) as bar:
-            task = bar.add_task("predicting", total=len(masks))
-            told = lambda done: bar.update(task, completed=done)  # noqa: E731
-            for written in files.predict_files(segmenter, masks, told, **given):
-                print(written.mask, flush=True)
-                if written.without_data:
-                    gaps.append(f"{_percent(written.without_data)} of {written.image}")
-    finally:
-        if gaps:
-            print(_gap_note(gaps, all_pixels=options["all_pixels"]), file=sys.stderr)
+    with open_team(options["device"] or "auto") as (team, device):
+        masks = team.mine(files.plan_outputs(images, Path(options["output"]), **kept))
+        segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
+        # the bar on stderr, the names on stdout: above the bar on a terminal, untouched in a pipe
+        console, above = Console(stderr=True), sys.stdout.isatty()
+        shown = console.is_terminal and team.is_writer
+        given = {"seconds": seconds, "alone": alone, "all_pixels": options["all_pixels"], **windows}
+        gaps: list[str] = []
+        try:
+            with (
+                team.together(),
+                Progress(console=console, transient=True, redirect_stdout=above, disable=not shown) as bar,
+            ):
+                task = bar.add_task("predicting", total=len(masks))
+                told = lambda done: bar.update(task, completed=done)  # noqa: E731
+                for written in files.predict_files(segmenter, masks, told, **given):
+                    print(written.mask, flush=True)
+                    if written.without_data:
+                        gaps.append(f"{_percent(written.without_data)} of {written.image}")
+        finally:
+            if gaps:
+                print(_gap_note(gaps, all_pixels=options["all_pixels"]), file=sys.stderr)
     return cli.GOOD
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cegate.compute import pick_device
 from cegate.errors import CegateError, ConfigError, TrainingError
 
-T = TypeVar("T")
+K, T = TypeVar("K"), TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """For another process that is alive and late, as where one has larger images to evaluate; a dead one is noticed at
@@ -40,6 +40,20 @@ class Team:
     def share(self, count: int) -> range:
         """Those of ``count`` things in a row that this process takes; shares differ by one at most."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def mine(self, plan: dict[K, T]) -> dict[K, T]:
+        """Those of a plan that this process takes, once every process has made the same plan: nobody begins before."""
+        self.agree(len(plan), "the plan")
+        keys = list(plan)
+        return {keys[place]: plan[keys[place]] for place in self.share(len(keys))}
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """An error inside is raised once all are through, for the first process that ends with one ends the others."""
+        try:
+            yield
+        finally:
+            self.gather(None)
 
     def check(self, batch_size: int) -> None:
         """Refuse a batch of unequal shares: the mean over the team would not be the mean over the batch.

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 
 import cegate
+from cegate import bench, predict
 from cegate.checkpoint import load_state
 from cegate.data.opening import open_set
 from cegate.engine.evaluator import evaluate, join
@@ -294,3 +297,39 @@ def test_means_over_a_batch_are_refused_in_several_processes(small, tmp_path, ke
     for error in trained_together(2, lambda: train(config), tmp_path):
         assert isinstance(error, ConfigError) and why in str(error)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_shared_and_an_error_waits_for_the_others(tmp_path):
+    def work(team: Processes) -> tuple[list[str], str, float]:
+        mine, error = team.mine({name: name.upper() for name in "abcde"}), ""
+        try:
+            with team.together():
+                if team.rank == 0:
+                    raise TrainingError("a is damaged")
+                time.sleep(0.5)
+                (tmp_path / "written").touch()
+        except TrainingError as problem:
+            error = str(problem)
+        return sorted(mine.values()), error, (tmp_path / "written").exists()
+
+    assert together(2, work, tmp_path) == [(["A", "B"], "a is damaged", True), (["C", "D", "E"], "", True)]
+
+
+def test_processes_of_torchrun_share_the_images_to_predict(small, no_figures, tmp_path, capfd):
+    run = train(small(train__iterations=1, gate__samples=1)).path
+    (tmp_path / "in").mkdir()
+    for number in range(3):
+        pixels = np.full((40, 40, 3), 60 * number, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"in/{number}.png")
+    (tmp_path / "in/0.png").write_bytes(b"damaged")
+    command = ["--run", str(run), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
+    codes = trained_together(2, lambda: predict.main(command), tmp_path)
+    assert codes == [1, 0]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.png", "2.png"]
+    assert "0.png" in capfd.readouterr().err
+
+
+def test_bench_is_not_started_by_torchrun(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert bench.main(["--output", str(tmp_path)]) == 2
+    assert "start it once on each with the same --output" in " ".join(capsys.readouterr().err.split())
