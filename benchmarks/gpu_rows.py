@@ -1,6 +1,6 @@
 """Rows about a GPU, one a process, for scripts/gpu_check.sh: wall time, time of the kernels alone, their number.
 
-    python benchmarks/gpu_rows.py ROW [--out FILE] [--device cpu --small]
+    python benchmarks/gpu_rows.py ROW... [--out FILE] [--device cpu --small]
 
 Each row checks its result, prints its lines and appends them to the file at once. ``--small`` is for trying the program
 where there is no GPU; its numbers say nothing.
@@ -290,7 +290,8 @@ PARTS = {"heading": heading, "table": table}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row", choices=[*PARTS, *ROWS])
+    parser.add_argument("rows", nargs="+", choices=[*PARTS, *ROWS], metavar="ROW", help=", ".join([*PARTS, *ROWS]))
+    parser.add_argument("--list", action="version", version=" ".join(ROWS), help="name the rows, and stop")
     parser.add_argument("--out", type=Path, help="append to this file")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the program")
@@ -300,11 +301,12 @@ def main() -> None:
     steps.DEVICE, steps.SIZE = given.device, VIT_L_512
     if given.small:
         steps.SIZE, steps.SITES = SIZES["vit_t"]._replace(pixels=32, batch=2), 6
-    for text in [PARTS[given.row]()] if given.row in PARTS else ROWS[given.row](given.device):
-        print(text, flush=True)
-        if given.out is not None:
-            with given.out.open("a") as file:
-                file.write(text + "\n")
+    for row in given.rows:
+        for text in [PARTS[row]()] if row in PARTS else ROWS[row](given.device):
+            print(text, flush=True)
+            if given.out is not None:
+                with given.out.open("a") as file:
+                    file.write(text + "\n")
 
 
 if __name__ == "__main__":

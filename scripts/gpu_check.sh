@@ -23,7 +23,7 @@ done
 name="$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "_"))')"
 out="benchmarks/results/$name.md"
 [ -f "$out" ] || echo "# Measured on $name" > "$out"
-rows="$("$python" benchmarks/gpu_rows.py --help | sed -n 's/^ *{heading,table,\(.*\)}.*/\1/p' | head -1 | tr , ' ')"
+rows="$("$python" benchmarks/gpu_rows.py --list)"
 "$python" benchmarks/gpu_rows.py heading --out "$out" || exit 1
 
 log="$(mktemp)"

@@ -65,7 +65,7 @@ def open_raster(path: str | Path) -> Iterator[rasterio.DatasetReader]:
     """
     path = Path(path)
     if os.fsencode(path).decode("utf-8", "replace") != str(path):
-        raise DataError(f"{shown(str(path))}: a name that is no UTF-8, which GDAL does not open; rename the file")
+        raise DataError(f"{str(path)!a}: a name that is no UTF-8, which GDAL does not open; rename the file")
     if len(os.fsencode(path.name)) > 255:  # which no file system has; asked for, it is no answer but an error
         raise DataError(f"{shown(path.name)}: no such file")
     if not path.is_file() and not path.as_posix().startswith(IN_ARCHIVE):
