@@ -17,30 +17,35 @@ pytestmark = pytest.mark.skipif(native.EXTENSION is None, reason=native.REASON)
 THREADS = """
     import sys, torch
     from cegate import native, ops
-    torch.set_num_threads(int(sys.argv[1]))
-    torch.manual_seed(0)
-    dtype = getattr(torch, sys.argv[2])
-    x = torch.randn(3, 77, 40).to(dtype)
-    results = [ops.low_pass(x, (7, 11), 0.6, backend="cpp")]
-    channels = 300
-    make = lambda *shape: torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
-    shapes = [(3, 77, channels), (3, 32, channels), (3, 32), (3, channels, 32), (3, channels), (3, channels), (3,), ()]
-    parts = [make(*shape) for shape in shapes]
-    results.append(ops.frequency_adapter(parts[0], (7, 11), *parts[1:], 0.6, backend="cpp"))
-    low = [make(*shape) for shape in ((1, 5000, channels), (9, channels), (channels, 9), (9,), (channels,))]
-    biases = {"down_bias": low[3], "up_bias": low[4]}
-    results.append(ops.low_rank(*low[:3], **biases, activation="gelu", backend="cpp"))
-    stack = [make(4, 9, channels), make(4, channels, 9)]
-    qkv = [make(6, 500, 3 * channels), make(6, 500, channels)]
-    mixed = {"adapters": [2, 2, 0, -1, 3, 2], "backend": "cpp"}
-    results.append(ops.low_rank(qkv[1], *stack, activation="relu", **mixed))
-    results.append(ops.low_rank_qv_(qkv[0].clone(), qkv[1], *stack, *stack, 0.1, **mixed))
-    wanted = [*parts, *low, *qkv, *stack]
-    results += torch.autograd.grad(sum(y.square().sum() for y in results[1:]), wanted)
-    grids = [part.detach() for part in parts]
-    results += [*ops.frequency_adapter_factors(grids[0], grids[0], (7, 11), *grids[1:], cutoff=0.6)[:-1]]
+    dtype = getattr(torch, sys.argv[1])
+
+    def run(threads):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        x = torch.randn(3, 77, 40).to(dtype)
+        results = [ops.low_pass(x, (7, 11), 0.6, backend="cpp")]
+        channels = 300
+        make = lambda *shape: torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
+        shapes = [(3, 77, channels), (3, 32, channels), (3, 32), (3, channels, 32), (3, channels), (3, channels), (3,), ()]
+        parts = [make(*shape) for shape in shapes]
+        results.append(ops.frequency_adapter(parts[0], (7, 11), *parts[1:], 0.6, backend="cpp"))
+        low = [make(*shape) for shape in ((1, 5000, channels), (9, channels), (channels, 9), (9,), (channels,))]
+        biases = {"down_bias": low[3], "up_bias": low[4]}
+        results.append(ops.low_rank(*low[:3], **biases, activation="gelu", backend="cpp"))
+        stack = [make(4, 9, channels), make(4, channels, 9)]
+        qkv = [make(6, 500, 3 * channels), make(6, 500, channels)]
+        mixed = {"adapters": [2, 2, 0, -1, 3, 2], "backend": "cpp"}
+        results.append(ops.low_rank(qkv[1], *stack, activation="relu", **mixed))
+        results.append(ops.low_rank_qv_(qkv[0].clone(), qkv[1], *stack, *stack, 0.1, **mixed))
+        wanted = [*parts, *low, *qkv, *stack]
+        results += torch.autograd.grad(sum(y.square().sum() for y in results[1:]), wanted)
+        grids = [part.detach() for part in parts]
+        results += [*ops.frequency_adapter_factors(grids[0], grids[0], (7, 11), *grids[1:], cutoff=0.6)[:-1]]
+        return b"".join(t.detach().float().numpy().tobytes() for t in results)
+
     print(native.EXTENSION.cpu_capability(), file=sys.stderr)
-    sys.stdout.buffer.write(b"".join(t.detach().float().numpy().tobytes() for t in results))
+    for threads in (1, 2, 4):
+        sys.stdout.buffer.write(run(threads))
 """
 # whose matrix products are a BLAS's, which may add up in another order where another thread begins
 WITH_BLAS = {"float32": ("portable",), "bfloat16": ("portable", "avx2", "avx512")}
@@ -52,14 +57,11 @@ WITH_BLAS = {"float32": ("portable",), "bfloat16": ("portable", "avx2", "avx512"
 )
 def test_results_do_not_depend_on_the_number_of_threads(isa, dtype):
     command, env = [sys.executable, "-c", textwrap.dedent(THREADS)], {**os.environ, "CEGATE_CPU": isa}
-    runs = [
-        subprocess.run([*command, threads, dtype], capture_output=True, check=True, env=env)
-        for threads in ("1", "2", "4")
-    ]
-    one, *others = (torch.frombuffer(bytearray(run.stdout), dtype=torch.float32) for run in runs)
+    run = subprocess.run([*command, dtype], capture_output=True, check=True, env=env)
+    one, *others = torch.frombuffer(bytearray(run.stdout), dtype=torch.float32).chunk(3)
     assert len(one) > 1000
     eps = torch.finfo(getattr(torch, dtype)).eps
-    own_products = runs[0].stderr.decode().strip().splitlines()[-1] not in WITH_BLAS[dtype]
+    own_products = run.stderr.decode().strip().splitlines()[-1] not in WITH_BLAS[dtype]
     for other in others:
         first = 3 * 77 * 40  # the low-pass, loops of our own everywhere
         assert torch.equal(one[:first], other[:first])
