@@ -315,7 +315,7 @@ def draw_panels(
     """Draw image, second raster, truth and predictions side by side, one row per image, with a legend of the classes.
 
     Args:
-        items: images with labels (`cegate.data.datasets.Item`).
+        items: images with labels (`cegate.data.sets.Item`).
         predictions: column title -> one [H, W] uint8 mask per item.
         classes: names in the order of their indices.
         palette: one '#RRGGBB' per class.

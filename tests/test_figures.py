@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cegate import sites as sites_module
-from cegate.data.datasets import Item
+from cegate.data.sets import Item
 from cegate.figures import (
     DARK,
     HOLE,

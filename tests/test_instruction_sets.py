@@ -26,7 +26,8 @@ THREADS = """
         results = [ops.low_pass(x, (7, 11), 0.6, backend="cpp")]
         channels = 300
         make = lambda *shape: torch.randn(shape).mul_(0.1).to(dtype).requires_grad_()
-        shapes = [(3, 77, channels), (3, 32, channels), (3, 32), (3, channels, 32), (3, channels), (3, channels), (3,), ()]
+        down, up = [(3, 32, channels), (3, 32)], [(3, channels, 32), (3, channels)]
+        shapes = [(3, 77, channels), *down, *up, (3, channels), (3,), ()]
         parts = [make(*shape) for shape in shapes]
         results.append(ops.frequency_adapter(parts[0], (7, 11), *parts[1:], 0.6, backend="cpp"))
         low = [make(*shape) for shape in ((1, 5000, channels), (9, channels), (channels, 9), (9,), (channels,))]

@@ -1,609 +1,208 @@
-"""Sets of images and masks behind one face: files, generated scenes, and either without labels.
-
-Decoded files stay in memory up to `CACHE_BYTES` per set and process, the least recently used leave first. Rasters of
-more than `LARGE_PX` pixels are never held: the part asked for is read from the file.
-"""
+"""Opens the set that a configuration names: any folder, LoveDA as downloaded, a prepared set, generated scenes."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import logging
-from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
-import numpy as np
-
-from cegate.config import IGNORE, SecondConfig, SetConfig
-from cegate.data import climates, generator
-from cegate.data.holdout import boxes_of, hold_out
-from cegate.data.pairs import Pair
-from cegate.data.preflight import check_labels
-from cegate.data.rasters import (
-    Header,
-    LabelMap,
-    Window,
-    misplacement,
-    open_image,
-    read_header,
-    read_image,
-    read_mask,
-)
-from cegate.data.scale import (
-    EIGHT_BIT,
-    SCALE_SIDE,
-    ValueRange,
-    check_depth,
-    check_scale,
-    has_doubtful_scale,
-    is_measured,
-    to_unit,
-)
-from cegate.data.second import SecondRasters, scaled
+from cegate.config import SecondConfig, SetConfig
+from cegate.configfile import is_list
+from cegate.data import climates, prepared
+from cegate.data.pairs import find_pairs, is_vector, read_names
+from cegate.data.published.catalogue import find_published
+from cegate.data.rasters import LabelMap
+from cegate.data.scale import ValueRange
+from cegate.data.sets import FileSet, GeneratedSet, SegmentationSet, Unlabelled
 from cegate.data.vector import ShapeLabels
-from cegate.errors import ConfigError, DataError
+from cegate.errors import ConfigError, DataError, nearest
 
-log = logging.getLogger(__name__)
-
-CACHE_BYTES = 256 * 2**20
-LARGE_PX = 2**24
-FINGERPRINT = 2
-"""Version of the fingerprints that runs record."""
-UNLABELLED = 254
-"""Label of a pixel of a set that was opened without labels."""
-DEFAULT_BANDS = (1, 2, 3)
-_FACT_BYTES = 2**13  # of a file's middle and end
-_RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
-_FEW = 256  # pixels that tell whether a band has more than a few values
+LOVEDA_SPLITS: tuple[str, ...] = ("Train/Urban", "Train/Rural", "Val/Urban", "Val/Rural")
 
 
-@dataclass(frozen=True)
-class Item:
-    """One image with its label."""
+def open_set(
+    cfg: SetConfig,
+    *,
+    name: str,
+    classes: Sequence[str] = (),
+    labelled: bool = True,
+    like: ValueRange | None = None,
+    seed: int = 0,
+    held_out: bool = False,
+) -> SegmentationSet:
+    """Open a set of images and masks.
 
-    image: np.ndarray
-    """[C, H, W] float32, 0..1; channels of a second raster come last and are NaN where nothing is known."""
-    label: np.ndarray
-    """[H, W] uint8, class index or 255; 254 in place of the index in unlabelled sets."""
-    name: str
-    fit: int | None = None
-    """See the set's."""
-    second: int = 0
-    """Channels of the second raster."""
+    Args:
+        cfg: where it is and how to read it.
+        name: its name in the configuration ("source", "validation" or the target's name), for messages.
+        classes: class names in the order of their indices. Folders need them, the other kinds know their own.
+        labelled: ``False`` opens the images alone: masks need not exist, are not looked for and are never read, and
+            what the set says of its labels does not count.
+        like: (low, high) of each band in the set that a model learns from; counts where `cfg` has no value_range.
+        seed: decides what val_fraction holds out.
+        held_out: open what val_fraction holds out, in place of what it leaves.
 
+    Returns:
+        The set; pairs are found and the first is looked at, pixels are read when asked for.
 
-class SegmentationSet(ABC):
-    """Images with labels in one class list. Reading needs no state but a cache, so copies in workers agree.
-
-    Attributes:
-        name: the set's name in the configuration.
-        classes: class names in the order of their indices.
-        bands: 1-based bands that are read.
-        value_range: per band, the (low, high) that becomes 0..1.
-        labelled: whether there are labels.
-        palette: one "#RRGGBB" per class where the set is published with colours, else nothing.
-        fit: side of the square that a test image is shrunk to fit; None: it stays as it is.
-        second_bands: 1-based bands that are read of a second raster; nothing without one.
-        division: what is held out, in words; None where nothing is.
-        shares: class -> share of the labelled pixels that `check` looked at; nothing before, or where it does not look.
+    Raises:
+        ConfigError: a key of the set is missing or wrong.
+        DataError: no pairs, files without a partner, an unfit first pair, a folder that is not what it should be, or
+            pixels of another depth than `like` is for.
     """
-
-    labelled: ClassVar[bool] = True
-
-    def __init__(self, name: str, classes: Sequence[str], labels: LabelMap, bands: Sequence[int], nan: str) -> None:
-        self.name, self.classes, self.bands = name, tuple(classes), tuple(bands)
-        self.value_range: tuple[tuple[float, float], ...] = (EIGHT_BIT,) * len(self.bands)
-        self.palette: tuple[str, ...] = ()
-        self.fit: int | None = None
-        self.second_bands: tuple[int, ...] = ()
-        self.division: str | None = None
-        self.shares: dict[str, float] = {}
-        self._labels, self._nan = labels, nan
-        self._cache = _Cache(CACHE_BYTES)
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Channels of an item's image by raster: the image's bands, and those of a second raster."""
-        return (len(self.bands), *([len(self.second_bands)] if self.second_bands else []))
-
-    @property
-    def band_names(self) -> tuple[str, ...]:
-        """Of each band that is read; nothing where files do not say."""
-        return ()
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def item_name(self, index: int) -> str:
-        """Name of an item, unique in the set; for files the part of the path that tells pairs apart."""
-
-    @abstractmethod
-    def size(self, index: int) -> tuple[int, int]:
-        """(H, W) of an item in pixels."""
-
-    @abstractmethod
-    def fingerprint(self, version: int = FINGERPRINT) -> str:
-        """Hash of what the set consists of, equal wherever it lies: names, file sizes and (version 2, ``2:<hash>``)
-        parts of every file's content, or the scenes' recipe.
-
-        Args:
-            version: 1 is what runs recorded before; it does not see other content in files of equal name and size.
-        """
-
-    def has_fingerprint(self, recorded: str) -> bool:
-        """Whether the set is the one whose fingerprint a run recorded, in whichever version that was."""
-        return recorded == self.fingerprint(2 if recorded.startswith("2:") else 1)
-
-    @abstractmethod
-    def check(self, *, training: bool = False) -> None:
-        """Look at the header of every file and at a sample of the labels, and say once what is odd.
-
-        Args:
-            training: the set is learned from, so every class should occur in it.
-
-        Raises:
-            DataError: the first file that is unfit; or labels that nothing can be learned from, see `check_labels`.
-        """
-
-    def choose_range(self, given: Sequence[float] | None, like: ValueRange | None) -> None:
-        """Settle `value_range`.
-
-        Args:
-            given: (low, high) of every band.
-            like: what counts where nothing is given: the range of each band in the set that this one goes with.
-                Without it, 8-bit pixels are 0..255, and others are scaled by their percentiles in the set.
-
-        Raises:
-            ConfigError: given is no range.
-            DataError: pixels are not of the depth that the other set's range is for.
-        """
-        if given is not None:
-            if len(given) != 2 or not given[0] < given[1]:
-                raise ConfigError(f"set {self.name!r}: value_range={list(given)} is not [low, high] with low < high")
-            self.value_range = ((float(given[0]), float(given[1])),) * len(self.bands)
-            return
-        dtype = self._dtype_of_all()
-        if like is None:
-            self.value_range = self._own_range()
-            return
-        self.value_range = tuple((float(low), float(high)) for low, high in like)
-        check_depth(dtype, self.value_range, f"set {self.name!r}", "give the set a value_range")
-        if has_doubtful_scale(dtype, self.value_range):
-            self._look_at_scale()
-
-    def _look_at_scale(self) -> None:
-        """Refuse a first image that is scaled otherwise than a range which is not its own."""
-        return
-
-    def _dtype_of_all(self) -> str:
-        """Of the files, which then must agree."""
-        return "uint8"
-
-    def _own_range(self) -> tuple[tuple[float, float], ...]:
-        """Of each band, as the set's pixels alone suggest it."""
-        return (EIGHT_BIT,) * len(self.bands)
-
-    @abstractmethod
-    def _pixels(self, index: int, window: Window | None) -> np.ndarray:
-        """[C, H, W] in the file's dtype."""
-
-    def _second(self, index: int, window: Window | None) -> np.ndarray:
-        """[C, H, W] float32 of the second raster, 0..1, NaN where nothing is known."""
-        raise NotImplementedError
-
-    @abstractmethod
-    def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
-        """[H, W] uint8 label of an item or of a part of it; NaN pixels of the image are not looked at."""
-
-    def read(self, index: int, window: Window | None = None) -> Item:
-        """Read an item, or a part of it.
-
-        Raises:
-            DataError: missing, damaged or unfit file; NaN pixels where the set does not allow them.
-        """
-        pixels, label = self._pixels(index, window), self.read_label(index, window)
-        image, empty = to_unit(pixels, self.value_range)
-        if empty.any():
-            if self._nan == "error":
-                raise DataError(
-                    f"{self._describe(index)}: {int(empty.sum())} of {empty.size} pixels are NaN or infinite in bands "
-                    f"{list(self.bands)}; mend the file, or give the set {self.name!r} nan: ignore to leave them out"
-                )
-            label = np.where(empty, np.uint8(IGNORE), label)
-        if self.second_bands:
-            image = np.concatenate((image, self._second(index, window)))
-        return Item(image, label, self.item_name(index), self.fit, len(self.second_bands))
-
-    def _describe(self, index: int) -> str:
-        return self.item_name(index)
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_cache": _Cache(CACHE_BYTES)}  # a worker starts with an empty cache
-
-
-class _Cache:
-    """The most recently used arrays, up to a number of bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.held = limit, 0
-        self._arrays: OrderedDict[tuple, np.ndarray] = OrderedDict()
-
-    def get(self, key: tuple, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """The array under key, made if it is not held; never written to."""
-        if key in self._arrays:
-            self._arrays.move_to_end(key)
-            return self._arrays[key]
-        array = make()
-        array.flags.writeable = False
-        self._arrays[key] = array
-        self.held += array.nbytes
-        while self.held > self.limit:
-            self.held -= self._arrays.popitem(last=False)[1].nbytes
-        return array
-
-
-def _part(array: np.ndarray, window: Window | None) -> np.ndarray:
-    return array if window is None else array[..., *window.slices]
-
-
-class FileSet(SegmentationSet):
-    """Pairs of files. A pair's mask has the size of its image, or is made of shapes that are laid over it."""
-
-    def __init__(
-        self,
-        cfg: SetConfig,
-        name: str,
-        classes: Sequence[str],
-        labels: LabelMap,
-        pairs: list[Pair],
-        shapes: ShapeLabels | None = None,
-    ) -> None:
-        super().__init__(name, classes, labels, cfg.bands or DEFAULT_BANDS, cfg.nan)
-        self._pairs, self._ignore, self._bands_given = pairs, cfg.ignore, cfg.bands is not None
-        self._shapes = shapes
-        self._headers: dict[int, Header] = {}
-        self._misplaced: dict[str, float] = {}  # mask -> pixels
-        self._dtype: str | None = None  # of every file, where the range was not given
-        self._rasters: SecondRasters | None = None
-        self._header(0)
-
-    def divide(self, fraction: float, seed: int, *, held: bool) -> None:
-        """Leave the part that is trained on, or the one that is held out of it; see `cegate.data.holdout`.
-
-        Raises:
-            DataError: the set cannot be divided.
-        """
-        placed = self._header(0).place is not None
-        boxes = boxes_of([read_header(pair.image) for pair in self._pairs]) if placed else None
-        try:
-            division = hold_out([pair.name for pair in self._pairs], boxes, fraction, seed)
-        except DataError as error:
-            raise DataError(f"set {self.name!r}: {error}") from error
-        self.division = f"{len(division.held)} of {len(self)} images are held out {division.how}"
-        self._pairs = [self._pairs[k] for k in (division.held if held else division.kept)]
-        self._headers.clear()
-        self._header(0)
-
-    def add_second(self, cfg: SecondConfig, root: Path, pattern: str) -> None:
-        """Read a second raster of every image.
-
-        Raises:
-            ConfigError, DataError: its range is none, or files are missing.
-        """
-        names = {pair.name: pair.image for pair in self._pairs}
-        self._rasters = SecondRasters(cfg, root, pattern, names, self.name)
-        self.second_bands = self._rasters.bands
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def item_name(self, index: int) -> str:
-        return self._pairs[index].name
-
-    @property
-    def band_names(self) -> tuple[str, ...]:
-        names = self._header(0).names
-        chosen = tuple(names[band - 1] for band in self.bands)
-        return chosen if len(set(chosen)) == len(set(self.bands)) else ()
-
-    def image_path(self, index: int) -> Path:
-        """The image file of an item."""
-        return self._pairs[index].image
-
-    def _describe(self, index: int) -> str:
-        return str(self._pairs[index].image)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self._header(index).size
-
-    def _header(self, index: int) -> Header:
-        """The image's header, once image and mask are known to fit the set and each other."""
-        if index not in self._headers:
-            pair = self._pairs[index]
-            image = read_header(pair.image)
-            mask = image if pair.mask is None or self._shapes else read_header(pair.mask)
-            if max(self.bands) > image.bands:
-                read_image(pair.image, self.bands, window=Window(0, 0, 1, 1))  # raises, and says what to do
-            if image.size != mask.size:
-                raise DataError(
-                    f"{pair.mask}: the mask is {mask.width}x{mask.height} pixels, but its image {pair.image} is "
-                    f"{image.width}x{image.height}; a mask has the size of its image"
-                )
-            if self._dtype is not None and image.dtype != self._dtype:
-                raise DataError(
-                    f"{pair.image}: pixels are {image.dtype}, but the set's first image has {self._dtype}; "
-                    "use files of one kind, or set value_range"
-                )
-            if (off := misplacement(image, mask)) > 1:
-                self._misplaced[str(pair.mask)] = off
-            self._headers[index] = image
-        return self._headers[index]
-
-    def check(self, *, training: bool = False) -> None:
-        for index in range(len(self)):
-            self._header(index)
-        if self._misplaced:
-            log.warning(
-                "set %r: by their georeferences %d of %d masks do not lie where their images do, the first is %s "
-                "(%.1f px off); pixels are paired as they are stored",
-                *(self.name, len(self._misplaced), len(self), *next(iter(self._misplaced.items()))),
-            )
-        self._say_what_is_read()
-        if self._rasters and (
-            both := {*self.bands} & {*self._rasters.bands}
-        ):  # of one file, as infrared beside colours
-            for pair, file in zip(self._pairs, self._rasters.files, strict=True):
-                if pair.image == file:
-                    raise DataError(
-                        f"set {self.name!r}: {file} would be its own second raster (band {min(both)} is read for both)"
-                        "; mend second.images or second.bands"
-                    )
-        if self._rasters and (warped := self._rasters.check([self._header(index) for index in range(len(self))])):
-            log.warning("%s", warped)
-        if masks := [pair.mask for pair in self._pairs if pair.mask is not None]:
-            sizes = [self.size(index) for index in range(len(self))]
-            labels, ignore = self._labels, self._ignore
-            burned = self._burn if self._shapes else None
-            self.shares = check_labels(
-                self.name, masks, sizes, labels, self.classes, ignore=ignore, training=training, codes_of=burned
-            )
-
-    def _say_what_is_read(self) -> None:
-        """Nobody chose bands of files that hold more than three, or a file holds more than one image."""
-        header = self._header(0)
-        bands = [name for name in header.names if name != "alpha"]
-        if not self._bands_given and len(bands) > len(self.bands):
-            read = ", ".join(f"{k} {header.names[k - 1]}".rstrip() for k in self.bands)
-            low, high = zip(*self.value_range, strict=True)
-            log.warning(
-                "set %r: images have %d bands (%s), of which %s are read, values %g to %g; set bands to choose",
-                *(self.name, len(bands), ", ".join(filter(None, bands)) or "without names", read, min(low), max(high)),
-            )
-        if header.pages > 1:
-            log.warning("set %r: %s holds %d images; the first is read", self.name, self._describe(0), header.pages)
-
-    def fingerprint(self, version: int = FINGERPRINT) -> str:
-        facts = [
-            [p.name, *(fact for file in (p.image, p.mask) if file for fact in _facts(file, version))]
-            for p in self._pairs
-        ]
-        second = [self._rasters.facts(lambda file: _facts(file, version))] if self._rasters else []
-        codes = (self._shapes or self._labels).codes
-        return _digest(version, facts, codes, self.classes, self.bands, self.value_range, *second)
-
-    def _whole(self, index: int) -> bool:
-        height, width = self.size(index)
-        return height * width <= LARGE_PX
-
-    def _pixels(self, index: int, window: Window | None) -> np.ndarray:
-        path = self._pairs[index].image
-        if not self._whole(index):
-            return read_image(path, self.bands, window=window)
-        return _part(self._cache.get(("image", index), lambda: read_image(path, self.bands)), window)
-
-    def _second(self, index: int, window: Window | None) -> np.ndarray:
-        header = self._header(index)
-        if not self._whole(index):
-            return self._rasters.read(index, header, window)
-        return _part(self._cache.get(("second", index), lambda: self._rasters.read(index, header)), window)
-
-    def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
-        if not self._whole(index):
-            return self._mask(index, window)
-        return _part(self._cache.get(("label", index), lambda: self._mask(index)), window)
-
-    def _mask(self, index: int, window: Window | None = None) -> np.ndarray:
-        path = self._pairs[index].mask
-        return self._burn(index, window) if self._shapes else read_mask(path, self._labels, window=window)
-
-    def _burn(self, index: int, window: Window | None = None) -> np.ndarray:
-        return self._shapes.burn(self._pairs[index].mask, self._header(index), window)
-
-    def _dtype_of_all(self) -> str:
-        self._dtype = self._header(0).dtype
-        return self._dtype
-
-    def _look_at_scale(self) -> None:
-        part = read_image(self._pairs[0].image, self.bands, window=Window.middle_of(self.size(0), SCALE_SIDE))
-        what = f"set {self.name!r}: {self._describe(0)}"
-        check_scale(part, self.value_range, what, "give the set a value_range of its own")
-
-    def _own_range(self) -> tuple[tuple[float, float], ...]:
-        return super()._own_range() if self._dtype == "uint8" else self._percentiles()
-
-    def _percentiles(self) -> tuple[tuple[float, float], ...]:
-        """1st and 99th percentile of each band, of evenly spread pixels of evenly spread files.
-
-        Pixels of the value that a file's tag calls nodata do not count, unless the band has no others.
-        """
-        chosen = np.unique(np.linspace(0, len(self) - 1, _RANGE_FILES).round().astype(int))
-        samples, kept = [], []
-        for index in chosen:
-            tags = self._header(index).nodata
-            height, width = self.size(index)
-            with open_image(self._pairs[index].image) as image:
-                pixels = image.every_nth(-(-height * width // _RANGE_PX), self.bands)
-            pixels = pixels[:, np.isfinite(pixels).all(0)]
-            samples.append(pixels.astype(np.float64))
-            differ = (_differs(row, tags[band - 1]) for row, band in zip(pixels, self.bands, strict=True))
-            kept.append(np.stack(list(differ)) & is_measured(pixels))
-        values, counts = np.concatenate(samples, axis=1), np.concatenate(kept, axis=1)
-        if not values.size:
-            raise DataError(f"{self._describe(0)}: no finite pixel in bands {list(self.bands)}; set value_range")
-        rows = [row[mask] if mask.any() else row for row, mask in zip(values, counts, strict=True)]
-        ends = tuple(tuple(np.percentile(row, (1, 99)).tolist()) for row in rows)
-        self._look_at_ends(rows, ends)
-        return ends
-
-    def _look_at_ends(self, rows: Sequence[np.ndarray], ends: Sequence[tuple[float, float]]) -> None:
-        """Say where an end of a band's range is a value that stands apart, as what means no data without a tag does."""
-        apart = {}
-        for band, row, low_high in zip(self.bands, rows, ends, strict=True):
-            for end in filter(functools.partial(_stands_apart, row), low_high):
-                apart[band] = row, end
-        if not apart:
-            return
-        row, end = next(iter(apart.values()))
-        log.warning(
-            "set %r: %.1f %% of the pixels are %g, far from all others (band%s %s); if that stands for no data, tag it "
-            "(gdal_edit.py -a_nodata %g), or set value_range",
-            *(self.name, 100 * (row == end).mean(), end, "s" * (len(apart) > 1), ", ".join(map(str, apart)), end),
+    openers = {
+        "folder": _open_folder,
+        "loveda": _open_loveda,
+        "prepared": _open_prepared,
+        "generated": _open_generated,
+    }
+    if cfg.kind not in openers:
+        raise ConfigError(
+            f"set {name!r}: kind={cfg.kind!r} is none of {', '.join(openers)}{nearest(cfg.kind, openers)}"
         )
+    if cfg.bands is not None and (not cfg.bands or min(cfg.bands) < 1):
+        raise ConfigError(f"set {name!r}: bands={cfg.bands} is not a list of band numbers, which start at 1")
+    if cfg.limit is not None and cfg.limit < 1:
+        raise ConfigError(f"set {name!r}: limit={cfg.limit} leaves nothing; use 1 or more, or no limit")
+    if len(classes) >= 254 or len(set(classes)) != len(classes):
+        raise ConfigError(f"data.classes has {len(classes)} names; use at most 253, each once")
+    opened = openers[cfg.kind](cfg, name, classes, labelled)
+    opened.fit = cfg.fit
+    if cfg.val_fraction is not None and isinstance(opened, FileSet):
+        opened.divide(cfg.val_fraction, seed, held=held_out)
+    if cfg.second is not None and isinstance(opened, FileSet):
+        opened.add_second(cfg.second, _root(cfg, name), _second_pattern(cfg))
+    opened.choose_range(cfg.value_range, like)
+    return opened if labelled else Unlabelled(opened)
 
 
-def _stands_apart(values: np.ndarray, end: float) -> bool:
-    """Whether a value lies farther from all others than these lie from each other, and they are more than a few."""
-    others = values[values != end]
-    if not 0 < others.size < values.size:
-        return False
-    low, high = others.min(), others.max()
-    few = np.unique(others[:: max(1, others.size // _FEW)]).size < _FEW // 8
-    return bool(max(low - end, end - high) > high - low) and not few
+def _labels(
+    cfg: SetConfig, name: str, classes: Sequence[str], default: dict[str, str] | None, labelled: bool
+) -> LabelMap:
+    if not labelled:
+        return LabelMap((), colours=False)
+    mapping = default if cfg.label_map is None else cfg.label_map
+    try:
+        return LabelMap.parse(mapping, classes, cfg.ignore)
+    except ConfigError as error:
+        hint = "; data.classes has other classes than the set: give a label_map" if cfg.label_map is None else ""
+        raise ConfigError(f"set {name!r}: {error}{hint}") from error
 
 
-def _differs(values: np.ndarray, tag: float | None) -> np.ndarray:
-    """Where values are not the nodata tag, compared in their own dtype: GDAL prints a float32 with too many digits."""
-    with np.errstate(over="ignore"):
-        return np.ones(values.shape, bool) if tag is None else values != tag
+def _open_folder(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:
+    if labelled and not classes:
+        raise ConfigError(f"set {name!r}: a folder needs data.classes, the class names in the order of their indices")
+    shapes = None
+    if labelled and is_vector(cfg.masks):
+        shapes = _shape_labels(cfg, name, classes)
+        labels = LabelMap.parse(None, classes)  # burned as class indices
+    elif cfg.attribute is not None and labelled:
+        raise ConfigError(f"set {name!r}: attribute={cfg.attribute} is for masks in .gpkg, .geojson or .shp files")
+    else:
+        labels = _labels(cfg, name, classes, default=None, labelled=labelled)
+    only = read_names(_list_file(_root(cfg, name), cfg.split)) if is_list(cfg.split) else None
+    pairs = find_pairs(_root(cfg, name), cfg.images, cfg.masks if labelled else None, name, only)
+    return FileSet(cfg, name, classes, labels, pairs[: cfg.limit], shapes)
 
 
-class GeneratedSet(SegmentationSet):
-    """Procedural scenes of one climate."""
-
-    def __init__(self, cfg: SetConfig, name: str, classes: Sequence[str], labels: LabelMap) -> None:
-        super().__init__(name, classes, labels, cfg.bands or DEFAULT_BANDS, cfg.nan)
-        if max(self.bands) > 3:
-            raise ConfigError(f"set {name!r}: bands={list(self.bands)}, but generated scenes have bands 1, 2 and 3")
-        self.climate = climates.CLIMATES[cfg.split]
-        self._count = 64 if cfg.limit is None else cfg.limit
-        self._first, self._side = cfg.first, cfg.tile or 256
-        self._heights = cfg.second
-        self.second_bands = () if cfg.second is None else (1,)
-
-    def __len__(self) -> int:
-        return self._count
-
-    def item_name(self, index: int) -> str:
-        return f"{self.climate.name}/{self._first + index:05d}"
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self._side, self._side
-
-    def check(self, *, training: bool = False) -> None:
-        """Nothing can be wrong with a drawn scene."""
-
-    def fingerprint(self, version: int = FINGERPRINT) -> str:
-        recipe = (repr(self.climate), self._first, self._count, self._side)
-        second = [] if self._heights is None else [self._heights.scale, self._heights.value_range]
-        return _digest(version, recipe, self._labels.codes, self.classes, self.bands, self.value_range, *second)
-
-    def _scene(self, index: int) -> np.ndarray:
-        """[4, H, W] uint8: the image's bands and the label."""
-
-        def draw() -> np.ndarray:
-            drawn = self._draw(index)
-            if self._heights is not None:
-                self._cache.get((index, "heights"), lambda: drawn.elevation[None])
-            return np.concatenate((drawn.image, drawn.label[None]))
-
-        return self._cache.get((index,), draw)
-
-    def _draw(self, index: int) -> generator.Drawn:
-        return generator.draw_scene(self.climate, self._first + index, self._side)
-
-    def _second(self, index: int, window: Window | None) -> np.ndarray:
-        metres = self._cache.get((index, "heights"), lambda: self._draw(index).elevation[None])
-        if self._heights.scale == "fixed":
-            return scaled(_part(metres, window).copy(), [self._heights.value_range], epsilon=0.0)
-        return scaled(_part(metres, window).copy(), [(metres.min(), metres.max())])
-
-    def _pixels(self, index: int, window: Window | None) -> np.ndarray:
-        return _part(self._scene(index)[[band - 1 for band in self.bands]], window)
-
-    def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
-        return self._labels.apply(_part(self._scene(index)[3], window))[0]
+def _shape_labels(cfg: SetConfig, name: str, classes: Sequence[str]) -> ShapeLabels:
+    try:
+        return ShapeLabels(cfg.attribute, cfg.label_map, classes)
+    except ConfigError as error:
+        raise ConfigError(f"set {name!r}: {error}") from error
 
 
-class Unlabelled(SegmentationSet):
-    """The images of a set, which is never asked for a label: a pixel's is 254, or 255 where the image has a NaN."""
-
-    labelled = False
-
-    def __init__(self, images: SegmentationSet) -> None:
-        super().__init__(images.name, images.classes, images._labels, images.bands, images._nan)
-        self.value_range, self.palette = images.value_range, images.palette
-        self.second_bands = images.second_bands
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def item_name(self, index: int) -> str:
-        return self._images.item_name(index)
-
-    def size(self, index: int) -> tuple[int, int]:
-        return self._images.size(index)
-
-    def fingerprint(self, version: int = FINGERPRINT) -> str:
-        return self._images.fingerprint(version)
-
-    def check(self, *, training: bool = False) -> None:
-        self._images.check()
-
-    def _pixels(self, index: int, window: Window | None) -> np.ndarray:
-        return self._images._pixels(index, window)
-
-    def _second(self, index: int, window: Window | None) -> np.ndarray:
-        return self._images._second(index, window)
-
-    def _describe(self, index: int) -> str:
-        return self._images._describe(index)
-
-    def read_label(self, index: int, window: Window | None = None) -> np.ndarray:
-        """Which pixels there are; nothing is read."""
-        size = self.size(index) if window is None else (window.height, window.width)
-        return np.full(size, UNLABELLED, np.uint8)
+def _list_file(root: Path, split: str) -> Path:
+    """Below the root of the set, else as it stands."""
+    below = root / Path(split).expanduser()
+    return below if below.is_file() else Path(split).expanduser()
 
 
-def _facts(file: Path, version: int) -> list:
-    """Name, size and, of the content, a part of the middle and the end, where compressed files keep their checksums."""
-    size = file.stat().st_size
-    if version == 1:
-        return [file.name, size]
-    with file.open("rb") as content:
-        parts = []
-        for start in (max(0, size // 2 - _FACT_BYTES // 2), max(0, size - _FACT_BYTES)):
-            content.seek(start)
-            parts.append(content.read(_FACT_BYTES))
-    return [file.name, size, hashlib.sha256(b"".join(parts)).hexdigest()]
+def _open_loveda(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:
+    if cfg.split not in LOVEDA_SPLITS:
+        hint = nearest(cfg.split or "", LOVEDA_SPLITS)
+        raise ConfigError(f"set {name!r}: split={cfg.split!r} is none of {', '.join(LOVEDA_SPLITS)}{hint}")
+    loveda = find_published("loveda")
+    classes = classes or loveda.classes
+    stored = {str(value): meaning for value, meaning in loveda.stored.items()}
+    labels = _labels(cfg, name, classes, default=stored, labelled=labelled)
+    masks = f"{cfg.split}/masks_png/*.png" if labelled else None
+    root = _root(cfg, name)
+    if not (root / cfg.split / "images_png").is_dir():
+        raise DataError(
+            f"set {name!r}: {root} has no {cfg.split}/images_png; LoveDA comes from {loveda.origin}, "
+            f"unpacked it is {loveda.layout}"
+        )
+    pairs = find_pairs(root, f"{cfg.split}/images_png/*.png", masks, name)
+    opened = FileSet(cfg, name, classes, labels, pairs[: cfg.limit])
+    opened.palette = _palette(classes, loveda.classes, loveda.palette)
+    return opened
 
 
-def _digest(version: int, *facts: object) -> str:
-    prefix = "" if version == 1 else f"{version}:"
-    return prefix + hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+def _palette(classes: Sequence[str], known: Sequence[str], colours: Sequence[str]) -> tuple[str, ...]:
+    """The colours of classes in their order; nothing if one has none."""
+    table = dict(zip(known, colours, strict=True))
+    return tuple(table[name] for name in classes) if set(classes) <= table.keys() else ()
+
+
+def _open_prepared(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:
+    root = _root(cfg, name)
+    try:
+        manifest = prepared.read_manifest(root)
+    except DataError as error:
+        raise DataError(f"set {name!r}: {error}") from error
+    if not manifest.finished:
+        raise DataError(f"set {name!r}: preparing {root} was interrupted; run cegate data prepare again, it goes on")
+    held = [split for split, part in manifest.splits.items() if part.found.files]
+    if cfg.split not in held:
+        hint = nearest(cfg.split or "", held)
+        raise ConfigError(f"set {name!r}: split={cfg.split!r} is none of {', '.join(held)}, which {root} holds{hint}")
+    classes = classes or manifest.classes
+    labels = _labels(cfg, name, classes, default=dict(manifest.label_map), labelled=labelled)
+    masks = f"{prepared.LABELS}/{cfg.split}/*" if labelled else None
+    pairs = find_pairs(root, f"{prepared.IMAGES}/{cfg.split}/*", masks, name)
+    expected = manifest.splits[cfg.split].found.files
+    if len(pairs) != expected:
+        raise DataError(
+            f"set {name!r}: {root / prepared.IMAGES / cfg.split} holds {len(pairs)} images, but {expected} were "
+            f"prepared; cegate data check {root} tells more"
+        )
+    opened = FileSet(cfg, name, classes, labels, pairs[: cfg.limit])
+    opened.palette = _palette(classes, manifest.classes, manifest.palette)
+    return opened
+
+
+def _open_generated(cfg: SetConfig, name: str, classes: Sequence[str], labelled: bool) -> SegmentationSet:
+    if cfg.split not in climates.CLIMATES:
+        hint = nearest(cfg.split or "", climates.CLIMATES)
+        raise ConfigError(
+            f"set {name!r}: split={cfg.split!r} is no climate; use one of {', '.join(climates.CLIMATES)}{hint}"
+        )
+    if (cfg.tile is not None and cfg.tile < 16) or cfg.first < 0:
+        raise ConfigError(
+            f"set {name!r}: tile={cfg.tile}, first={cfg.first}: use a tile of 16 or more and a first of 0 or more"
+        )
+    classes = classes or climates.CLASSES
+    drawn = {str(k): class_name for k, class_name in enumerate(climates.CLASSES)}
+    labels = _labels(cfg, name, classes, default=drawn, labelled=labelled)
+    missing = [drawn[key] for key in drawn if int(key) not in dict(labels.codes)]
+    if labelled and (missing or labels.colours):
+        raise ConfigError(
+            f"set {name!r}: label_map of generated scenes needs the keys {', '.join(drawn)}, "
+            f"which are {', '.join(climates.CLASSES)}"
+        )
+    return GeneratedSet(cfg, name, classes, labels)
+
+
+def _second_pattern(cfg: SetConfig) -> str:
+    """Its glob; a prepared set has a folder of its own for it."""
+    is_default = cfg.second.images == SecondConfig().images
+    return f"{prepared.SECOND}/{cfg.split}/*" if is_default and cfg.kind == "prepared" else cfg.second.images
+
+
+def _root(cfg: SetConfig, name: str) -> Path:
+    if cfg.root is None:
+        raise ConfigError(f"set {name!r}: root is missing; give the folder that holds the set")
+    root = Path(cfg.root).expanduser()
+    if not root.is_dir():
+        raise DataError(f"set {name!r}: root {root} is not a folder; give the folder that holds the set")
+    return root

@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cegate.config import IGNORE, AugmentConfig
-from cegate.data.datasets import UNLABELLED, SegmentationSet
+from cegate.data.sets import UNLABELLED, SegmentationSet
 from cegate.data.transforms import augment_from, fill_up, normalise
 from cegate.errors import CegateError, ConfigError, DataError
 

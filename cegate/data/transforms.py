@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cegate.config import IGNORE, AugmentConfig
-from cegate.data.datasets import Item, SegmentationSet
 from cegate.data.rasters import Window
+from cegate.data.sets import Item, SegmentationSet
 
 BRIGHTNESS = 32 / 255
 """Largest shift of brightness."""

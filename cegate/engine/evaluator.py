@@ -21,7 +21,7 @@ from cegate.checkpoint import load_checkpoint
 from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
 from cegate.configfile import SOURCE_DOMAIN, domain_title
-from cegate.data.datasets import SegmentationSet
+from cegate.data.sets import SegmentationSet
 from cegate.data.stream import EvalStream
 from cegate.engine.sets import open_evaluated
 from cegate.errors import CheckpointError, ConfigError

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from cegate.config import Config
-from cegate.data.datasets import SegmentationSet
+from cegate.data.sets import SegmentationSet
 from cegate.engine.results import domain_title
 from cegate.engine.sets import Sets
 from cegate.segmenter import Segmenter, starting_plan

@@ -11,7 +11,7 @@ import torch
 from cegate import figures
 from cegate.checkpoint import load_state, restore
 from cegate.compute import Precision
-from cegate.data.datasets import Item, SegmentationSet
+from cegate.data.sets import Item, SegmentationSet
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import predictor_of, windows_of
 from cegate.engine.stage import Stage

@@ -29,7 +29,7 @@ from cegate.checkpoint import (
 )
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN, changed_values, domain_title, read_config, to_yaml
-from cegate.data.datasets import SegmentationSet
+from cegate.data.sets import SegmentationSet
 from cegate.engine import evaluator, results
 from cegate.engine.board import Board
 from cegate.engine.evaluator import Evaluation, percent

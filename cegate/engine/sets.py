@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from cegate.config import Config, DataConfig, SetConfig
 from cegate.configfile import SOURCE_DOMAIN
-from cegate.data.datasets import DEFAULT_BANDS, SegmentationSet
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
 from cegate.data.scale import ValueRange, is_eight_bit
+from cegate.data.sets import DEFAULT_BANDS, SegmentationSet
 from cegate.errors import ConfigError
 
 UNLABELLED_DOMAIN = "unlabelled"

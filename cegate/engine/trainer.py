@@ -16,7 +16,7 @@ from cegate.checkpoint import STAGES, trained_weights
 from cegate.compute import precision_of
 from cegate.config import Config
 from cegate.configfile import domain_title
-from cegate.data.datasets import SegmentationSet
+from cegate.data.sets import SegmentationSet
 from cegate.data.stream import WorkerLostError, worker_lost
 from cegate.engine.board import refuse_missing
 from cegate.engine.evaluator import Evaluation, evaluate, join, windows_of

@@ -18,7 +18,7 @@ from cegate.checkpoint import trained_weights
 from cegate.compute import pick_device, precision_of
 from cegate.config import Config
 from cegate.configfile import domain_title
-from cegate.data.datasets import Item, SegmentationSet
+from cegate.data.sets import Item, SegmentationSet
 from cegate.engine.evaluator import evaluate, percent, windows_of
 from cegate.engine.progress import Reporter
 from cegate.engine.runtime import deterministic

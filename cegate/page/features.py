@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from cegate.checkpoint import load_checkpoint
 from cegate.compute import pick_device, precision_of
 from cegate.config import IGNORE, Config
-from cegate.data.datasets import Item
 from cegate.data.rasters import Window
+from cegate.data.sets import Item
 from cegate.data.transforms import normalise
 from cegate.errors import CegateError
 from cegate.figures import LINES, STYLE, domain_title, svg_uri

@@ -18,8 +18,8 @@ from cegate.checkpoint import load_checkpoint
 from cegate.compute import Precision, pick_device, precision_of
 from cegate.config import IGNORE, Config
 from cegate.configfile import SOURCE_DOMAIN, domain_title
-from cegate.data.datasets import Item, SegmentationSet
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
+from cegate.data.sets import Item, SegmentationSet
 from cegate.data.transforms import normalise
 from cegate.engine.evaluator import percent, predict_logits, windows_of
 from cegate.errors import CegateError, DataError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from cegate.config import Config
-from cegate.data.datasets import SegmentationSet
+from cegate.data.sets import SegmentationSet
 from cegate.segmenter import Segmenter
 from cegate.tasks.crossearth import crossearth_tasks
 from cegate.tasks.dacs import Dacs

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cegate.config import Config
-from cegate.data.datasets import SegmentationSet
 from cegate.data.rasters import Window
+from cegate.data.sets import SegmentationSet
 from cegate.masks import BlockMask
 from cegate.segmenter import Segmenter
 from cegate.style.injection import EarthStyleInjection, to_rgb

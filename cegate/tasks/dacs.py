@@ -15,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cegate.checkpoint import trained_weights
 from cegate.config import IGNORE, Config
-from cegate.data.datasets import SegmentationSet
+from cegate.data.sets import SegmentationSet
 from cegate.data.stream import Batch, TrainStream
 from cegate.data.transforms import draw_class_mask
 from cegate.segmenter import Segmenter

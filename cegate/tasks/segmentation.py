@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from cegate.config import Config
-from cegate.data.datasets import SegmentationSet
+from cegate.data.sets import SegmentationSet
 from cegate.data.stream import Batch
 from cegate.segmenter import Segmenter
 from cegate.tasks.stream import Probes, Share, crops_of

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cegate.config import Config
-from cegate.data.datasets import SegmentationSet
+from cegate.data.sets import SegmentationSet
 from cegate.data.stream import Batch, TrainStream, fetch
 from cegate.segmenter import Segmenter
 from cegate.tasks.task import Draw

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from rasterio.transform import from_origin
 
 from cegate.config import SetConfig
-from cegate.data import climates, datasets, generator, pairs
-from cegate.data.opening import open_set
+from cegate.data import climates, generator, pairs, sets
+from cegate.data.datasets import open_set
 from cegate.data.published.catalogue import CATALOGUE
 from cegate.data.rasters import Window, read_header, read_image
 from cegate.errors import ConfigError, DataError
@@ -73,7 +73,7 @@ def test_a_folder_gives_images_in_0_to_1_and_class_indices(folder):
 
 @pytest.mark.parametrize("whole", [True, False], ids=["held", "by window"])
 def test_a_window_is_a_part_of_the_whole(folder, monkeypatch, whole):
-    monkeypatch.setattr(datasets, "LARGE_PX", 2**24 if whole else 0)
+    monkeypatch.setattr(sets, "LARGE_PX", 2**24 if whole else 0)
     data = open_folder(folder)
     window = Window(3, 2, 5, 6)
     part, full = data.read(0, window), data.read(0)
@@ -298,7 +298,7 @@ def test_a_fingerprint_tells_sets_apart(folder):
 
 
 def test_memory_is_bounded_and_what_is_read_is_the_readers_own(folder, monkeypatch):
-    monkeypatch.setattr(datasets, "CACHE_BYTES", 700)  # an image takes 360 bytes, a mask 120
+    monkeypatch.setattr(sets, "CACHE_BYTES", 700)  # an image takes 360 bytes, a mask 120
     data = open_folder(folder)
     first = data.read(0)
     first.image[:] = 7

@@ -10,8 +10,8 @@ import rasterio
 from rasterio.transform import from_origin
 
 from cegate.config import SetConfig
+from cegate.data.datasets import open_set
 from cegate.data.holdout import hold_out
-from cegate.data.opening import open_set
 from cegate.data.rasters import write_image, write_mask
 from cegate.errors import DataError
 

@@ -14,7 +14,7 @@ import rasterio
 from rasterio.transform import from_origin
 
 from cegate.config import SetConfig
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
 from cegate.data.stream import EvalStream
 from cegate.errors import CegateError, ConfigError, DataError
 

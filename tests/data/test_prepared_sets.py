@@ -10,7 +10,7 @@ import pytest
 
 from cegate.config import SecondConfig, SetConfig
 from cegate.configfile import read_config
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
 from cegate.data.prepared import FILE, read_manifest, write_manifest
 from cegate.data.published.catalogue import CATALOGUE
 from cegate.data.rasters import read_codes, read_image

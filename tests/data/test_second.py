@@ -14,8 +14,8 @@ from rasterio.transform import from_origin
 from rasterio.warp import transform as transform_points
 
 from cegate.config import AugmentConfig, SecondConfig, SetConfig
-from cegate.data import datasets, generator
-from cegate.data.opening import open_set
+from cegate.data import generator, sets
+from cegate.data.datasets import open_set
 from cegate.data.rasters import Window, read_header
 from cegate.data.second import open_second, scaled
 from cegate.data.stream import EvalStream, TrainStream
@@ -74,7 +74,7 @@ def minmax(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("unit", [np.float32, np.float64, np.uint8, np.uint16, np.int16], ids=lambda t: t.__name__)
 @pytest.mark.parametrize("whole", [True, False], ids=["held", "by window"])
 def test_a_tile_is_scaled_over_the_whole_of_it_before_it_is_cropped(root, monkeypatch, unit, whole):
-    monkeypatch.setattr(datasets, "LARGE_PX", 2**24 if whole else 0)
+    monkeypatch.setattr(sets, "LARGE_PX", 2**24 if whole else 0)
     stored = {np.uint8: lambda h: h - 200, np.uint16: lambda h: h * 100}.get(unit, lambda h: h)(heights()).astype(unit)
     write(root / "second/0.tif", stored, **UTM)
     data = open_it(root)

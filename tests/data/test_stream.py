@@ -11,7 +11,7 @@ import rasterio
 import torch
 
 from cegate.config import AugmentConfig, SetConfig
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
 from cegate.data.stream import EvalStream, TrainStream
 from cegate.errors import ConfigError, DataError
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cegate.config import AugmentConfig, SetConfig
-from cegate.data.datasets import Item
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
+from cegate.data.sets import Item
 from cegate.data.transforms import (
     Crop,
     augment,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from cegate.config import IGNORE, AugmentConfig, SetConfig
-from cegate.data import datasets
-from cegate.data.opening import open_set
+from cegate.data import sets
+from cegate.data.datasets import open_set
 from cegate.data.rasters import Window, read_header
 from cegate.data.stream import TrainStream
 from cegate.data.transforms import draw_class_mask
@@ -54,9 +54,9 @@ def no_masks_are_read(monkeypatch):
     def header_of_image(path: Path):
         return refuse(path) if path.parent.name.startswith("mask") else read_header(path)
 
-    monkeypatch.setattr(datasets, "read_mask", refuse)
-    monkeypatch.setattr(datasets, "read_header", header_of_image)
-    for kind in (datasets.FileSet, datasets.GeneratedSet):
+    monkeypatch.setattr(sets, "read_mask", refuse)
+    monkeypatch.setattr(sets, "read_header", header_of_image)
+    for kind in (sets.FileSet, sets.GeneratedSet):
         monkeypatch.setattr(kind, "read_label", refuse)
 
 

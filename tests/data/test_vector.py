@@ -12,7 +12,7 @@ from rasterio.transform import from_origin
 from rasterio.warp import transform_geom
 
 from cegate.config import SetConfig
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
 from cegate.data.rasters import Window
 from cegate.errors import ConfigError, DataError
 

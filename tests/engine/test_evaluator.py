@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import cegate
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
 from cegate.engine.evaluator import (
     Tally,
     evaluate,

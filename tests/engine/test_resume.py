@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cegate.checkpoint import load_state
-from cegate.data import datasets
+from cegate.data import sets
 from cegate.engine import evaluator
 from cegate.engine.stage import Stage
 from cegate.engine.trainer import _Loop, train
@@ -172,6 +172,6 @@ def test_resume_refuses_another_configuration_and_other_data(small, monkeypatch)
     train(small())
     with pytest.raises(CheckpointError, match=r"other values of train\.lr; resume it with --config"):
         train(small(train__lr=0.5), resume=True)
-    monkeypatch.setattr(datasets.GeneratedSet, "fingerprint", lambda self, version=2: "other")
+    monkeypatch.setattr(sets.GeneratedSet, "fingerprint", lambda self, version=2: "other")
     with pytest.raises(CheckpointError, match="data of train, validation, arid is not what"):
         train(small(), resume=True)

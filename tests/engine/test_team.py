@@ -23,7 +23,7 @@ from torch import nn
 import cegate
 from cegate import bench, predict
 from cegate.checkpoint import load_state
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
 from cegate.engine.evaluator import evaluate, join
 from cegate.engine.stage import Stage
 from cegate.engine.team import Processes, Team, open_team

@@ -16,7 +16,7 @@ import torch
 
 from cegate.checkpoint import load_state, save_state
 from cegate.configfile import to_yaml
-from cegate.data import datasets, stream
+from cegate.data import sets, stream
 from cegate.data.stream import WorkerLostError
 from cegate.engine import recorder
 from cegate.engine.stage import Stage
@@ -282,7 +282,7 @@ def masks(tmp_path):
 @pytest.mark.parametrize("method", ["none", "random", "all"])
 def test_a_set_that_is_all_ignored_does_not_train(small, masks, method, monkeypatch):
     """Where the look at a sample of the masks, before training, has missed it."""
-    monkeypatch.setattr(datasets, "check_labels", lambda *_, **__: None)
+    monkeypatch.setattr(sets, "check_labels", lambda *_, **__: None)
     source = {"data__source": masks(255), "data__targets": "{}"}
     with pytest.raises(
         TrainingError, match=r"no pixel of the 8 crops of the first 4 iterations has a label.*label_map"

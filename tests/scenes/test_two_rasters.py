@@ -14,7 +14,7 @@ import cegate
 from cegate import predict
 from cegate.adapter_folder import save_adapter
 from cegate.config import SecondConfig, SetConfig
-from cegate.data.opening import open_set
+from cegate.data.datasets import open_set
 from cegate.data.stream import EvalStream
 from cegate.errors import DataError
 from cegate.scenes.files import pair_second, plan_outputs

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from cegate.data.datasets import Item
 from cegate.data.rasters import Window
+from cegate.data.sets import Item
 from cegate.errors import CheckpointError, ConfigError
 from cegate.style.statistics import StyleStatistics
 from cegate.tasks.crossearth import crossearth_tasks

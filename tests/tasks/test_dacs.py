@@ -14,8 +14,8 @@ import torch
 import cegate
 from cegate.checkpoint import load_state, load_trained, trained_weights
 from cegate.config import IGNORE, AugmentConfig, SetConfig
-from cegate.data import datasets
-from cegate.data.opening import open_set
+from cegate.data import sets
+from cegate.data.datasets import open_set
 from cegate.data.rasters import read_header
 from cegate.data.stream import Batch
 from cegate.engine.stage import Stage
@@ -338,9 +338,9 @@ def test_no_mask_of_the_target_is_ever_opened(small, tmp_path, monkeypatch):
     def refuse(*args: object, **keys: object) -> None:
         raise AssertionError(f"a mask was read: {args}")
 
-    monkeypatch.setattr(datasets, "read_header", refuse_masks)
-    monkeypatch.setattr(datasets, "read_mask", refuse)
-    monkeypatch.setattr(datasets.FileSet, "read_label", refuse)
+    monkeypatch.setattr(sets, "read_header", refuse_masks)
+    monkeypatch.setattr(sets, "read_mask", refuse)
+    monkeypatch.setattr(sets.FileSet, "read_label", refuse)
     result = train(small(**{**DACS, "data__unlabelled": f"{{root: {tmp_path / 'far'}}}"}))
     assert "mixed" in lines(result.path / "metrics.jsonl")[-3]
 
