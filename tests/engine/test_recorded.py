@@ -75,9 +75,16 @@ def recording(monkeypatch):
 CHANGES = {"train__iterations": 9, "train__baseline": True, "gate__inactive": "frozen", "train__clip": 1.0}
 
 
+EAGER = pytest.StashKey[dict]()
+
+
 @pytest.fixture
-def eager(small):
-    return train(small("eager", **CHANGES)).path
+def eager(small, request):
+    """One run as written for all tests of this file."""
+    cache = request.config.stash.setdefault(EAGER, {})
+    if "path" not in cache:
+        cache["path"] = train(small("eager", **CHANGES)).path
+    return cache["path"]
 
 
 def assert_same(one, other):
@@ -133,7 +140,9 @@ def test_a_loss_that_is_not_finite_is_found_late_with_its_batch_and_nothing_of_i
     assert all(value.isfinite().all() for value in state.trained.values())
 
 
-def test_a_recording_that_fails_is_said_and_does_without(eager, small, caplog, monkeypatch, recording):
+def test_a_recording_that_fails_is_said_and_does_without(eager, small, caplog, monkeypatch, request):
+    request.getfixturevalue("recording")
+
     def fail(self, work):
         raise RuntimeError("operation not permitted when stream is capturing")
 
