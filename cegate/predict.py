@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from cegate import cli
@@ -82,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
     if options["overwrite"] and options["keep"]:
         raise ConfigError("give one of --overwrite and --keep")
     kept = {"overwrite": options["overwrite"], "keep": options["keep"], "seconds": (seconds or {}).values()}
-    with open_team(options["device"] or "auto") as (team, device):
+    patience = timedelta(days=30)  # one process may have the large scenes
+    with open_team(options["device"] or "auto", patience) as (team, device):
         masks = team.mine(files.plan_outputs(images, Path(options["output"]), **kept))
         segmenter = load_adapter(Path(options["run"] or options["adapter"]), device, weights=options["weights"])
         # the bar on stderr, the names on stdout: above the bar on a terminal, untouched in a pipe

@@ -70,9 +70,9 @@ class Reporter:
         self.bar.update(self.task, completed=done)
         self.bar.start_task(self.task)
 
-    def step(self, loss: float) -> None:
-        """One iteration is done."""
-        self._say(advance=1, loss=f"{loss:.3f}")
+    def step(self, loss: float | None) -> None:
+        """One iteration is done; its loss, where that is known yet."""
+        self._say(advance=1, loss="–" if loss is None else f"{loss:.3f}")
 
     def evaluated(self, scores: str) -> None:
         """Show the newest scores, with what they are of."""

@@ -37,7 +37,8 @@ from cegate.engine.gating import Round
 from cegate.engine.results import Result, stage_title
 from cegate.engine.runtime import peak_memory
 from cegate.engine.sets import Sets
-from cegate.engine.stage import NotFiniteError, Numerics, Stage
+from cegate.engine.stage import Numerics, Stage
+from cegate.engine.step_losses import NotFiniteError
 from cegate.errors import CheckpointError, TrainingError
 from cegate.figures import headline
 from cegate.gate import GatePlan

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from cegate.engine.recorded import CudaGraph, Pass
 from cegate.engine.runtime import seed_everything
 from cegate.engine.schedule import learning_rate, make_optimizer
 from cegate.engine.sets import Sets
+from cegate.engine.step_losses import Found, StepLosses
 from cegate.engine.team import Team
 from cegate.errors import CheckpointError, TrainingError
 from cegate.fisher import measure_fisher
@@ -33,7 +33,7 @@ from cegate.gate import GatePlan
 from cegate.segmenter import Segmenter, starting_plan
 from cegate.tasks import build_tasks
 from cegate.tasks.stream import StepData, StepStream, crops_of
-from cegate.tasks.task import CleanLoss, Step, Task, Term
+from cegate.tasks.task import CleanLoss, Step, Task
 
 log = logging.getLogger(__name__)
 
@@ -54,26 +54,6 @@ class Numerics:
     """fp32, bf16 or fp16."""
     precision: Precision
     """Makes the autocast context of a forward pass."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What the forward and backward pass of a step gives, besides gradients."""
-
-    loss: Tensor
-    """Scalar."""
-    terms: list[Term]
-
-
-class NotFiniteError(TrainingError):
-    """The loss of a step is NaN or infinite. The step was not made; where steps are recorded, and losses read later, it
-    was, and nothing was saved since."""
-
-    def __init__(self, iteration: int, samples: Sequence[tuple[str, float]]) -> None:
-        self.iteration = iteration
-        self.names, self.losses = [name for name, _ in samples], [loss for _, loss in samples]
-        self.bad = [name for name, loss in samples if not math.isfinite(loss)]
-        super().__init__(f"the loss of iteration {iteration} is not finite for {', '.join(self.bad)}")
 
 
 class Stage:
@@ -120,10 +100,8 @@ class Stage:
         self.is_whole = True
         """False from a scoring, or the begin of a step, to the step's end: a state would be half old, half new."""
         self.class_pixels = torch.zeros(256, dtype=torch.int64)
-        self.loss_sum, self.loss_count = 0.0, 0
+        self.losses = StepLosses(team)
         self.passes = Pass(self._forward_backward, CudaGraph if self._records() else None, self._cast)
-        self.last_loss = math.nan
-        self._unread: list[tuple[int, Found]] = []
         self.step_seconds: list[float] = []
         self.score_seconds: list[float] = []
 
@@ -137,11 +115,11 @@ class Stage:
 
     # one iteration --------------------------------------------------------------------------------------------------
 
-    def step(self, data: StepData) -> float:
+    def step(self, data: StepData) -> float | None:
         """Make the step of the iteration.
 
         Returns:
-            Loss over the samples of all processes; where steps are recorded, the last one that was read.
+            Loss over the samples of all processes; where steps are recorded, the last one that was read, if any.
 
         Raises:
             NotFiniteError: NaN or infinite loss.
@@ -153,9 +131,9 @@ class Stage:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(train, iteration)
         found = self.passes(data.to(self.numerics.device, non_blocking=True))
-        self._unread.append((iteration, _detached(found, data.source.names) if self.passes.records else found))
-        if not self.passes.records or len(self._unread) == MOST_UNREAD:
-            self.read_losses()  # after backward: until here a GPU need not wait for Python
+        unread = self.losses.add(iteration, found.copy(data.source.names) if self.passes.records else found)
+        if not self.passes.records or unread == MOST_UNREAD:
+            self.losses.read()  # after backward: until here a GPU need not wait for Python
         learning = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.team.average_gradients(learning)
         if train.clip is not None:
@@ -172,7 +150,7 @@ class Stage:
         self.iteration += 1
         self.is_whole = True
         self._refuse_no_labels()
-        return self.last_loss
+        return self.losses.last
 
     def _forward_backward(self, data: StepData) -> Found:
         run, slots = self.config.run, self.stream.source.slots
@@ -199,24 +177,6 @@ class Stage:
     def _cast(self) -> Cast:
         half = {"bf16": torch.bfloat16}.get(self.numerics.name)
         return {} if half is None else cast_frozen(self.network.vit, half)
-
-    def read_losses(self) -> None:
-        """Take the losses of the steps since the last call into the mean of the journal; one transfer for all. Every
-        process of the team calls it.
-
-        Raises:
-            NotFiniteError: one is NaN or infinite.
-        """
-        if not self._unread:
-            return
-        unread, self._unread = self._unread, []
-        sums = self.team.sum(torch.stack([found.loss for _, found in unread]).double())
-        for value, (iteration, found) in zip((sums / self.team.size).tolist(), unread, strict=True):
-            if not math.isfinite(value):
-                raise NotFiniteError(iteration, list(chain.from_iterable(self.team.gather(_losses_of(found.terms)))))
-            self.loss_sum += value
-            self.loss_count += 1
-            self.last_loss = value
 
     def _refuse_no_labels(self) -> None:
         done, train = self.iteration, self.config.train
@@ -254,7 +214,7 @@ class Stage:
             progress: told how many samples are scored.
         """
         started = time.perf_counter()
-        self.read_losses()
+        self.losses.read()
         self.passes.forget()
         self.optimizer.zero_grad(set_to_none=True)
         mass = self.measure(progress) if self.config.gate.method == "fisher" else {}
@@ -291,9 +251,7 @@ class Stage:
         train = self.config.train
         if self.iteration % train.log_every and self.iteration != train.iterations:
             return None
-        self.read_losses()
-        mean = self.loss_sum / self.loss_count
-        self.loss_sum, self.loss_count = 0.0, 0
+        mean = self.losses.take_mean()
         mine = {name: value for task in self.tasks for name, value in task.journal().items()}
         theirs = self.team.gather(mine)
         names = dict.fromkeys(name for lines in theirs for name in lines)
@@ -304,7 +262,7 @@ class Stage:
         """The entries of a `State` that are this stage's. Every process of the team calls it; what the writer gets is
         whole."""
         assert self.is_whole, "a step is under way"
-        self.read_losses()
+        self.losses.read()
         plan = self.network.toolbox.plan
         return {
             "stage": self.name,
@@ -315,8 +273,8 @@ class Stage:
             "ever_active": sorted(self.gate.ever_active),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "loss_sum": self.loss_sum,
-            "loss_count": self.loss_count,
+            "loss_sum": self.losses.sum,
+            "loss_count": self.losses.count,
             "tasks": {task.name: state for task in self.tasks if (state := task.state())},
             "task_weights": self._task_weights(),
             "class_pixels": self._all_class_pixels(),
@@ -347,7 +305,7 @@ class Stage:
                 task.load_state(state.tasks[task.name])
         self.iteration = state.iteration
         self.gate.plan, self.gate.ever_active = self.network.toolbox.plan, set(state.ever_active)
-        self.loss_sum, self.loss_count = state.loss_sum, state.loss_count
+        self.losses.sum, self.losses.count = state.loss_sum, state.loss_count
         self.step_seconds, self.score_seconds = state.step_seconds, state.score_seconds
         if state.class_pixels:
             self.class_pixels = torch.tensor(state.class_pixels) * self.team.is_writer  # the state has those of all
@@ -373,17 +331,6 @@ def _parts_of_tasks(tasks: list[Task], device: torch.device) -> dict[str, nn.Mod
     """``<task>.<part>`` -> module, on the device and in training mode."""
     parts = {f"{task.name}.{name}": part for task in tasks for name, part in task.parts().items()}
     return {name: part.to(device).train() for name, part in parts.items()}
-
-
-def _detached(found: Found, names: Sequence[str]) -> Found:
-    """A copy that outlives the next step; a recorded one knows the names of its first batch only."""
-    terms = [replace(term, losses=term.losses.detach().clone(), samples=list(names)) for term in found.terms]
-    return Found(found.loss.clone(), terms)
-
-
-def _losses_of(terms: Sequence[Term]) -> list[tuple[str, float]]:
-    """(sample, loss) of every sample of every term."""
-    return [pair for term in terms for pair in zip(term.samples, term.losses.float().tolist(), strict=True)]
 
 
 def _counted(probe: Iterable[Any], progress: Callable[[int], None] | None) -> Iterator[Any]:

@@ -187,12 +187,13 @@ class Processes(Team):
 
 
 @contextmanager
-def open_team(device: str = "auto") -> Iterator[tuple[Team, torch.device]]:
+def open_team(device: str = "auto", patience: timedelta = PATIENCE) -> Iterator[tuple[Team, torch.device]]:
     """The team that this process was started in, by torchrun or alone, and the device it computes on.
 
     Args:
         device: ``run.device``. In a team every process takes the GPU of its number on this machine; gloo joins CPUs,
             NCCL GPUs.
+        patience: with another process that is alive and late.
 
     Raises:
         ConfigError: started as one of several otherwise, or with a GPU named for all of them.
@@ -208,7 +209,7 @@ def open_team(device: str = "auto") -> Iterator[tuple[Team, torch.device]]:
             "--nproc-per-node N -m cegate.train; for one, unset WORLD_SIZE"
         )
     place = _device_of_team(device, int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=patience)
     try:
         yield Processes(place), place
     except RuntimeError as error:

@@ -27,7 +27,8 @@ from cegate.engine.recorder import Recorder, Silent
 from cegate.engine.results import Result, stage_title
 from cegate.engine.runtime import Interrupt, deterministic
 from cegate.engine.sets import Sets, open_sets, value_range_of
-from cegate.engine.stage import NotFiniteError, Numerics, Stage
+from cegate.engine.stage import Numerics, Stage
+from cegate.engine.step_losses import NotFiniteError
 from cegate.engine.team import Team, open_team
 from cegate.errors import ConfigError
 from cegate.runfolder import RunFolder, check_folder, folder_of, open_run

@@ -23,7 +23,8 @@ from cegate.engine.evaluator import evaluate, percent, windows_of
 from cegate.engine.progress import Reporter
 from cegate.engine.runtime import deterministic
 from cegate.engine.sets import Sets, open_sets, value_range_of
-from cegate.engine.stage import NotFiniteError, Numerics, Stage
+from cegate.engine.stage import Numerics, Stage
+from cegate.engine.step_losses import NotFiniteError
 from cegate.engine.team import Team
 from cegate.errors import CheckpointError, ConfigError, rate_text
 from cegate.figures import headline
@@ -215,7 +216,8 @@ def _record(tuning: Tuning, iterations: int) -> dict[str, Any]:
 
 
 def shortened(config: Config, iterations: int) -> Config:
-    """The configuration with its whole schedule in fewer iterations."""
+    """The configuration with its whole schedule in fewer iterations, whose steps run as they are written: a trial ends
+    with its first loss that is not finite, so it looks at every one."""
     train, share = config.train, min(1.0, iterations / config.train.iterations)
     milestones = sorted({max(1, round(share * milestone)) for milestone in train.milestones})
     short = replace(
@@ -225,7 +227,8 @@ def shortened(config: Config, iterations: int) -> Config:
         warmup=int(share * train.warmup),
         milestones=milestones,
     )
-    return replace(config, train=short, adapt=replace(config.adapt, warmup=int(share * config.adapt.warmup)))
+    run = replace(config.run, speed="eager")
+    return replace(config, run=run, train=short, adapt=replace(config.adapt, warmup=int(share * config.adapt.warmup)))
 
 
 def divide(sets: Sets) -> Iterator[tuple[str, Sets]]:

@@ -46,7 +46,7 @@ def test_a_run_is_told_without_the_names_of_folders_people_and_machines(small, b
     (folder / "config.yaml").write_text(configfile.to_yaml(config))
     log = (
         "12:00 INFO reading /data/Secret Client/tiles/images/7.png\n"
-        "12:01 ERROR /home/bobby/work/a.tif: no such file; C:\\Users\\bobby\\b.tif neither, on bobs-laptop\n"
+        "12:01 ERROR /mnt/bobby/work/a.tif: no such file; C:\\Users\\bobby\\b.tif neither, on bobs-laptop\n"
         "12:02 INFO 3/4 of 12 and/or https://example.org/page stay\n"
     )
     (folder / "train.log").write_text("an older line\n" * 20 + log)

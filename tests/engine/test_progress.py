@@ -23,9 +23,11 @@ def test_the_bar_knows_all_stages_and_moves_while_steps_wait():
     reporter = Reporter(console, {"before": "frozen", "after": "gate"}, 50)
     reporter.begin("before", 7)
     assert "frozen" in shown(reporter) and " 7/50" in shown(reporter) and " 0/50" in shown(reporter)
+    reporter.step(None)  # not read yet
+    assert " 8/50 loss –" in shown(reporter)
     reporter.step(0.25)
     reporter.evaluated("mIoU validation 40.0")
-    assert " 8/50 loss 0.250  mIoU validation 40.0" in shown(reporter)
+    assert " 9/50 loss 0.250  mIoU validation 40.0" in shown(reporter)
     with reporter.meanwhile("evaluating validation", 4) as progress:
         progress(3)
         assert "evaluating validation" in shown(reporter) and " 3/4" in shown(reporter)

@@ -14,7 +14,8 @@ import torch
 from cegate.checkpoint import load_state
 from cegate.engine import stage as stage_module
 from cegate.engine.sets import open_sets
-from cegate.engine.stage import Found, Stage
+from cegate.engine.stage import Stage
+from cegate.engine.step_losses import Found
 from cegate.engine.trainer import train
 from cegate.errors import TrainingError
 from cegate.segmenter import build

@@ -30,8 +30,10 @@ def test_the_lowest_rate_that_comes_close_is_recommended():
 
 
 def test_a_short_run_has_the_whole_schedule(small):
-    config = small(train__iterations=100, train__warmup=10, train__schedule="steps", train__milestones="[50, 80]")
-    train = shortened(config, 20).train
+    changes = {"train__schedule": "steps", "train__milestones": "[50, 80]", "run__speed": "auto"}
+    short = shortened(small(train__iterations=100, train__warmup=10, **changes), 20)
+    assert short.run.speed == "eager"  # a trial looks at every loss
+    train = short.train
     assert (train.iterations, train.warmup, train.milestones) == (20, 2, [10, 16])
 
 
