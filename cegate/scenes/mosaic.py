@@ -136,9 +136,10 @@ class Mosaic:
 
         chunks = [corners[first : first + batch] for first in range(0, len(corners), batch)]
         ends = sorted({crop, *(chunk[-1][0] + crop for chunk in chunks)})
+        span = max(chunk[-1][0] - chunk[0][0] for chunk in chunks) + crop
         with ahead(partial(_read, source, device), list(pairwise([0, *ends]))) as strips:
             held, held_from = self._filled(next(strips), source.size, device), 0  # the image from `held_from` on
-            sums, done = None, 0  # of the rows from `done` on
+            sums, done = None, 0  # of `span` rows from `done` on
             for chunk, following in zip_longest(chunks, chunks[1:]):
                 top, bottom = chunk[0][0], chunk[-1][0] + crop
                 if held_from + held.pixels.shape[1] < bottom:
@@ -147,9 +148,7 @@ class Mosaic:
                 logits = forward(torch.stack([_window(held.pixels, y - held_from, x, crop) for y, x in chunk]))
                 logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 logits = logits.exp() if as_shares else logits
-                sums = logits.new_zeros(logits.shape[1], 0, held.pixels.shape[2]) if sums is None else sums
-                if missing := bottom - done - sums.shape[1]:
-                    sums = F.pad(sums, (0, 0, 0, missing))
+                sums = logits.new_zeros(logits.shape[1], span, held.pixels.shape[2]) if sums is None else sums
                 for window, (y, x) in zip(logits, chunk, strict=True):
                     place = _window(sums, y - done, x, crop)
                     place.add_(window) if weights is None else place.addcmul_(window, weights.to(window.dtype))
@@ -159,7 +158,8 @@ class Mosaic:
                     empty = None if held.empty is None else held.empty[done - held_from : last - held_from]
                     weight = row_sums[done:last, None] * column_sums[:width]
                     yield Rows(slice(done, last), _mean(sums[:, : last - done, :width], weight, as_shares), empty)
-                    sums, done = sums[:, reached - done :], reached
+                    _move_up(sums, reached - done)
+                    done = reached
 
     def _filled(self, strip: Strip, size: tuple[int, int], device: torch.device) -> Strip:
         """Rows of the image on the device, filled up to a window where it is smaller."""
@@ -230,6 +230,13 @@ def _sums(weights: Tensor, starts: Sequence[int]) -> Tensor:
 def _mean(sums: Tensor, weight: Tensor, as_shares: bool) -> Tensor:
     mean = sums / weight
     return mean.log() if as_shares else mean
+
+
+def _move_up(sums: Tensor, rows: int) -> None:
+    """Drop rows at the top; new ones below are 0."""
+    kept = sums[:, rows:].clone()  # it may overlap the place it goes to
+    sums[:, : kept.shape[1]] = kept
+    sums[:, kept.shape[1] :] = 0
 
 
 def _window(pixels: Tensor, top: int, left: int, crop: int) -> Tensor:
