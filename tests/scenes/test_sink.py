@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,17 @@ def test_gdal_reads_what_is_written_in_tiles_and_strips(tmp_path, size, big, mon
     with rasterio.open(tmp_path / "mask.tif") as mask:
         np.testing.assert_array_equal(mask.read(1), pixels)
         assert mask.is_tiled == (min(size) > 512)
+
+
+def test_blocks_deflated_in_threads_make_the_same_file(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 3, (1100, 1600), dtype=np.uint8)
+    with ThreadPoolExecutor(3) as threads:
+        for name, each in (("one", map), ("three", threads.map)):
+            with (tmp_path / name).open("wb") as file:
+                writer = encoders.TiffWriter(file, pixels.shape, {}, each)
+                writer.write(pixels)
+                writer.close()
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "three").read_bytes()
 
 
 @pytest.mark.parametrize("suffix", [".tif", ".png"])
