@@ -6,7 +6,7 @@ GDAL, zlib and torch let other threads run; so reading, model and writing take t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -35,20 +35,28 @@ def _one_ahead(thread: Executor, make: Callable[[P], T], parts: Sequence[P]) -> 
     yield coming.result()
 
 
-@contextmanager
-def behind() -> Iterator[Callable[..., None]]:
-    """A function that has a call made in a thread, once the call before it is through: one at most is under way.
+class Behind:
+    """Makes calls in a thread, each once the one before it is through: one at most is under way.
 
-    An error arrives at the next call, or at the end of the block, which waits for the last one.
+    An error arrives at the next call or at the end of the block, which waits for the last one.
     """
-    with ThreadPoolExecutor(1, "behind") as thread:
-        under_way: Future[Any] = Future()
-        under_way.set_result(None)
 
-        def call(function: Callable[..., Any], *given: Any) -> None:
-            nonlocal under_way
-            under_way.result()
-            under_way = thread.submit(function, *given)
+    def __init__(self) -> None:
+        self._thread, self._under_way = ThreadPoolExecutor(1, "behind"), None
 
-        yield call
-        under_way.result()
+    def __call__(self, function: Callable[[], Any]) -> None:
+        self.finish()
+        self._under_way = self._thread.submit(function)
+
+    def finish(self) -> None:
+        """Wait for what is under way."""
+        if self._under_way is not None:
+            self._under_way.result()
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.finish()

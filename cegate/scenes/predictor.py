@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from cegate.errors import ConfigError, nearest
 from cegate.losses import LEAST_SHARE, at_least_float32
-from cegate.scenes.beside import behind
+from cegate.scenes.beside import Behind
 from cegate.scenes.mosaic import Forward, Mosaic, Rows, Source
 from cegate.scenes.sink import Result, Sink, begin_copy
 
@@ -63,10 +64,15 @@ class Predictor:
         Raises:
             DataError: the image cannot be read.
         """
-        with closing(self.rows(source)) as parts, behind() as later:
+        with closing(self.rows(source)) as parts, Behind() as later:
             for place, logits, empty in parts:
-                later(_write, sink, place, begin_copy(sink.keep(logits)), empty)
+                write = partial(_write, sink, place, begin_copy(sink.keep(logits)), empty)
                 del logits  # before those of the next rows come
+                if place.stop < source.size[0]:
+                    later(write)
+                else:  # nothing is left to do meanwhile
+                    later.finish()
+                    write()
                 if progress is not None:
                     progress(place.stop / source.size[0])
 

@@ -35,7 +35,7 @@ class Sink(Protocol):
         """What it keeps of logits [K, n, W], made where they lie; nothing else comes back from a GPU."""
 
     def write(self, rows: Result) -> None:
-        """The next rows; all in one thread, which may be another than that of `keep`."""
+        """The next rows; after those before them, in any thread."""
 
 
 def likeliest_class(logits: Tensor) -> Tensor:

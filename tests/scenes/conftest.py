@@ -12,6 +12,7 @@ from rasterio.transform import from_origin
 
 import cegate
 from cegate.scenes import mosaic, predictor
+from cegate.scenes.beside import Behind
 from cegate.segmenter import Segmenter
 
 SECTIONS = {
@@ -57,15 +58,15 @@ def in_turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextMana
     def one_by_one(make: Callable, parts: list) -> Iterator[Iterator]:
         yield map(make, parts)
 
-    @contextmanager
-    def at_once() -> Iterator[Callable]:
-        yield lambda call, *given: call(*given)
+    class AtOnce(Behind):
+        def __call__(self, function: Callable) -> None:
+            function()
 
     @contextmanager
     def in_turn() -> Iterator[None]:
         with monkeypatch.context() as patched:
             patched.setattr(mosaic, "ahead", one_by_one)
-            patched.setattr(predictor, "behind", at_once)
+            patched.setattr(predictor, "Behind", AtOnce)
             yield
 
     return in_turn

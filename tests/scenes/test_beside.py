@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from cegate.data.rasters import OpenImage
 from cegate.errors import DataError
 from cegate.scenes import mosaic, predictor, sink
-from cegate.scenes.beside import ahead, behind
+from cegate.scenes.beside import Behind, ahead
 from cegate.scenes.files import predict_files
 from cegate.scenes.mosaic import BLENDS, Mosaic, Pixels
 from cegate.scenes.sink import ShareArray
@@ -65,12 +66,12 @@ def test_a_call_is_made_while_the_caller_goes_on():
         assert go_on.wait(5)
         done.append(number)
 
-    with behind() as later:
-        later(call, 0)
+    with Behind() as later:
+        later(partial(call, 0))
         assert not done
         go_on.set()
         for number in (1, 2):
-            later(call, number)
+            later(partial(call, number))
             assert len(done) >= number, "one at most is under way"
     assert done == [0, 1, 2]
 
@@ -83,10 +84,10 @@ def test_an_error_of_a_call_comes_with_the_next_or_at_the_end(further):
     done = []
 
     def work():
-        with behind() as later:
+        with Behind() as later:
             later(fail)
             for _ in range(further):
-                later(done.append, 0)
+                later(partial(done.append, 0))
 
     with pytest.raises(OSError, match="No space"):
         work()
@@ -185,7 +186,12 @@ def test_a_disk_that_fills_up_later_on_leaves_nothing(segmenter, scenes, tmp_pat
     with pytest.raises(DataError, match=r"out/a\.tif cannot be written \(No space left on device\)"):
         next(predict_files(segmenter, plan(scenes, tmp_path), stride=20))
     assert not list((tmp_path / "out").iterdir())
-    assert len(threads) == number and threads[-1] is not threading.main_thread()
+    assert len(threads) == number and threads[1] is not threading.main_thread()
+
+
+def test_an_image_of_one_window_needs_no_thread(segmenter, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", lambda self: pytest.fail("a thread"))
+    assert segmenter.predict(np.zeros((3, 32, 32), np.uint8)).shape == (32, 32)
 
 
 @pytest.mark.parametrize("where", ["read", "model", "write"])
