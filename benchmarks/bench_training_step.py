@@ -89,7 +89,7 @@ def peft_lora() -> Plain:
 
 def make_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], Tensor]:
     """Forward, loss, backward and AdamW over everything that learns; gives the loss."""
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> Tensor:
         optimiser.zero_grad(set_to_none=True)

@@ -112,3 +112,12 @@ def small(tmp_path: Path) -> Callable[..., Config]:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare the seconds that drawing takes."""
     monkeypatch.setattr("cegate.engine.trainer.draw_run", lambda *_, **__: None)
+
+
+@pytest.fixture
+def little_mask2former(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that are built are small: for tests of what goes on around them."""
+    from cegate.heads.mask2former import Mask2FormerHead
+
+    for name, less in {"queries": 5, "width": 32, "encoder_layers": 1, "decoder_layers": 2, "points": 64}.items():
+        monkeypatch.setitem(Mask2FormerHead.__init__.__kwdefaults__, name, less)

@@ -34,6 +34,9 @@ CONFIG = Config(
 )
 
 
+pytestmark = pytest.mark.usefixtures("little_mask2former")
+
+
 @dataclass
 class Probe:
     image: torch.Tensor

@@ -300,12 +300,13 @@ class Recorder:
         scores = {domain_title(domain): record["mIoU"] for domain, record in after.items()}
         with self.run.writing():
             save_adapter(self.run.adapter, network, self.backbone_sha256, scores)
+        measure, score = headline(after.get(SOURCE_DOMAIN, {"mIoU": None}))
         if self.sets.validation is None:
             why = "the last one: there is no validation set"
-        elif after[SOURCE_DOMAIN]["mIoU"] is None:
-            why = "the last one: the validation set has no label"
+        elif score is None:
+            why = f"the last one: the validation set has no label to measure {measure} by"
         else:
-            why = "chosen on the validation set"
+            why = f"chosen by {measure} on the validation set"
         notes = [f"The model of iteration {state.iteration} counts, {why}."]
         if unseen := stage.unseen_classes():
             notes.append(

@@ -31,13 +31,15 @@ def best_iteration(records: Sequence[Record], stage: str, *, validated: bool) ->
     Args:
         records: lines of metrics.jsonl.
         stage: ``before`` or ``after``.
-        validated: choose by mIoU on the validation set (domain ``source``; ties go to the earlier one). Without a
-            validation set the last evaluation counts: choosing by target labels would be cheating.
+        validated: choose by what leads an evaluation (`headline`: mIoU, or the IoU of a foreground) on the validation
+            set (domain ``source``; ties go to the earlier one). Without a validation set the last evaluation counts:
+            choosing by target labels would be cheating.
     """
     evaluated = [record for record in records if record["split"] == stage]
     if validated:
-        scored = [record for record in evaluated if record["domain"] == SOURCE_DOMAIN and record["mIoU"] is not None]
-        return max(scored, key=lambda record: (record["mIoU"], -record["iteration"]))["iteration"] if scored else None
+        led = [(headline(record)[1], -record["iteration"]) for record in evaluated if record["domain"] == SOURCE_DOMAIN]
+        scored = [pair for pair in led if pair[0] is not None]
+        return -max(scored)[1] if scored else None
     return max((record["iteration"] for record in evaluated), default=None)
 
 

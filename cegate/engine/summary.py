@@ -17,7 +17,7 @@ from cegate.configfile import domain_title
 from cegate.engine.evaluator import percent
 from cegate.engine.results import best_iteration, records_of
 from cegate.figures import STAGES, headline, in_order
-from cegate.runfolder import RunFolder
+from cegate.runfolder import RunFolder, read_record
 from cegate.sites import SiteId
 
 
@@ -40,7 +40,10 @@ def describe_run(path: Path) -> list[Table | str]:
     state = load_state(run.last)
     counts = _weights_per_site({key: value.numel() for key, value in state.trained.items()})
     rounds, records = run.gates.records, run.metrics.records
-    best = best_iteration(records, "after", validated=config.data.validation is not None)
+    if run.result.is_file():
+        best = read_record(run.result).get("iteration")
+    else:
+        best = best_iteration(records, "after", validated=config.data.validation is not None)
     scores = {domain_title(domain): headline(r) for domain, r in records_of(records, "after", best).items()}
     measure = next((name for name, _ in scores.values()), "mIoU")
     head = counts.get("head", 0)

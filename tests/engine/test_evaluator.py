@@ -145,6 +145,7 @@ def test_a_run_is_evaluated_as_it_was_in_training(small, no_figures, tmp_path):
         evaluate_run(run, run.config(), checkpoint="missing.pt")
 
 
+@pytest.mark.usefixtures("little_mask2former")
 def test_windows_of_mask2former_are_averaged_as_shares(small, arid):
     model = cegate.build(small(model__head="mask2former"))
     pixels = (arid.read(0).image * 255).round().astype(np.uint8)

@@ -72,6 +72,7 @@ def test_a_stopped_run_resumes_bit_by_bit(whole, small, monkeypatch, stage, iter
     assert_equal_runs(whole, train(config, resume=True).path, ("last", "best", "before"))
 
 
+@pytest.mark.usefixtures("little_mask2former")
 def test_mask2former_with_its_random_points_resumes_bit_by_bit(small, monkeypatch):
     changes = {"model__head": "mask2former", "train__iterations": 2, "train__checkpoint_every": 1}
     changes |= {"data__validation": "null", "gate__samples": 1, "data__batch_size": 1, "train__log_every": 1}
