@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
@@ -76,12 +76,19 @@ class TiffWriter:
         file: opened for writing, can seek.
         size: (H, W). An image of 2 GiB or more becomes a BigTIFF.
         tags: number -> field: all that does not depend on the size, see `read_tags`.
+        each: deflates the blocks of a row; that of an executor does so in its threads, to the same bytes.
     """
 
     BIG_PX = 1 << 31
 
-    def __init__(self, file: BinaryIO, size: tuple[int, int], tags: Mapping[int, Tag]) -> None:
-        (height, width), self._file = size, file
+    def __init__(
+        self,
+        file: BinaryIO,
+        size: tuple[int, int],
+        tags: Mapping[int, Tag],
+        each: Callable[[Callable[[np.ndarray], bytes], Iterable[np.ndarray]], Iterable[bytes]] = map,
+    ) -> None:
+        (height, width), self._file, self._each = size, file, each
         self._tiled, self._big = min(size) > BLOCK, height * width >= self.BIG_PX
         self._tags = {number: tag for number, tag in tags.items() if number not in _OF_THE_SIZE}
         self._tags |= {_WIDTH: self._numbers([width]), _LENGTH: self._numbers([height])}
@@ -127,8 +134,7 @@ class TiffWriter:
             blocks = [padded[:, left : left + BLOCK] for left in range(0, width, BLOCK)]
         else:
             blocks = [rows]
-        for block in blocks:
-            data = zlib.compress(np.ascontiguousarray(block))
+        for data in self._each(_deflated, blocks):
             self._offsets.append(self._put(data))
             self._sizes.append(len(data))
 
@@ -143,6 +149,10 @@ class TiffWriter:
     def _numbers(self, values: list[int]) -> Tag:
         kind, code = (_LONG8, "<u8") if self._big else (_LONG, "<u4")
         return Tag(kind, np.array(values, code).tobytes())
+
+
+def _deflated(block: np.ndarray) -> bytes:
+    return zlib.compress(np.ascontiguousarray(block))
 
 
 def read_tags(tiff: bytes) -> dict[int, Tag]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -546,12 +548,14 @@ def open_mask(
                 raise DataError(f"{path}: the mask is {given}, but {like} is {src.width}x{src.height} pixels")
             place = _georeference(src)
     colours = None if palette is None else {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)}
-    with path.open("wb") as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(path.open("wb"))
         if path.suffix.lower() == ".png":
             table = colours and b"".join(bytes(colours.get(value, (0, 0, 0))) for value in range(256))
             writer = PngWriter(file, size, table)
         else:
-            writer = TiffWriter(file, size, _tiff_tags(place, colours))
+            threads = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), "deflate"))
+            writer = TiffWriter(file, size, _tiff_tags(place, colours), threads.map)
         yield writer
         writer.close()
 

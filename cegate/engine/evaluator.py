@@ -83,7 +83,8 @@ class Tally:
         self.confusion = Confusion(classes)
         self._label, self._losses, self._valid = label, 0.0, 0  # label [H, W]
 
-    def write(self, rows: Rows) -> None:
+    def add(self, rows: Rows) -> None:
+        """The next rows."""
         label = self._label[rows.place]
         self.confusion.update(likeliest_class(rows.logits).cpu(), label)
         sums, valid = sum_of_cross_entropy(rows.logits, label.to(rows.logits.device))
@@ -151,7 +152,8 @@ def evaluate(
             images = item.image
             if without is not None:
                 images = lose_modality(images, dataset.channels, torch.tensor([RASTERS.index(without)]))
-            predictor.run(Pixels(images[0]), tally)
+            for rows in predictor.rows(Pixels(images[0])):
+                tally.add(rows)
             loss_sum += tally.loss
             names += item.names
             tiles.append(tally.confusion.matrix.numpy())

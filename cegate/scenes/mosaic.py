@@ -1,7 +1,7 @@
 """Mosaic: logits of an image of any size from a model that sees squares.
 
 An image goes through from top to bottom, so that a scene need not fit in memory: a row of it is done once no window
-that is still to come covers it.
+that is still to come covers it. The rows that the next windows need are read while the model runs on these.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise, zip_longest
 from numbers import Integral
 from typing import NamedTuple, Protocol
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cegate.errors import ConfigError, nearest
+from cegate.scenes.beside import ahead
 
 PIXELS_ON_GPU, PIXELS_ON_CPU = 8 * 512**2, 8 * 128**2
 """Of the windows that run together: small ones alone leave a device idle between operators, large ones fill it."""
@@ -113,7 +115,7 @@ class Mosaic:
 
         Args:
             forward: what windows are put through. One window gives exactly ``forward(image)``.
-            source: the image; each of its rows is asked for once, in order.
+            source: the image; each of its rows is asked for once, in order, and in one thread, which may be another.
             device: where windows, logits and sums lie.
         """
         if self.fit is not None and max(source.size) > self.fit:
@@ -132,37 +134,37 @@ class Mosaic:
         row_sums, column_sums = _sums(of_row, tops).to(device), _sums(of_column, lefts).to(device)
         weights = None if self.blend == "none" else of_row[:, None] * of_column
 
-        held, held_from = self._read(source, 0, device), 0  # the image from the row `held_from` on
-        sums, done = None, 0  # of the rows from `done` on
-        for first in range(0, len(corners), batch):
-            chunk = corners[first : first + batch]
-            top, bottom = chunk[0][0], chunk[-1][0] + crop
-            if (end := held_from + held.pixels.shape[1]) < bottom:
-                held = _joined(held, top - held_from, self._read(source, end, device, bottom))
-                held_from = top
-            logits = forward(torch.stack([_window(held.pixels, y - held_from, x, crop) for y, x in chunk]))
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            logits = logits.exp() if as_shares else logits
-            sums = logits.new_zeros(logits.shape[1], 0, held.pixels.shape[2]) if sums is None else sums
-            if missing := bottom - done - sums.shape[1]:
-                sums = F.pad(sums, (0, 0, 0, missing))
-            for window, (y, x) in zip(logits, chunk, strict=True):
-                place = _window(sums, y - done, x, crop)
-                place.add_(window) if weights is None else place.addcmul_(window, weights.to(window.dtype))
-            reached = corners[first + batch][0] if first + batch < len(corners) else bottom
-            if reached > done:
-                mean = sums[:, : reached - done] / (row_sums[done:reached, None] * column_sums)
-                mean = mean[:, : height - done, :width]
-                last = done + mean.shape[1]
-                empty = None if held.empty is None else held.empty[done - held_from : last - held_from]
-                yield Rows(slice(done, last), mean.log() if as_shares else mean, empty)
-                sums, done = sums[:, reached - done :], reached
+        chunks = [corners[first : first + batch] for first in range(0, len(corners), batch)]
+        ends = sorted({crop, *(chunk[-1][0] + crop for chunk in chunks)})
+        span = max(chunk[-1][0] - chunk[0][0] for chunk in chunks) + crop
+        with ahead(partial(_read, source, device), list(pairwise([0, *ends]))) as strips:
+            held, held_from = self._filled(next(strips), source.size, device), 0  # the image from `held_from` on
+            sums, done = None, 0  # of `span` rows from `done` on
+            for chunk, following in zip_longest(chunks, chunks[1:]):
+                top, bottom = chunk[0][0], chunk[-1][0] + crop
+                if held_from + held.pixels.shape[1] < bottom:
+                    held = _joined(held, top - held_from, self._filled(next(strips), source.size, device))
+                    held_from = top
+                logits = forward(torch.stack([_window(held.pixels, y - held_from, x, crop) for y, x in chunk]))
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                logits = logits.exp() if as_shares else logits
+                sums = logits.new_zeros(logits.shape[1], span, held.pixels.shape[2]) if sums is None else sums
+                for window, (y, x) in zip(logits, chunk, strict=True):
+                    place = _window(sums, y - done, x, crop)
+                    place.add_(window) if weights is None else place.addcmul_(window, weights.to(window.dtype))
+                reached = following[0][0] if following else bottom
+                if reached > done:
+                    last = min(reached, height)
+                    empty = None if held.empty is None else held.empty[done - held_from : last - held_from]
+                    weight = row_sums[done:last, None] * column_sums[:width]
+                    yield Rows(slice(done, last), _mean(sums[:, : last - done, :width], weight, as_shares), empty)
+                    _move_up(sums, reached - done)
+                    done = reached
 
-    def _read(self, source: Source, first: int, device: torch.device, last: int | None = None) -> Strip:
+    def _filled(self, strip: Strip, size: tuple[int, int], device: torch.device) -> Strip:
         """Rows of the image on the device, filled up to a window where it is smaller."""
-        height, width = source.size
-        strip = source.read(first, min(last or self.crop, height))
-        pixels = strip.pixels.to(device)
+        height, width = size
+        pixels = strip.pixels.to(device, non_blocking=True)
         below, right = max(self.crop - height, 0), max(self.crop - width, 0)
         if below or right:
             pixels = F.pad(pixels, (0, right, 0, below))
@@ -181,6 +183,13 @@ class Mosaic:
             place = slice(first, min(first + self.crop, height))
             empty = None if whole.empty is None else whole.empty[place]
             yield Rows(place, _enlarged(logits, (height, width), place), empty)
+
+
+def _read(source: Source, device: torch.device, rows: tuple[int, int]) -> Strip:
+    """Rows of the image on the host; for a GPU where it can fetch them while it computes."""
+    strip = source.read(rows[0], min(rows[1], source.size[0]))
+    pin = device.type == "cuda" and not strip.pixels.is_cuda
+    return strip._replace(pixels=strip.pixels.pin_memory()) if pin else strip
 
 
 def windows_at_once(device: torch.device, crop: int) -> int:
@@ -216,6 +225,18 @@ def _sums(weights: Tensor, starts: Sequence[int]) -> Tensor:
     for start in starts:
         sums[start : start + len(weights)] += weights.to(sums)
     return sums
+
+
+def _mean(sums: Tensor, weight: Tensor, as_shares: bool) -> Tensor:
+    mean = sums / weight
+    return mean.log() if as_shares else mean
+
+
+def _move_up(sums: Tensor, rows: int) -> None:
+    """Drop rows at the top; new ones below are 0."""
+    kept = sums[:, rows:].clone()  # it may overlap the place it goes to
+    sums[:, : kept.shape[1]] = kept
+    sums[:, kept.shape[1] :] = 0
 
 
 def _window(pixels: Tensor, top: int, left: int, crop: int) -> Tensor:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from cegate.errors import ConfigError, nearest
 from cegate.losses import LEAST_SHARE, at_least_float32
+from cegate.scenes.beside import Behind
 from cegate.scenes.mosaic import Forward, Mosaic, Rows, Source
-from cegate.scenes.sink import Sink
+from cegate.scenes.sink import Result, Sink, begin_copy
 
 TTA = ("none", "flip")
 """Test-time augmentation: windows as they are, or the mean of the shares of each window and its mirror image."""
@@ -51,7 +54,7 @@ class Predictor:
             yield from mosaic.rows(self._call, source, self.device)
 
     def run(self, source: Source, sink: Sink, progress: Callable[[float], None] | None = None) -> None:
-        """Put an image through, into a sink.
+        """Put an image through, into a sink. Threads that read ahead and write behind end with the call.
 
         Args:
             source: the image, as `open_reader` opens it.
@@ -61,10 +64,17 @@ class Predictor:
         Raises:
             DataError: the image cannot be read.
         """
-        for rows in self.rows(source):
-            sink.write(rows)
-            if progress is not None:
-                progress(rows.place.stop / source.size[0])
+        with closing(self.rows(source)) as parts, Behind() as later:
+            for place, logits, empty in parts:
+                write = partial(_write, sink, place, begin_copy(sink.keep(logits)), empty)
+                del logits  # before those of the next rows come
+                if place.stop < source.size[0]:
+                    later(write)
+                else:  # nothing is left to do meanwhile
+                    later.finish()
+                    write()
+                if progress is not None:
+                    progress(place.stop / source.size[0])
 
     @torch.no_grad()
     def _call(self, images: Tensor) -> Tensor:
@@ -75,6 +85,10 @@ class Predictor:
             mirrored = self.forward(images.flip(-1)).flip(-1)
         shares = [at_least_float32(part).softmax(1) for part in (logits, mirrored)]
         return (torch.stack(shares).mean(0) + LEAST_SHARE).log()
+
+
+def _write(sink: Sink, place: slice, kept: Callable[[], np.ndarray], empty: np.ndarray | None) -> None:
+    sink.write(Result(place, kept(), empty))
 
 
 _modes_lock = threading.Lock()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import rasterio
 import torch
+from rasterio.env import getenv, hasenv
 
 from cegate.data.rasters import Header, Window, open_image, read_header
 from cegate.data.scale import (
@@ -79,7 +82,7 @@ class Reader:
         second: Pixels | None = None,
     ) -> None:
         self.name, self.size, self._pixels, self._without_data = name, size, pixels, without_data
-        self._second = second
+        self._second, self._gdal = second, _gdal_as_here()
         self._range = learned.value_range or [EIGHT_BIT] * len(learned.bands)
         check_depth(dtype, self._range, name, _ADVICE)
         if has_doubtful_scale(dtype, self._range):
@@ -97,14 +100,16 @@ class Reader:
             DataError: they cannot be read.
         """
         window = Window(first, 0, last - first, self.size[1])
-        unit, gaps = to_unit(self._pixels(window), self._range)
-        empty = self._without_data(window)
+        with self._gdal():
+            pixels, empty = self._pixels(window), self._without_data(window)
+            further = None if self._second is None else self._second(window)
+        unit, gaps = to_unit(pixels, self._range)
         if self._has_nan:
             empty = gaps if empty is None else gaps | empty
         unit -= self._mean
         unit /= self._std
-        if self._second is not None:
-            unit = np.concatenate((unit, self._second(window)))
+        if further is not None:
+            unit = np.concatenate((unit, further))
         return Strip(torch.from_numpy(unit), empty)
 
 
@@ -113,12 +118,22 @@ class SecondAlone:
 
     def __init__(self, name: str, size: tuple[int, int], pixels: Pixels, bands: int) -> None:
         self.name, self.size, self._pixels, self._bands = name, size, pixels, bands
+        self._gdal = _gdal_as_here()
 
     def read(self, first: int, last: int) -> Strip:
         """Rows first..last-1; the image's channels are NaN."""
-        known = self._pixels(Window(first, 0, last - first, self.size[1]))
+        with self._gdal():
+            known = self._pixels(Window(first, 0, last - first, self.size[1]))
         nothing = unknown(self._bands, known.shape[1:])
         return Strip(torch.from_numpy(np.concatenate((nothing, known))), np.isnan(known).all(0))
+
+
+def _gdal_as_here() -> Callable[[], AbstractContextManager[object]]:
+    """What gives another thread GDAL's options of this one, of which rasterio keeps some for each thread."""
+    if not hasenv():
+        return nullcontext
+    options = {name: value for name, value in getenv().items() if name != "GDAL_CACHEMAX"}  # that is the process's
+    return partial(rasterio.Env, **options)
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,14 +15,27 @@ from cegate.config import IGNORE
 from cegate.data.encoders import Writer
 from cegate.data.rasters import open_mask
 from cegate.runfolder import written_aside
-from cegate.scenes.mosaic import Rows
+
+
+class Result(NamedTuple):
+    """Whole rows of what a sink keeps."""
+
+    place: slice
+    """Which rows of the image."""
+    values: np.ndarray
+    """[..., n, W], as `Sink.keep` made them; the sink may write into them."""
+    empty: np.ndarray | None = None
+    """[n, W] bool: where the image has no data; None: nowhere in it."""
 
 
 class Sink(Protocol):
     """Takes a result from top to bottom."""
 
-    def write(self, rows: Rows) -> None:
-        """The next rows."""
+    def keep(self, logits: Tensor) -> Tensor:
+        """What it keeps of logits [K, n, W], made where they lie; nothing else comes back from a GPU."""
+
+    def write(self, rows: Result) -> None:
+        """The next rows; after those before them, in any thread."""
 
 
 def likeliest_class(logits: Tensor) -> Tensor:
@@ -30,22 +43,43 @@ def likeliest_class(logits: Tensor) -> Tensor:
     return logits.max(-3).indices  # argmax takes two to eight times as long over classes on a CPU
 
 
-def classes_of(rows: Rows) -> np.ndarray:
-    """Class of every pixel, [n, W] uint8; 255 where the image is empty."""
-    classes = likeliest_class(rows.logits).to(torch.uint8).cpu().numpy()
-    if rows.empty is not None:
-        classes[rows.empty] = IGNORE
-    return classes
+def begin_copy(values: Tensor) -> Callable[[], np.ndarray]:
+    """Begin to copy values to the host; the call that is returned waits for the end of it, and of nothing later."""
+    host = values.to("cpu", non_blocking=values.is_cuda)
+    if not values.is_cuda:
+        return host.numpy
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(values.device))
+
+    def finish() -> np.ndarray:
+        copied.synchronize()
+        return host.numpy()
+
+    return finish
 
 
-class ClassArray:
+class _Classes:
+    """Keeps the class of every pixel, uint8."""
+
+    def keep(self, logits: Tensor) -> Tensor:
+        return likeliest_class(logits).to(torch.uint8)
+
+    @staticmethod
+    def _of(rows: Result) -> np.ndarray:
+        """[n, W]; 255 where the image is empty."""
+        if rows.empty is not None:
+            rows.values[rows.empty] = IGNORE
+        return rows.values
+
+
+class ClassArray(_Classes):
     """Classes in memory: ``array`` is [H, W] uint8, 255 where the image is empty."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.array = np.empty(size, np.uint8)
 
-    def write(self, rows: Rows) -> None:
-        self.array[rows.place] = classes_of(rows)
+    def write(self, rows: Result) -> None:
+        self.array[rows.place] = self._of(rows)
 
 
 class ShareArray:
@@ -54,14 +88,16 @@ class ShareArray:
     def __init__(self, classes: int, size: tuple[int, int]) -> None:
         self.array = np.empty((classes, *size), np.float32)
 
-    def write(self, rows: Rows) -> None:
-        shares = rows.logits.float().softmax(0).cpu().numpy()
+    def keep(self, logits: Tensor) -> Tensor:
+        return logits.float().softmax(0)
+
+    def write(self, rows: Result) -> None:
         if rows.empty is not None:
-            shares[:, rows.empty] = np.nan
-        self.array[:, rows.place] = shares
+            rows.values[:, rows.empty] = np.nan
+        self.array[:, rows.place] = rows.values
 
 
-class MaskFile:
+class MaskFile(_Classes):
     """Classes in a file; a tile's height of them is held.
 
     Attributes:
@@ -71,10 +107,9 @@ class MaskFile:
     def __init__(self, writer: Writer) -> None:
         self._writer, self._empty, self._all = writer, 0, 0
 
-    def write(self, rows: Rows) -> None:
-        classes = classes_of(rows)
-        self._writer.write(classes)
-        self._all += classes.size
+    def write(self, rows: Result) -> None:
+        self._writer.write(self._of(rows))
+        self._all += rows.values.size
         self._empty += 0 if rows.empty is None else int(rows.empty.sum())
 
     @property

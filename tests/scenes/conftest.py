@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import torch
 from rasterio.transform import from_origin
 
 import cegate
+from cegate.scenes import mosaic, predictor
+from cegate.scenes.beside import Behind
 from cegate.segmenter import Segmenter
 
 SECTIONS = {
@@ -45,3 +48,25 @@ def write_scene(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return write
+
+
+@pytest.fixture
+def in_turn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """In its block reading, model and writing go one after the other in one thread."""
+
+    @contextmanager
+    def one_by_one(make: Callable, parts: list) -> Iterator[Iterator]:
+        yield map(make, parts)
+
+    class AtOnce(Behind):
+        def __call__(self, function: Callable) -> None:
+            function()
+
+    @contextmanager
+    def in_turn() -> Iterator[None]:
+        with monkeypatch.context() as patched:
+            patched.setattr(mosaic, "ahead", one_by_one)
+            patched.setattr(predictor, "Behind", AtOnce)
+            yield
+
+    return in_turn

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +10,17 @@ import rasterio
 import torch
 
 from cegate.data import encoders
-from cegate.scenes.mosaic import Rows
-from cegate.scenes.sink import ClassArray, ShareArray, open_mask_file
+from cegate.scenes.sink import ClassArray, Result, ShareArray, begin_copy, open_mask_file
 
 PALETTE = ("#102030", "#FFFFFF", "#00FF00")
 
 
-def rows_of(logits, empty=None, step=7):
-    """A result [K, H, W] in parts of some rows."""
+def rows_of(sink, logits, empty=None, step=7):
+    """What a sink keeps of logits [K, H, W], in parts of some rows."""
     for first in range(0, logits.shape[1], step):
         place = slice(first, min(first + step, logits.shape[1]))
-        yield Rows(place, logits[:, place], None if empty is None else empty[place])
+        values = begin_copy(sink.keep(logits[:, place]))()
+        yield Result(place, values, None if empty is None else empty[place])
 
 
 @pytest.fixture
@@ -31,9 +32,9 @@ def result():
 def test_arrays_hold_classes_and_shares(result):
     logits, empty, classes = result
     found, shares = ClassArray((40, 25)), ShareArray(3, (40, 25))
-    for rows in rows_of(logits, empty):
-        found.write(rows)
-        shares.write(rows)
+    for sink in (found, shares):
+        for rows in rows_of(sink, logits, empty):
+            sink.write(rows)
     np.testing.assert_array_equal(found.array, classes)
     np.testing.assert_allclose(shares.array, np.where(empty, np.nan, logits.softmax(0)), rtol=1e-6)
 
@@ -44,7 +45,7 @@ def test_a_file_holds_classes_colours_and_place(result, write_scene, tmp_path, s
     logits, empty, classes = result
     scene, path = write_scene("scene.tif", np.zeros((3, 40, 25), np.uint8)), tmp_path / f"mask{suffix}"
     with open_mask_file(path, (40, 25), like=scene, palette=PALETTE) as sink:
-        for rows in rows_of(logits, empty, step):
+        for rows in rows_of(sink, logits, empty, step):
             sink.write(rows)
         assert not path.exists(), "it is not whole yet"
     assert sink.without_data == empty.mean()
@@ -62,7 +63,7 @@ def test_a_file_that_fails_half_way_leaves_the_older_one(result, tmp_path, suffi
 
     def write_a_part():
         with open_mask_file(path, (40, 25)) as sink:
-            sink.write(next(rows_of(*result[:2])))
+            sink.write(next(rows_of(sink, *result[:2])))
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
@@ -88,12 +89,23 @@ def test_gdal_reads_what_is_written_in_tiles_and_strips(tmp_path, size, big, mon
         assert mask.is_tiled == (min(size) > 512)
 
 
+def test_blocks_deflated_in_threads_make_the_same_file(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 3, (1100, 1600), dtype=np.uint8)
+    with ThreadPoolExecutor(3) as threads:
+        for name, each in (("one", map), ("three", threads.map)):
+            with (tmp_path / name).open("wb") as file:
+                writer = encoders.TiffWriter(file, pixels.shape, {}, each)
+                writer.write(pixels)
+                writer.close()
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "three").read_bytes()
+
+
 @pytest.mark.parametrize("suffix", [".tif", ".png"])
 def test_what_is_held_does_not_grow_with_the_height(tmp_path, suffix):
     import tracemalloc
 
     def peak(height: int) -> int:
-        rows = Rows(slice(0, 256), torch.zeros(2, 256, 600))
+        rows = Result(slice(0, 256), np.zeros((256, 600), np.uint8))
         with open_mask_file(Path(tmp_path / f"{height}{suffix}"), (height, 600)) as sink:
             sink.write(rows)
             tracemalloc.start()

@@ -17,6 +17,7 @@ from cegate.config import SecondConfig, SetConfig
 from cegate.data.datasets import open_set
 from cegate.data.stream import EvalStream
 from cegate.errors import DataError
+from cegate.scenes import mosaic
 from cegate.scenes.files import pair_second, plan_outputs
 from cegate.scenes.mosaic import Mosaic, Pixels
 from cegate.scenes.reader import open_reader
@@ -104,6 +105,16 @@ def test_both_one_or_the_other(model, scene):
     assert pixels.shape == (4, *SIZE) and pixels[3].isnan().all() and not pixels[:3].isnan().any()
     missing = torch.cat([model.normalise(image, second=dsm)[:3], torch.full((1, *SIZE), torch.nan)])
     assert torch.equal(pixels[:3], missing[:3])
+
+
+def test_both_are_read_ahead_as_they_are_in_turn(model, scene, in_turn, monkeypatch):
+    monkeypatch.setattr(mosaic, "PIXELS_ON_CPU", 2 * 16**2)  # so that there are several strips
+    image, dsm = scene
+    ways = [{"image": image, "second": dsm}, {"image": image}, {"second": dsm}]
+    found = [model.predict_proba(**way, stride=9) for way in ways]
+    with in_turn():
+        for way, shares in zip(ways, found, strict=True):
+            np.testing.assert_array_equal(model.predict_proba(**way, stride=9), shares)
 
 
 def test_beyond_a_small_image_a_second_raster_is_unknown(model):
