@@ -285,13 +285,13 @@ def _attend_to_points(part: nn.Module, x: Tensor, queries: Tensor, places: _Plac
     heads, levels = part.n_heads, len(places.sizes)
     shape = batch, tokens, heads, levels, part.n_points
     offsets = part.sampling_offsets(queries).view(*shape, 2)
-    # levels first, heads beside samples
-    grid = torch.addcmul(places.centres, offsets, places.pixel).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)
+    # levels first, heads beside samples, and points before tokens: a sum over a last axis of four is slow
+    grid = torch.addcmul(places.centres, offsets, places.pixel).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
     weights = part.attention_weights(queries).view(batch, tokens, heads, -1).softmax(-1).view(shape)
-    weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2).unsqueeze(2)  # [levels, B heads, 1, N, points]
+    weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2).unsqueeze(2)  # [levels, B heads, 1, points, N]
     values = part.value_proj(x).mT.reshape(batch * heads, -1, tokens).split([h * w for h, w in places.sizes], dim=2)
     found = [
-        (F.grid_sample(v.unflatten(2, size), at, align_corners=False) * weight).sum(-1)  # [B heads, C / heads, N]
+        (F.grid_sample(v.unflatten(2, size), at, align_corners=False) * weight).sum(2)  # [B heads, C / heads, N]
         for v, size, at, weight in zip(values, places.sizes, grid, weights, strict=True)
     ]
     return part.output_proj(sum(found[1:], found[0]).view(batch, -1, tokens).mT)
@@ -369,52 +369,58 @@ class _PointLoss(Mask2FormerLoss):
         """Each layer's cheapest assignment of a sample's classes to its queries."""
         layers, batch, queries, _ = class_logits.shape
         counts = [len(classes) for classes in points.present]
-        present = torch.tensor([*chain(*points.present)], device=class_logits.device).split(counts)
+        used = [sample for sample, count in enumerate(counts) if count]
+        chosen = torch.stack([points.draw(sample, self.num_points) for sample in used])  # [S, P]
+        corners, shares = _corners(points.at(chosen).flatten(0, 2), found.pixels.shape[-2:])
+        per_sample = (x.split(self.num_points) for x in (corners, shares))
+        classes = torch.tensor([*chain(*points.present)], device=chosen.device).split([counts[b] for b in used])
+        likely = class_logits.softmax(-1)
         cost = torch.cat(
             [
-                self.mask_cost(sample, classes, found, points).unflatten(0, (layers, queries))
-                - self.weight_dict["class"] * class_logits[:, sample].softmax(-1)[..., classes]
-                for sample, classes in enumerate(present)
-                if len(classes)
+                self.mask_cost(found.embeddings[:, sample], found.pixels[sample], *where, of_points == own[:, None])
+                - self.weight_dict["class"] * likely[:, sample, :, own].flatten(0, 1)
+                for sample, of_points, own, *where in zip(
+                    used, points.labels[chosen], classes, *per_sample, strict=True
+                )
             ],
-            dim=-1,
+            dim=1,
         )
         # what is not finite is matched last; the loss then says NaN
         worst = torch.finfo(torch.float32).max
-        cost = cost.nan_to_num(nan=worst, posinf=worst, neginf=worst).cpu().numpy()  # [L, Q, all samples' classes]
+        cost = cost.nan_to_num(nan=worst, posinf=worst, neginf=worst).cpu().numpy().reshape(layers, queries, -1)
         rows, truth, first = [], [], 0
-        for sample, classes in enumerate(points.present):
-            of_sample = cost[..., first : (first := first + len(classes))]
-            for layer in range(layers if classes else 0):
+        for sample in used:
+            of_sample = cost[..., first : (first := first + counts[sample])]
+            for layer in range(layers):
                 query, entry = linear_sum_assignment(of_sample[layer])
                 rows.append((layer * batch + sample) * queries + query)
-                truth.append(np.array(classes)[entry])
+                truth.append(np.array(points.present[sample])[entry])
         both = torch.from_numpy(np.stack([np.concatenate(rows), np.concatenate(truth)])).to(class_logits.device)
         return _Matched(*both, [layers * min(queries, count) for count in counts])
 
-    def mask_cost(self, sample: int, classes: Tensor, found: Predictions, points: _Points) -> Tensor:
-        """Cost [L Q, n] of giving the masks of a sample's queries the classes [n], at points of the sample."""
-        pixels = found.pixels[sample]
+    def mask_cost(self, embeddings: Tensor, pixels: Tensor, corners: Tensor, shares: Tensor, truth: Tensor) -> Tensor:
+        """Cost [L Q, n] of giving the masks of a sample's queries the truth [n, P].
+
+        Args:
+            embeddings: [L, Q, width].
+            pixels: [width, h, w].
+            corners, shares: [P, 4] pixels around each point, and the share of each.
+            truth: [n, P] bool.
+        """
         # all masks of a pixel side by side: a point reads four rows
-        logits = at_least_float32(pixels.flatten(1).mT @ found.embeddings[:, sample].flatten(0, 1).mT)  # [h w, L Q]
-        chosen = points.draw(sample, self.num_points)
+        logits = at_least_float32(pixels.flatten(1).mT @ embeddings.flatten(0, 1).mT)  # [h w, L Q]
         with torch.autocast(logits.device.type, enabled=False):
-            truth = torch.cat([points.labels[chosen] == classes[:, None], chosen.new_ones(1, len(chosen), dtype=bool)])
-            truth = truth.to(logits.dtype)  # [n + 1, P]; the last row sums over all points
-            parts = [
-                x.split(_AT_ONCE.get(logits.device.type, len(chosen)))
-                for x in (*_corners(points.at(chosen).squeeze(1), pixels.shape[-2:]), truth.mT)
-            ]
-            inside = linear = softplus = 0
-            for corners, shares, of_class in zip(*parts, strict=True):
-                x = F.embedding_bag(corners, logits, per_sample_weights=shares, mode="sum")  # [points, L Q]
-                inside = inside + of_class.mT @ x.sigmoid()
-                linear = linear + of_class[:, :-1].mT @ x
-                softplus = softplus + F.softplus(x).sum(0)
-            # of a target t: softplus(x) - t x
-            cross_entropy = (softplus - linear) / len(chosen)
+            truth = F.pad(
+                truth.to(logits.dtype), (0, 0, 0, 1), value=1
+            )  # [n + 1, P]; the last row sums over all points
+            at_once = _AT_ONCE.get(logits.device.type, len(corners))
+            inside = cross_entropy = 0
+            for corner, share, true in zip(*(x.split(at_once) for x in (corners, shares, truth.mT)), strict=True):
+                x = F.embedding_bag(corner, logits, per_sample_weights=share, mode="sum")  # [points, L Q]
+                inside += true.mT @ x.sigmoid()
+                cross_entropy += F.softplus(x).sum(0) - true[:, :-1].mT @ x
             dice = 1 - (2 * inside[:-1] + 1) / (inside[-1] + truth[:-1].sum(1, keepdim=True) + 1)
-            return (self.weight_dict["mask"] * cross_entropy + self.weight_dict["dice"] * dice).mT
+            return (self.weight_dict["mask"] / len(corners) * cross_entropy + self.weight_dict["dice"] * dice).mT
 
     def class_loss(self, class_logits: Tensor, matched: _Matched) -> Tensor:
         """Weighted cross entropy [B]: mean over the sample's queries in all layers, times their number."""
@@ -491,8 +497,14 @@ class _Points:
 
     def draw(self, sample: int, *shape: int) -> Tensor:
         """Indices of a sample's pixels, drawn uniformly with replacement."""
-        first, generator = sum(self.valid[:sample]), self.generators[sample]
-        return torch.randint(self.valid[sample], shape, generator=generator, device=self.labels.device) + first
+        first = sum(self.valid[:sample])
+        return torch.randint(
+            first,
+            first + self.valid[sample],
+            shape,
+            generator=self.generators[sample],
+            device=self.labels.device,
+        )
 
     def at(self, chosen: Tensor) -> Tensor:
         """Where pixels [..., P] lie: [..., P, 1, 2] x and y, -1..1 across the image."""
@@ -506,15 +518,18 @@ def _sample(masks: Tensor, places: Tensor) -> Tensor:
 
 def _corners(places: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Pixels [P, 4] of a map (h, w) around places [P, 2], and the share of each; outside the map it is 0."""
-    sides = places.new_tensor(size[::-1])  # w, h
-    at = ((places + 1) * sides - 1) / 2
+    (x, share_x), (y, share_y) = (_ends(at, side) for at, side in zip(places.unbind(1), size[::-1], strict=True))
+    pixels, shares = y[:, :, None] * size[1] + x[:, None], share_y[:, :, None] * share_x[:, None]
+    return pixels.flatten(1), shares.flatten(1)
+
+
+def _ends(places: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Pixels [P, 2] of a line of ``side`` pixels around places [P], -1..1 along it, and the share of each."""
+    at = ((places + 1) * side - 1) / 2
     low = at.floor()
-    pixels = torch.stack([low, low + 1], dim=-1)  # [P, 2, 2]
-    shares = torch.stack([low + 1 - at, at - low], dim=-1)
-    within = pixels.clamp(min=torch.zeros_like(sides)[:, None], max=sides[:, None] - 1)
-    (x, y), (share_x, share_y) = within.long().unbind(1), (shares * (pixels == within)).unbind(1)
-    pixel, share = y[:, :, None] * size[1] + x[:, None], share_y[:, :, None] * share_x[:, None]
-    return pixel.flatten(1), share.flatten(1)
+    pixels = torch.stack([low, low + 1], dim=1)
+    within = pixels.clamp(0, side - 1)
+    return within.long(), (1 - (at[:, None] - pixels).abs()) * (pixels == within)
 
 
 def _pyramid(features: Sequence[Tensor]) -> list[Tensor]:
