@@ -187,7 +187,8 @@ class _Decoder(Mask2FormerPreTrainedModel):
         with torch.autocast(features[0].device.type, enabled=False):
             finest, *maps = _pyramid([f.to(self.dtype) for f in features])
             maps.reverse()  # coarse to fine, as levels are counted
-            places = _Places.of(tuple(tuple(m.shape[-2:]) for m in maps), self.config.hidden_dim, finest)
+            sizes = tuple(tuple(m.shape[-2:]) for m in maps)
+            places = _places(sizes, self.config.hidden_dim, finest.device, finest.dtype)
             levels, pixels = self._decode_pixels(maps, finest, places)
         hidden = self._decode_queries(levels, places, pixels, queries)
         decoder = self.transformer.decoder
@@ -198,10 +199,8 @@ class _Decoder(Mask2FormerPreTrainedModel):
         """Tokens [B, h w, width] of each level, and the embedding [B, width, 4h, 4w] of each pixel."""
         part = self.pixel_decoder
         projected = [project(m).flatten(2).mT for m, project in zip(maps, part.input_projections, strict=True)]
-        x = torch.cat(projected, dim=1)
-        own = torch.cat(
-            [at + level for at, level in zip(places.positions, part.level_embed, strict=True)]
-        )  # [N, width]
+        x = torch.cat(projected, dim=1)  # [B, N, width]
+        own = torch.cat([at + level for at, level in zip(places.positions, part.level_embed, strict=True)])
         for layer in part.encoder.layers:
             x = layer.self_attn_layer_norm(x + _attend_to_points(layer.self_attn, x, x + own, places))
             x = layer.final_layer_norm(x + layer.fc2(layer.activation_fn(layer.fc1(x))))
@@ -237,7 +236,7 @@ class _Decoder(Mask2FormerPreTrainedModel):
             hidden.append(x)
         return torch.stack(hidden)
 
-    @torch.no_grad()
+    @torch.no_grad()  # what the layers' own predictions need is computed for all of them at once
     def _look_where(self, x: Tensor, pixels: Tensor) -> Tensor:
         """Tokens [B, 1, Q, N] that queries [B, Q, width] look at: those of their mask, or all where it is empty."""
         decoder = self.transformer.decoder
@@ -257,13 +256,9 @@ class _Places(NamedTuple):
     pixel: Tensor
     """[levels, 1, 2] width and height of a token of each level, in the same unit."""
 
-    @classmethod
-    def of(cls, sizes: tuple[tuple[int, int], ...], width: int, like: Tensor) -> _Places:
-        return _places(sizes, width, like.device, like.dtype)
-
 
 @lru_cache(maxsize=4)
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # what inference keeps must serve training
 @torch.no_grad()
 def _places(sizes: tuple[tuple[int, int], ...], width: int, device: torch.device, dtype: torch.dtype) -> _Places:
     embed = Mask2FormerSinePositionEmbedding(width // 2, normalize=True)
@@ -356,9 +351,7 @@ class _PointLoss(Mask2FormerLoss):
         class_logits = at_least_float32(found.class_logits)
         points = _Points(labels, self.num_labels, class_logits.dtype, seed)
         if not any(points.present):  # 0, and still part of the graph
-            return sum(x[:0].sum((0, 2, 3)) for x in (class_logits, found.embeddings)) + found.pixels[:, :0].sum(
-                (1, 2, 3)
-            )
+            return class_logits[:0].sum((0, 2, 3)) + found.mask_logits(-1)[:, :0].sum((1, 2, 3))
         matched = self.match(class_logits, found, points)
         of_classes, of_masks = self.class_loss(class_logits, matched), self.mask_loss(found, matched, points)
         losses = self.weight_dict["class"] * of_classes + of_masks
@@ -410,9 +403,7 @@ class _PointLoss(Mask2FormerLoss):
         # all masks of a pixel side by side: a point reads four rows
         logits = at_least_float32(pixels.flatten(1).mT @ embeddings.flatten(0, 1).mT)  # [h w, L Q]
         with torch.autocast(logits.device.type, enabled=False):
-            truth = F.pad(
-                truth.to(logits.dtype), (0, 0, 0, 1), value=1
-            )  # [n + 1, P]; the last row sums over all points
+            truth = F.pad(truth.to(logits.dtype), (0, 0, 0, 1), value=1)  # the last row sums over all points
             at_once = _AT_ONCE.get(logits.device.type, len(corners))
             inside = cross_entropy = 0
             for corner, share, true in zip(*(x.split(at_once) for x in (corners, shares, truth.mT)), strict=True):
@@ -449,14 +440,12 @@ class _PointLoss(Mask2FormerLoss):
     @torch.no_grad()
     def uncertain_points(self, masks: Tensor, sizes: list[int], points: _Points) -> Tensor:
         """Draw more points than needed for each mask [R, 1, h, w], keep the least certain and add some at random."""
-        candidates_of, kept = (
-            int(self.num_points * self.oversample_ratio),
-            int(self.num_points * self.importance_sample_ratio),
-        )
+        several = int(self.num_points * self.oversample_ratio)
+        kept = int(self.num_points * self.importance_sample_ratio)
         chosen = []
         for sample, own in enumerate(masks.split(sizes)):
             if len(own):
-                candidates = points.draw(sample, len(own), candidates_of)
+                candidates = points.draw(sample, len(own), several)
                 uncertainty = self.calculate_uncertainty(_sample(own, points.at(candidates)))
                 least_certain = uncertainty.topk(kept, dim=1, sorted=False).indices
                 rest = points.draw(sample, len(own), self.num_points - kept)
@@ -498,13 +487,8 @@ class _Points:
     def draw(self, sample: int, *shape: int) -> Tensor:
         """Indices of a sample's pixels, drawn uniformly with replacement."""
         first = sum(self.valid[:sample])
-        return torch.randint(
-            first,
-            first + self.valid[sample],
-            shape,
-            generator=self.generators[sample],
-            device=self.labels.device,
-        )
+        bounds, generator = (first, first + self.valid[sample]), self.generators[sample]
+        return torch.randint(*bounds, shape, generator=generator, device=self.labels.device)
 
     def at(self, chosen: Tensor) -> Tensor:
         """Where pixels [..., P] lie: [..., P, 1, 2] x and y, -1..1 across the image."""
