@@ -236,11 +236,11 @@ class _Decoder(Mask2FormerPreTrainedModel):
             hidden.append(x)
         return torch.stack(hidden)
 
-    @torch.no_grad()  # what the layers' own predictions need is computed for all of them at once
     def _look_where(self, x: Tensor, pixels: Tensor) -> Tensor:
         """Tokens [B, 1, Q, N] that queries [B, Q, width] look at: those of their mask, or all where it is empty."""
         decoder = self.transformer.decoder
-        outside = decoder.mask_predictor.mask_embedder(decoder.layernorm(x)) @ pixels < 0
+        # detached, not no_grad: under that some versions of autocast keep converted weights without a gradient
+        outside = decoder.mask_predictor.mask_embedder(decoder.layernorm(x.detach())) @ pixels < 0
         return (~outside | outside.all(-1, keepdim=True)).unsqueeze(1)
 
 

@@ -119,6 +119,14 @@ def test_losses_and_gradients_are_those_of_a_loss_written_sample_by_sample(head)
         )
 
 
+def test_every_weight_learns_under_autocast(head):
+    features, labels = draw()
+    head.float()
+    with torch.autocast("cpu", torch.bfloat16):  # its cache of converted weights knows nothing of gradients
+        head.loss([f.float() for f in features], labels).sum().backward()
+    assert [name for name, weight in head.named_parameters() if weight.grad is None or not weight.grad.any()] == []
+
+
 class _Calls(TorchDispatchMode):
     """Counts operator calls by name."""
 
