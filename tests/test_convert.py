@@ -57,9 +57,10 @@ def test_a_published_head_gives_its_logits_and_its_map(vectors, monkeypatch, rei
     prefix = "rein." if rein else ""
     queries = vectors["rein.queries"].double() if rein else None
     with torch.no_grad():
-        classes, masks = head.decoder(maps, queries)
+        found = head.decoder(maps, queries)
+        classes, masks = found.class_logits, [found.mask_logits(layer) for layer in range(len(found.class_logits))]
         shares = head(maps, (64, 96), queries).softmax(1)
-    for found, name in ((torch.stack(classes), "cls_logits"), (torch.stack(masks), "mask_logits")):
+    for found, name in ((classes, "cls_logits"), (torch.stack(masks), "mask_logits")):
         expected = vectors[prefix + name].double()
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     semantic = vectors[f"{prefix}semantic"].double()

@@ -10,6 +10,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 from cegate.errors import ConfigError
 from cegate.heads.build import HEADS, build_head
 from cegate.heads.head import Head
+from cegate.heads.mask2former import Predictions
 from cegate.losses import pixel_cross_entropy
 
 CHANNELS, CLASSES = 16, 3
@@ -259,16 +260,26 @@ def test_mask2former_starts_as_its_authors_intend():
 
 def test_mask2former_defaults_are_the_papers():
     head = build_head("mask2former", channels=CHANNELS, classes=CLASSES)
-    class_logits, mask_logits = head.decoder(draw_features(1, (2, 3)))
-    assert len(class_logits) == len(mask_logits) == 10
-    assert class_logits[-1].shape == (1, 100, CLASSES + 1)
-    assert mask_logits[-1].shape == (1, 100, 8, 12)  # a quarter of 32 x 48 pixels
+    found = head.decoder(draw_features(1, (2, 3)))
+    assert found.class_logits.shape == (10, 1, 100, CLASSES + 1)
+    assert found.mask_logits(-1).shape == (1, 100, 8, 12)  # a quarter of 32 x 48 pixels
     assert len(head.decoder.pixel_decoder.encoder.layers) == 6
     assert len(head.decoder.transformer.decoder.layers) == 9
     assert head.decoder.config.hidden_dim == 256
     assert head.criterion.num_points == 12544
     assert head.criterion.weight_dict == {"class": 2.0, "mask": 5.0, "dice": 5.0}
     assert head.criterion.empty_weight.tolist() == pytest.approx([1, 1, 1, 0.1])
+
+
+def predictions_of(class_logits: torch.Tensor, mask_logits: list[torch.Tensor]) -> Predictions:
+    """Of one sample, whose layers have class logits [L, Q, K + 1] and mask logits L of [Q, h, w]."""
+    h, w = mask_logits[0].shape[1:]
+    every_pixel = torch.eye(h * w, dtype=class_logits.dtype).view(1, h * w, h, w)
+    return Predictions(class_logits[:, None], torch.stack(mask_logits).flatten(2)[:, None], every_pixel)
+
+
+def loss_of(criterion, class_logits, mask_logits, labels: torch.Tensor) -> torch.Tensor:
+    return criterion(predictions_of(class_logits, mask_logits), labels[None], seed=3)[0]
 
 
 def drawn_predictions(labels, layers: int = 3, queries: int = 8):
@@ -285,7 +296,7 @@ def test_mask2former_loss_is_the_librarys_up_to_the_drawing_of_points():
     labels[:96, :128], labels[96:, :128] = 0, 2
     class_logits, mask_logits = drawn_predictions(labels)
     criterion = small_head("mask2former", points=20_000).criterion
-    ours = criterion(class_logits, mask_logits, labels, seed=3)
+    ours = loss_of(criterion, class_logits, mask_logits, labels)
 
     library = Mask2FormerLoss(small_head("mask2former", points=20_000).decoder.config, {})
     present = labels.unique()
@@ -304,13 +315,13 @@ def test_mask2former_loss_does_not_see_predictions_on_ignored_pixels():
     class_logits, mask_logits = drawn_predictions(labels)
     labels[:, :24] = 255
     criterion = small_head("mask2former").criterion
-    loss = criterion(class_logits, mask_logits, labels, seed=3)
+    loss = loss_of(criterion, class_logits, mask_logits, labels)
     for masks in mask_logits:
         masks[:, :, :5] = 50 * torch.randn(8, 16, 5)  # mask pixel 5 still reaches into the valid half, bilinearly
-    assert torch.equal(criterion(class_logits, mask_logits, labels, seed=3), loss)
+    assert torch.equal(loss_of(criterion, class_logits, mask_logits, labels), loss)
     for masks in mask_logits:
         masks[:, :, 7] += 1
-    assert not torch.equal(criterion(class_logits, mask_logits, labels, seed=3), loss)
+    assert not torch.equal(loss_of(criterion, class_logits, mask_logits, labels), loss)
 
 
 def test_mask2former_loss_takes_more_classes_than_queries():
@@ -320,9 +331,9 @@ def test_mask2former_loss_takes_more_classes_than_queries():
 
 def test_mask2former_logits_are_the_class_shares_of_the_queries():
     head, features = small_head("mask2former").double(), draw_features(dtype=torch.float64)
-    class_logits, mask_logits = head.decoder(features)
-    classes = class_logits[-1].softmax(-1)[..., :-1]
-    masks = F.interpolate(mask_logits[-1], size=(20, 30), mode="bilinear", align_corners=False).sigmoid()
+    found = head.decoder(features)
+    classes = found.class_logits[-1].softmax(-1)[..., :-1]
+    masks = F.interpolate(found.mask_logits(-1), size=(20, 30), mode="bilinear", align_corners=False).sigmoid()
     mass = torch.einsum("bqk,bqhw->bkhw", classes, masks)
     shares = head(features, (20, 30)).softmax(1)
     torch.testing.assert_close(shares, mass / mass.sum(1, keepdim=True), rtol=1e-9, atol=1e-10)
@@ -336,7 +347,8 @@ def test_mask2former_logits_and_gradients_survive_saturated_queries(monkeypatch)
     masks = torch.full((1, 8, 4, 4), -1000.0)
     masks[:, 0] = -900
     classes.requires_grad_(), masks.requires_grad_()
-    monkeypatch.setattr(head.decoder, "forward", lambda features, queries=None: ([classes], [masks]))
+    found = predictions_of(classes, [masks[0]])
+    monkeypatch.setattr(head.decoder, "forward", lambda features, queries=None: found)
     logits = head(draw_features(1), (16, 16))
     assert (logits.argmax(1) == 1).all()
     pixel_cross_entropy(logits, torch.zeros(1, 16, 16, dtype=torch.long)).sum().backward()
