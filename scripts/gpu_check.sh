@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What one GPU says of cegate, in about eight minutes: the tests that need it, then rows of time in order of importance.
+# What one GPU says of cegate, in about eight minutes: the tests that need it, then rows of time in order of importance,
+# then CrossEarth beside Rein and SAM with two modalities beside timm's.
 #
 #     scripts/gpu_check.sh [WHEELS]
 #
@@ -35,5 +36,12 @@ grep -E '^(FAILED|ERROR)' "$log" | sed 's/^/* /' >> "$out"
 for row in $rows; do
     timeout "${ROW_SECONDS:-60}" "$python" benchmarks/gpu_rows.py "$row" --out "$out" 2> "$log" ||
         printf '| %s | not measured: %s | | | | | | |\n' "$row" "$(tail -n 1 "$log" | cut -c1-160 | tr '|' '/')" >> "$out"
+done
+
+for system in crossearth sam; do
+    found="$(mktemp -d)/table.md"
+    timeout "${SYSTEM_SECONDS:-60}" "$python" -m pytest -m gpu --benchmark-only -q "benchmarks/bench_$system.py" --results "$found" > "$log" 2>&1
+    printf '\n%s: %s\n\n' "$system" "$(tail -n 1 "$log")" | tee -a "$out"
+    [ -f "$found" ] && cat "$found" >> "$out"
 done
 echo "written: $out"
