@@ -33,6 +33,7 @@ from cegate.data.rasters import (
     read_header,
     read_image,
     read_mask,
+    refuse_hollow,
 )
 from cegate.data.scale import (
     EIGHT_BIT,
@@ -328,6 +329,7 @@ class FileSet(SegmentationSet):
             pair = self._pairs[index]
             image = read_header(pair.image)
             mask = image if pair.mask is None or self._shapes else read_header(pair.mask)
+            refuse_hollow(pair.image, image)
             if max(self.bands) > image.bands:
                 read_image(pair.image, self.bands, window=Window(0, 0, 1, 1))  # raises, and says what to do
             if image.size != mask.size:

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from cegate.data.rasters import Header, Window, open_image, read_header
+from cegate.data.rasters import Header, Window, open_image, read_header, refuse_hollow
 from cegate.data.scale import (
     EIGHT_BIT,
     SCALE_SIDE,
@@ -23,7 +23,7 @@ from cegate.data.scale import (
     to_unit,
 )
 from cegate.data.second import epsilon_of, open_second, refuse_surplus, scaled, unknown
-from cegate.errors import DataError
+from cegate.errors import DataError, bytes_text
 from cegate.recipe import SecondRecipe
 from cegate.scenes.mosaic import Strip
 
@@ -32,9 +32,6 @@ RawImage = np.ndarray | torch.Tensor | str | Path
 _ADVICE = "give the image with the pixels that were learned from, as they were scaled then"
 _GIVE = "give an array or a tensor of real numbers, or the path of a file; of bytes, numpy.asarray(PIL.Image.open(...))"
 _NOT_NUMPYS = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-# a TIFF of this many bytes of pixels that holds less than one in so many has no tile that was ever written: deflated,
-# LZW'd or Zstandard's tiles of one colour take more
-_HOLLOW_BYTES, _HOLLOW_RATIO = 1 << 34, 10_000
 
 
 class Learned(Protocol):
@@ -164,7 +161,7 @@ def open_reader(
             )
         dtype = file.dtype_of(bands)
         _refuse_itself(image, second, learned)
-        _refuse_hollow(image, header)
+        refuse_hollow(image, header)
         _refuse_too_wide(image, header, dtype, learned)
         read = lambda part: file.read(bands, window=part)  # noqa: E731
         without_data = lambda part: None if all_pixels else file.without_data(window=part)  # noqa: E731
@@ -304,18 +301,6 @@ def _refuse_itself(image: str | Path, second: RawImage | None, learned: Learned)
         )
 
 
-def _refuse_hollow(image: str | Path, header: Header) -> None:
-    """A TIFF of a few megabytes may promise terabytes of tiles that were never written: days of work on nothing."""
-    promised = header.height * header.width * header.bands * np.dtype(header.dtype).itemsize
-    if promised < _HOLLOW_BYTES or Path(image).suffix.lower() not in (".tif", ".tiff"):
-        return
-    if promised > _HOLLOW_RATIO * (held := Path(image).stat().st_size):
-        raise DataError(
-            f"{image} is {header.width}x{header.height} pixels by its header, {_bytes(promised)}, but the file holds "
-            f"{_bytes(held)}: nearly all of it was never written; cut out the part that has pixels"
-        )
-
-
 def _refuse_too_wide(image: str | Path, header: Header, dtype: str, learned: Learned) -> None:
     """The least that one row of windows takes: its pixels as stored and normalised, its logits and their sums."""
     further = 0 if learned.second is None else 4 * len(learned.second.bands)
@@ -323,8 +308,8 @@ def _refuse_too_wide(image: str | Path, header: Header, dtype: str, learned: Lea
     needed, free = header.width * learned.crop * of_pixel, _free_memory()
     if needed > free:
         raise DataError(
-            f"{image} is {header.width}x{header.height} pixels: a row of windows takes {_bytes(needed)}, and "
-            f"{_bytes(free)} of memory are free; cut it into parts that are less wide"
+            f"{image} is {header.width}x{header.height} pixels: a row of windows takes {bytes_text(needed)}, and "
+            f"{bytes_text(free)} of memory are free; cut it into parts that are less wide"
         )
 
 
@@ -337,11 +322,3 @@ def _free_memory() -> int:
             free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
         return free
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -14,8 +14,10 @@ import rasterio
 from rasterio.transform import from_origin
 
 from cegate.config import SetConfig
+from cegate.data import rasters
 from cegate.data.datasets import open_set
 from cegate.data.stream import EvalStream
+from cegate.data.survey import survey
 from cegate.errors import CegateError, ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -104,6 +106,15 @@ def hollow_images(value: np.generic, dtype: type, **profile) -> Callable[[Path],
     return images_of(lambda image: np.where(np.arange(20) < 8, value, image.astype(dtype)), **profile)
 
 
+def hollow_scene(root: Path) -> None:
+    """A pair of 10^12 pixels that were never written."""
+    for kind, count in (("images", 3), ("masks", 1)):
+        shape = {"height": 10**6, "width": 10**6, "count": count, "dtype": "uint8"}
+        options = {"tiled": True, "blockxsize": 4096, "blockysize": 4096, "sparse_ok": True, "bigtiff": "yes"}
+        with rasterio.open(root / f"{kind}/9.tif", "w", driver="GTiff", compress="deflate", **shape, **options):
+            pass
+
+
 class Fault(NamedTuple):
     """What is done to a set, what must be said, and how the set is opened."""
 
@@ -185,6 +196,7 @@ FAULTS = {
         masks_of(lambda label: np.where(label, np.float32("nan"), label).astype(np.float32), ".tif"),
         r"outside the label map: nan .* with an integer that is ignored where there is none$",
     ),
+    "a scene that was never written": Fault(hollow_scene, r"9\.tif is 1000000x1000000 pixels by its header, 3 TB, but"),
     "NaN": Fault(images_of(lambda image: image / np.float32(0)), "no finite pixel"),
 }  # fmt: skip
 
@@ -249,6 +261,26 @@ def test_nothing_is_invented_where_nothing_is_wrong(root, caplog, name):
         assert np.isfinite(item.image).all()
         if "nodata" not in name and "border" not in name:
             np.testing.assert_allclose(item.image * 255, picture(number), atol=1e-3)
+
+
+def test_a_scene_that_was_never_written_is_odd_and_not_looked_at(root):
+    hollow_scene(root)
+    found = survey(root)
+    assert any(
+        re.search(r"1 of 7 pairs cannot be used, first: .*9\.tif is 1000000x1000000", line) for line in found.odd
+    )
+
+
+def test_pixels_that_memory_does_not_hold_are_that_image_s_failure(root, monkeypatch):
+    """As those of a scene that is evaluated whole."""
+    monkeypatch.setattr(rasters, "_HOLLOW_BYTES", 1 << 60)
+    hollow_scene(root)
+    with pytest.raises(
+        DataError, match=r"images/9\.tif: 1000000x1000000 pixels do not fit into the memory; cut it into"
+    ):
+        rasters.read_image(root / "images/9.tif")
+    with pytest.raises(DataError, match=r"masks/9\.tif: 1000000x1000000 pixels do not fit into the memory"):
+        rasters.read_mask(root / "masks/9.tif", classes=CLASSES)
 
 
 @pytest.mark.parametrize("tag", [None, np.finfo(np.float64).min, -1.79769313486e308], ids=str)
