@@ -32,6 +32,8 @@ from cegate.errors import ConfigError, DataError, bytes_text, nearest
 
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".bmp", ".webp")
 """Files that a bare ``*`` takes for rasters."""
+DEFAULT_BANDS = (1, 2, 3)
+"""Of an image, where nobody chose others."""
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 """Files that a mask can be written as."""
 _UNMAPPED = 254

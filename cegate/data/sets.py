@@ -25,6 +25,7 @@ from cegate.data.holdout import boxes_of, hold_out
 from cegate.data.pairs import Pair
 from cegate.data.preflight import check_labels
 from cegate.data.rasters import (
+    DEFAULT_BANDS,
     Header,
     LabelMap,
     Window,
@@ -57,7 +58,6 @@ FINGERPRINT = 2
 """Version of the fingerprints that runs record."""
 UNLABELLED = 254
 """Label of a pixel of a set that was opened without labels."""
-DEFAULT_BANDS = (1, 2, 3)
 _FACT_BYTES = 2**13  # of a file's middle and end
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
 _FEW = 256  # pixels that tell whether a band has more than a few values

@@ -36,6 +36,10 @@ class Written(NamedTuple):
     image: Path
     without_data: float
     """Share of its pixels, 0..1, that were not predicted because the image has no data there; they are 255."""
+    lacking: float = 0.0
+    """Share of its pixels, 0..1, that were predicted from the image alone: its second raster is unknown there."""
+    unread: str = ""
+    """Which bands of the image were read, where it has more and nobody seems to have chosen."""
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
@@ -227,7 +231,8 @@ def predict_files(
         except OSError as error:
             reason = f"{mask} cannot be written ({error.strerror or error}); give another --output"
             raise DataError("; ".join([reason, *failed])) from error
-        yield Written(mask, image, sink.without_data)
+        without_second = reader.lacking if seconds else 0.0
+        yield Written(mask, image, sink.without_data, without_second, reader.unread)
     if failed:
         raise DataError(f"{len(failed)} of {len(masks)} images have no mask: {'; '.join(failed)}")
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from cegate.data.rasters import Header, Window, open_image, read_header, refuse_hollow
+from cegate.data.rasters import DEFAULT_BANDS, Header, Window, open_image, read_header, refuse_hollow
 from cegate.data.scale import (
     EIGHT_BIT,
     SCALE_SIDE,
@@ -53,6 +53,8 @@ class Learned(Protocol):
     def second(self) -> SecondRecipe | None: ...
 
 
+WORTH_SAYING = 0.01
+"""Share of an image whose second raster is unknown: elevation has holes, and borders that warping loses."""
 Pixels = Callable[[Window], np.ndarray]
 """[C, h, w] of a window."""
 
@@ -63,6 +65,7 @@ class Reader:
     Attributes:
         name: names it in messages.
         size: (H, W).
+        unread: what is to be said of bands that are not read; "" where nothing is.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class Reader:
         without_data: Callable[[Window], np.ndarray | None],
         learned: Learned,
         second: Pixels | None = None,
+        *,
+        unread: str = "",
     ) -> None:
         self.name, self.size, self._pixels, self._without_data = name, size, pixels, without_data
-        self._second = second
+        self._second, self.unread, self._lacking = second, unread, 0
         self._range = learned.value_range or [EIGHT_BIT] * len(learned.bands)
         check_depth(dtype, self._range, name, _ADVICE)
         if has_doubtful_scale(dtype, self._range):
@@ -101,12 +106,22 @@ class Reader:
         unit -= self._mean
         unit /= self._std
         if self._second is not None:
-            unit = np.concatenate((unit, self._second(window)))
+            beside = self._second(window)
+            nowhere = np.isnan(beside).all(0)
+            self._lacking += int(nowhere.sum() if empty is None else (nowhere & ~empty).sum())
+            unit = np.concatenate((unit, beside))
         return Strip(torch.from_numpy(unit), empty)
+
+    @property
+    def lacking(self) -> float:
+        """Share of the image, 0..1, where its second raster is unknown, of what was read so far."""
+        return self._lacking / max(self.size[0] * self.size[1], 1)
 
 
 class SecondAlone:
     """A second raster whose image is missing, as a reader: a pixel is empty where it is unknown."""
+
+    unread, lacking = "", 0.0
 
     def __init__(self, name: str, size: tuple[int, int], pixels: Pixels, bands: int) -> None:
         self.name, self.size, self._pixels, self._bands = name, size, pixels, bands
@@ -166,7 +181,18 @@ def open_reader(
         read = lambda part: file.read(bands, window=part)  # noqa: E731
         without_data = lambda part: None if all_pixels else file.without_data(window=part)  # noqa: E731
         with _second_beside(header, learned, second) as further:
-            yield Reader(str(image), header.size, dtype, read, without_data, learned, further)
+            unread = _unread(header, bands)
+            yield Reader(str(image), header.size, dtype, read, without_data, learned, further, unread=unread)
+
+
+def _unread(header: Header, bands: Sequence[int]) -> str:
+    """Which bands of a file are read, where it has more and nobody seems to have chosen."""
+    names = [name for name in header.names if name != "alpha"]
+    if list(bands) != [*DEFAULT_BANDS] or len(names) <= len(bands):
+        return ""
+    read = ", ".join(f"{band} {header.names[band - 1]}".rstrip() for band in bands)
+    told = ", ".join(filter(None, names)) or "without names"
+    return f"{len(names)} bands ({told}), of which {read} are read"
 
 
 def check_rasters(learned: Learned, *, image: bool, second: bool) -> None:
