@@ -364,12 +364,29 @@ def test_an_exchanged_file_of_equal_name_and_size_changes_the_fingerprint(tmp_pa
         write(tmp_path / f"masks/{number}.tif", LABEL)
     open_it = lambda: open_set(SetConfig(root=str(tmp_path)), name="s", classes=CLASSES)  # noqa: E731
     before = open_it()
-    recorded, of_old = before.fingerprint(), before.fingerprint(version=1)
-    assert recorded.startswith("2:") and re.fullmatch(r"[0-9a-f]{64}", of_old)
-    assert before.has_fingerprint(recorded) and before.has_fingerprint(of_old)
+    recorded, of_last, of_old = (before.fingerprint(version) for version in (3, 2, 1))
+    assert before.fingerprint() == recorded
+    assert recorded.startswith("3:") and of_last.startswith("2:") and re.fullmatch(r"[0-9a-f]{64}", of_old)
+    assert all(map(before.has_fingerprint, (recorded, of_last, of_old)))
     write(tmp_path / "masks/1.tif", LABEL.T.reshape(24, 20))
     after = open_it()
     assert not after.has_fingerprint(recorded)
     assert after.has_fingerprint(of_old)  # as far as it could see
     copied = shutil.copytree(tmp_path, tmp_path / "copy/of", ignore=lambda *_: ["copy"])
     assert open_set(SetConfig(root=str(copied)), name="s", classes=CLASSES).has_fingerprint(after.fingerprint())
+
+
+@pytest.mark.parametrize(("side", "rows"), [(24, 1), (700, 70)])
+def test_changed_rows_anywhere_in_a_file_change_the_fingerprint(tmp_path, side, rows):
+    """Files are not compressed, so that sizes stay."""
+    open_it = lambda: open_set(SetConfig(root=str(tmp_path)), name="s", classes=CLASSES)  # noqa: E731
+    pixels = np.random.default_rng(0).integers(0, 250, (3, side, side), np.uint8)
+    write(tmp_path / "masks/0.tif", np.zeros((side, side), np.uint8))
+    seen = set()
+    for top in (None, 0, side // 3, side - rows):
+        changed = pixels.copy()
+        if top is not None:
+            changed[:, top : top + rows] += 1
+        write(tmp_path / "images/0.tif", changed)
+        seen.add(open_it().fingerprint())
+    assert len(seen) == 4
