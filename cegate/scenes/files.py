@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         else:
             matches = sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute one
             images = [path] if path.is_file() else [file for file in matches if _is_meant(file, name)]
+            if "**" in name:
+                images = [file for file in images if not _is_in_circle(file)]
         if not images:
             raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
         found.update(dict.fromkeys(images))
@@ -112,6 +115,12 @@ def _is_meant(file: Path, pattern: str) -> bool:
     """Whether what a glob finds is an image, and not what lies beside images."""
     beside = "__MACOSX" in file.parts or (pattern.endswith("*") and file.suffix.lower() not in SUFFIXES)
     return not beside and not file.is_dir()
+
+
+def _is_in_circle(file: Path) -> bool:
+    """Whether a file is found below a link to a folder that the link lies in, and so found before."""
+    folders = [os.path.realpath(folder) for folder in file.parents]
+    return len(set(folders)) < len(folders)
 
 
 def _suffix_for(image: Path) -> str:

@@ -75,6 +75,15 @@ def test_a_glob_takes_images_and_not_what_lies_beside_them(images):
     assert [path.name for path in find_images([str(images / "*.img")])] == ["f.img"]
 
 
+def test_a_link_to_a_folder_above_gives_no_image_twice(images, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (images / "up").symlink_to(images.parent)
+    (images / "there").symlink_to(elsewhere)
+    (elsewhere / "d.png").write_bytes((images / "a.png").read_bytes())
+    found = find_images([str(images.parent / "**/*.*")])
+    assert [str(file.relative_to(images)) for file in found] == ["a.png", "b.tif", "c.tif", "there/d.png"]
+
+
 def test_an_empty_input_is_not_the_working_directory(images, monkeypatch):
     monkeypatch.chdir(images)
     with pytest.raises(DataError, match="an input is empty; give a file, a folder or a glob"):
