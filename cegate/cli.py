@@ -10,10 +10,13 @@ import io
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,7 +74,8 @@ def command(function: Callable[[Sequence[str]], int]) -> Main:
         if nul := [token for token in given if "\0" in token]:  # which a shell cannot give, but a program
             return _say(f"error: argument {shown(nul[0])} holds a NUL, which no file name and no value has", USAGE)
         try:
-            return function(given)
+            with _terminable():
+                return function(given)
         except ConfigError as error:
             return _say(f"error: {error}", USAGE)
         except CegateError as error:
@@ -88,6 +92,30 @@ def command(function: Callable[[Sequence[str]], int]) -> Main:
             return _say(f"error: {place}{error.strerror}; see that it can be read and written", FAILED)
 
     return main
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, as batch systems and containers send it, unwinds a command as Ctrl-C does, so that nothing half written
+    stays; the second one ends it at once, and so does the first in a process that it forked."""
+    of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it ends processes that wait for each other
+    in_main = threading.current_thread() is threading.main_thread()
+    if of_torchrun or not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() == process:
+            raise KeyboardInterrupt("interrupted by SIGTERM")
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _say(message: str, code: int) -> int:

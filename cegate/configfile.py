@@ -57,7 +57,7 @@ _WORDS_OF_OTHERS: dict[str, str] = {
     "toolbox.spatial.rank": "lora_rank lora_r",
     "toolbox.spatial.alpha": "lora_alpha",
     "gate.k": "top_k topk",
-    "train.iterations": "epochs max_epochs num_epochs max_iters max_steps steps iters",
+    "train.iterations": "epochs max_epochs num_epochs max_iters max_iter num_iters iters max_steps num_steps steps",
     "train.lr": "learning_rate base_lr init_lr max_lr",
     "train.weight_decay": "wd l2",
     "train.schedule": "scheduler lr_scheduler lr_config param_scheduler",
@@ -69,6 +69,7 @@ _WORDS_OF_OTHERS: dict[str, str] = {
 }
 SYNONYMS = {word: key for key, words in _WORDS_OF_OTHERS.items() for word in words.split()}
 """Words of mmsegmentation, Lightning, Transformers and PEFT, alone or dotted -> the key that means it here."""
+_SQUEEZED_SYNONYMS = {word.replace("_", ""): key for word, key in SYNONYMS.items()}
 
 
 def read_config(
@@ -369,12 +370,12 @@ def nearest_key(name: str, near: Mapping[str, str], keys: Iterable[str] | None =
         near: last part -> key, of those that come first.
         keys: all keys that count; default: those of the configuration.
     """
-    name = name[-LONGEST:].replace("-", "_")
+    name = name[-LONGEST:].replace("-", "_").lower()
     last = name.rpartition(".")[2]
     everywhere = last_parts(all_keys() if keys is None else keys)
-    meant = SYNONYMS.get(name.lower())
+    meant = _SQUEEZED_SYNONYMS.get(name.replace("_", ""))
     if not meant and last not in everywhere:
-        meant = SYNONYMS.get(last.lower())
+        meant = _SQUEEZED_SYNONYMS.get(last.replace("_", ""))
     if meant:
         return near.get(meant.rpartition(".")[2], meant)
     for candidates in (near, everywhere):
@@ -464,6 +465,8 @@ def _class_problems(classes: Sequence[str], palette: Sequence[str]) -> Iterator[
         yield f"data.classes has {len(classes)} names; give 2 to 255 class names in the order of their indices"
     if twice := sorted({name for name in classes if list(classes).count(name) > 1}):
         yield f"data.classes names {shown(twice)[1:-1]} more than once"
+    if not all(map(str.strip, classes)):
+        yield "data.classes has an empty name; give every class one"
     if palette and len(palette) != len(classes):
         yield f"data.palette has {len(palette)} colours for {len(classes)} classes; give one per class or none"
 

@@ -75,6 +75,15 @@ def _flow(value: Any, levels: int) -> str:
     return repr(value)
 
 
+def bytes_text(count: float) -> str:
+    """A number of bytes, as people write it."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def rate_text(rate: float) -> str:
     """1e-4, as people write it."""
     mantissa, exponent = f"{rate:.2e}".split("e")

@@ -31,7 +31,8 @@ from cegate.yamltext import NULLS, Text, parse_yaml
 
 MOST_LETTERS = 4096
 """Of a text: the longest path that Linux takes."""
-HUGE = sys.float_info.max
+HUGE = 1e15
+"""Of a number with no other limit: products of two still fit into float32."""
 Made = TypeVar("Made")
 
 
@@ -48,10 +49,12 @@ class Range:
         """What is wrong with a value, behind its key; or ''."""
         if self.low < value <= self.high or (value == self.low and not self.above):
             return ""
+        has_limit = self.high < HUGE or value > self.high
+        high = f"{self.high:g}" if isinstance(self.high, float) else self.high
         if self.above:
-            accepted = f"a number above {self.low}" + (f" and at most {self.high}" if self.high < HUGE else "")
+            accepted = f"a number above {self.low}" + (f" and at most {high}" if has_limit else "")
         else:
-            accepted = f"{self.low} to {self.high}" if self.high < HUGE else f"{self.low} or more"
+            accepted = f"{self.low} to {high}" if has_limit else f"{self.low} or more"
         return f"={shown(value)} is out of range; use {accepted}"
 
 

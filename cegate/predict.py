@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
     from cegate.scenes import files
     from cegate.scenes.mosaic import BLENDS
     from cegate.scenes.predictor import TTA
+    from cegate.scenes.reader import WORTH_SAYING
 
     windows = {"stride": _stride(options["stride"]), "blend": options["blend"] or "cosine"}
     windows["tta"] = options["tta"] or "none"
@@ -91,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
         console, above = Console(stderr=True), sys.stdout.isatty()
         shown = console.is_terminal and team.is_writer
         given = {"seconds": seconds, "alone": alone, "all_pixels": options["all_pixels"], **windows}
-        gaps: list[str] = []
+        gaps, lacking, unread = [], [], {}
         try:
             with (
                 team.together(),
@@ -103,9 +104,13 @@ def main(argv: Sequence[str]) -> int:
                     print(written.mask, flush=True)
                     if written.without_data:
                         gaps.append(f"{_percent(written.without_data)} of {written.image}")
+                    if written.lacking >= WORTH_SAYING:
+                        lacking.append(f"{_percent(written.lacking)} of {written.image}")
+                    if written.unread:
+                        unread.setdefault(written.unread, []).append(str(written.image))
         finally:
-            if gaps:
-                print(_gap_note(gaps, all_pixels=options["all_pixels"]), file=sys.stderr)
+            for note in _notes(gaps, lacking, unread, all_pixels=options["all_pixels"]):
+                print(note, file=sys.stderr)
     return cli.GOOD
 
 
@@ -119,10 +124,21 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 0.001 else "under 0.1 %"
 
 
-def _gap_note(gaps: Sequence[str], *, all_pixels: bool) -> str:
-    more = f" and of {len(gaps) - _SHOWN} more" if len(gaps) > _SHOWN else ""
-    advice = "" if all_pixels else "; --all_pixels predicts wherever a pixel has a value"
-    return f"no data, and 255 in the mask: {', '.join(gaps[:_SHOWN])}{more}{advice}"
+def _notes(
+    gaps: Sequence[str], lacking: Sequence[str], unread: Mapping[str, Sequence[str]], *, all_pixels: bool
+) -> Iterator[str]:
+    if gaps:
+        advice = "" if all_pixels else "; --all_pixels predicts wherever a pixel has a value"
+        yield f"no data, and 255 in the mask: {_first(gaps, 'of')}{advice}"
+    if lacking:
+        yield f"without its second raster, which is unknown there: {_first(lacking, 'of')}; the image alone counts"
+    for what, images in unread.items():
+        yield f"images have {what}, as in training: {_first(images, '')}; data.source.bands of training chooses"
+
+
+def _first(things: Sequence[str], of: str) -> str:
+    more = f" and {of} {len(things) - _SHOWN} more".replace("  ", " ") if len(things) > _SHOWN else ""
+    return ", ".join(things[:_SHOWN]) + more
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,8 +35,10 @@ from cegate.parts.toolbox import Toolbox
 from cegate.recipe import Recipe, SecondRecipe
 from cegate.scenes.mosaic import Mosaic
 from cegate.scenes.predictor import Predictor
-from cegate.scenes.reader import RawImage, open_reader
+from cegate.scenes.reader import WORTH_SAYING, RawImage, Reader, SecondAlone, open_reader
 from cegate.scenes.sink import ClassArray, ShareArray
+
+log = logging.getLogger(__name__)
 
 
 class Segmenter(Network):
@@ -238,6 +241,7 @@ class Segmenter(Network):
         with open_reader(image, self.recipe_of(adapter), second=second, all_pixels=all_pixels) as reader:
             sink = ClassArray(reader.size)
             predictor.run(reader, sink, progress)
+        _tell(reader, second)
         return sink.array
 
     def predict_proba(
@@ -258,6 +262,7 @@ class Segmenter(Network):
         with open_reader(image, recipe, second=second, all_pixels=all_pixels) as reader:
             sink = ShareArray(len(recipe.classes), reader.size)
             predictor.run(reader, sink)
+        _tell(reader, second)
         return sink.array
 
     def normalise(
@@ -282,6 +287,14 @@ class Segmenter(Network):
                 "leaves them out"
             )
         return pixels
+
+
+def _tell(reader: Reader | SecondAlone, second: RawImage | None) -> None:
+    """What a look at the mask would not show."""
+    if reader.unread:
+        log.warning("%s has %s", reader.name, reader.unread)
+    if second is not None and reader.lacking >= WORTH_SAYING:
+        log.warning("%s: the second raster is unknown in %.1f %% of it", reader.name, 100 * reader.lacking)
 
 
 def starting_recipe(config: Config, vit: nn.Module) -> Recipe:

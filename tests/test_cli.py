@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -387,3 +390,28 @@ def test_broken_files_are_named(tmp_path):
 def test_the_shipped_quick_start_is_valid():
     config = read_config(find_config("quickstart"), training=True)
     assert len(config.data.targets) == 2 and config.train.baseline
+
+
+def test_sigterm_unwinds_a_command_as_ctrl_c_does(capsys, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tidied = []
+
+    @cli.command
+    def main(argv):
+        try:
+            if not os.fork():  # what a command forks ends at once
+                os.kill(os.getpid(), signal.SIGTERM)
+                os._exit(0)
+            assert os.WTERMSIG(os.wait()[1]) == signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            tidied.append(True)
+
+    try:
+        assert main([]) == cli.INTERRUPTED
+        assert tidied and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert capsys.readouterr().err == "interrupted by SIGTERM\n"
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -316,6 +316,25 @@ def test_a_word_of_another_library_means_the_key_beside_it():
         read_config({"train": {"learning_rate": 1}})
 
 
+@pytest.mark.parametrize("word", ["LR", "learningRate", "Learning-Rate", "LearningRate"])
+def test_words_mean_the_same_however_they_are_written(word):
+    with pytest.raises(ConfigError, match=rf"'train\.{word}'; did you mean 'train\.lr'"):
+        read_config({"train": {word: 1}})
+
+
+@pytest.mark.parametrize("key", ["train.lr", "train.weight_decay", "toolbox.spatial.alpha"])
+def test_numbers_whose_products_no_float32_holds_are_refused(key):
+    with pytest.raises(ConfigError, match=rf"{key}=1e\+300 is out of range; use .* at most 1e\+15|to 1e\+15"):
+        read_config({}, [(key, "1e300")])
+    read_config({}, [(key, "1e15")])
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_class_without_a_name_is_refused(name):
+    with pytest.raises(ConfigError, match=r"data\.classes has an empty name; give every class one"):
+        read_config({"data": {"classes": ["road", name]}})
+
+
 def test_a_class_that_is_ignored_is_said_aloud(caplog):
     data = {"classes": ["ground", "road"], "source": {"root": "x", "ignore": 0}}
     assert read_config({"data": data}).data.source.ignore == 0 and not caplog.records  # nothing is trained

@@ -19,6 +19,7 @@ from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from cegate.backbone.backbone import Backbone
+from cegate.backbone.hub import quick_hub
 from cegate.backbone.resample import resample_plain
 from cegate.backbone.sam import create_sam, forget_relative_positions, from_sam_names
 from cegate.errors import BackboneError, nearest
@@ -86,12 +87,21 @@ def _create(name: str, pretrained: bool, image_size: int | None, patch_size: int
         return tiny_vit(image_size, patch_size or 8, in_chans)
     if not timm.is_model(name):
         raise BackboneError(f"model.backbone={name!r} is neither tiny nor a timm model{_near_vits(name)}")
-    if name.startswith("samvit"):
-        return create_sam(name, pretrained=pretrained, in_chans=in_chans, patch_size=patch_size)
+    if pretrained:
+        with quick_hub() as absence:
+            return _create_known(name, True, image_size, patch_size, in_chans, absence)
+    return _create_known(name, False, image_size, patch_size, in_chans)
+
+
+def _create_known(
+    name: str, pretrained: bool, image_size: int | None, patch_size: int | None, in_chans: int, absence: str = ""
+) -> nn.Module:
     own_size = timm.get_pretrained_cfg(name).input_size[-1] if timm.get_pretrained_cfg(name) else None
     options: dict[str, object] = {"in_chans": in_chans, "num_classes": 0}
     options |= {key: v for key, v in (("img_size", image_size), ("patch_size", patch_size)) if v is not None}
     try:
+        if name.startswith("samvit"):
+            return create_sam(name, pretrained=pretrained, in_chans=in_chans, patch_size=patch_size)
         if pretrained:
             _refuse_unsuited(name, options)
         return _create_any_size(name, pretrained, options)
@@ -99,8 +109,8 @@ def _create(name: str, pretrained: bool, image_size: int | None, patch_size: int
         if not pretrained:
             raise BackboneError(f"cannot build {name} at image_size={image_size}: {_line(error)}") from error
         raise BackboneError(
-            f"weights of {name} cannot be had from timm's hub ({_line(error)}); "
-            "give model.weights a file, or 'none' for random weights"
+            f"weights of {name} cannot be had from timm's hub ({absence or _line(error)}); connect to the network "
+            "once, give model.weights a file (cegate predict: --weights FILE), or 'none' for random weights"
         ) from error
     except (TypeError, ValueError, AssertionError) as error:
         if isinstance(error, BackboneError):

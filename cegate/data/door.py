@@ -17,6 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import rasterio
+from rasterio._err import CPLE_BaseError  # what GDAL said, where rasterio passes it on as it is
 from rasterio.errors import NotGeoreferencedWarning, RasterioError
 from rasterio.io import DatasetReader
 
@@ -88,7 +89,7 @@ def open_raster(path: str | Path) -> Iterator[rasterio.DatasetReader]:
                         "real numbers, and phase as a band of its own if it counts"
                     )
                 yield src
-    except RasterioError as error:
+    except (RasterioError, CPLE_BaseError) as error:
         reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise DataError(
             f"{path}: cannot be read as a raster ({reason}); use an intact PNG, JPEG, TIFF or GeoTIFF, or name the "

@@ -30,10 +30,12 @@ from rasterio.windows import Window as RasterWindow
 from cegate.config import IGNORE
 from cegate.data.door import open_raster
 from cegate.data.encoders import PngWriter, Tag, TiffWriter, Writer, read_tags
-from cegate.errors import ConfigError, DataError, nearest
+from cegate.errors import ConfigError, DataError, bytes_text, nearest
 
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".bmp", ".webp")
 """Files that a bare ``*`` takes for rasters."""
+DEFAULT_BANDS = (1, 2, 3)
+"""Of an image, where nobody chose others."""
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 """Files that a mask can be written as."""
 _UNMAPPED = 254
@@ -42,6 +44,9 @@ _SAMPLE_PX, _SAMPLE_CACHE = 2**20, 2**26  # pixels read at once, and bytes that 
 _SCAN_CACHE = 1 << 25  # bytes
 _BLOCK_ROWS = 1024  # of the files behind a VRT, whose blocks it does not tell
 _ALPHA_SIDE = 1024  # of the middle of a file that tells what its alpha band is
+# a TIFF of this many bytes of pixels that holds less than one in so many has no tile that was ever written: deflated,
+# LZW'd or Zstandard's tiles of one colour take more
+_HOLLOW_BYTES, _HOLLOW_RATIO = 1 << 34, 10_000
 
 
 class Window(NamedTuple):
@@ -129,6 +134,22 @@ def _place(src: rasterio.DatasetReader) -> tuple[np.ndarray, object] | None:
     return None if src.transform.is_identity or not np.linalg.det(matrix) else (matrix, src.crs)
 
 
+def refuse_hollow(path: str | Path, header: Header) -> None:
+    """A TIFF of a few megabytes may promise terabytes of tiles that were never written: days of work on nothing.
+
+    Raises:
+        DataError: it does.
+    """
+    promised = header.height * header.width * header.bands * np.dtype(header.dtype).itemsize
+    if promised < _HOLLOW_BYTES or Path(path).suffix.lower() not in (".tif", ".tiff"):
+        return
+    if promised > _HOLLOW_RATIO * (held := Path(path).stat().st_size):
+        raise DataError(
+            f"{path} is {header.width}x{header.height} pixels by its header, {bytes_text(promised)}, but the file "
+            f"holds {bytes_text(held)}: nearly all of it was never written; cut out the part that has pixels"
+        )
+
+
 def is_georeferenced(path: str | Path) -> bool:
     """Whether a raster knows where it lies: a coordinate system, a transform or ground control points.
 
@@ -191,9 +212,12 @@ class OpenImage:
             )
         self.dtype_of(bands)
         area = _raster_window(window)
-        if self._table is None:
-            return self._src.read(list(bands), window=area)
-        return self._table[self._src.read(1, window=area)].transpose(2, 0, 1)[[b - 1 for b in bands]]
+        try:
+            if self._table is None:
+                return self._src.read(list(bands), window=area)
+            return self._table[self._src.read(1, window=area)].transpose(2, 0, 1)[[b - 1 for b in bands]]
+        except MemoryError as error:
+            raise _too_large(self._path, self.header.size) from error
 
     def every_nth(self, step: int, bands: Sequence[int]) -> np.ndarray:
         """Every step-th pixel of the image's rows, laid end to end, in any order: [C, n] in the file's dtype. Memory
@@ -292,6 +316,10 @@ def read_image(path: str | Path, bands: Sequence[int] | None = None, *, window: 
     """
     with open_image(path) as image:
         return image.read(bands, window=window)
+
+
+def _too_large(path: str | Path, size: tuple[int, int]) -> DataError:
+    return DataError(f"{path}: {size[1]}x{size[0]} pixels do not fit into the memory; cut it into tiles")
 
 
 def _raster_window(window: Window | None) -> RasterWindow | None:
@@ -444,7 +472,10 @@ def read_codes(path: str | Path, *, colours: bool, window: Window | None = None)
     with open_raster(path) as src:
         if len(set(src.dtypes)) > 1:
             raise DataError(f"{path}: bands of a mask are of one type, not {', '.join(src.dtypes)}; write one band")
-        pixels = src.read(window=_raster_window(window))
+        try:
+            pixels = src.read(window=_raster_window(window))
+        except MemoryError as error:
+            raise _too_large(path, src.shape) from error
         table, last = _colour_table(src), src.colorinterp[-1]
     alone = len(pixels) == 1 or (len(pixels) == 2 and last == ColorInterp.alpha and not _is_one_hot(pixels))
     if not alone and (len(pixels) not in (3, 4) or (not colours and _is_one_hot(pixels))):

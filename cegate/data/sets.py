@@ -25,6 +25,7 @@ from cegate.data.holdout import boxes_of, hold_out
 from cegate.data.pairs import Pair
 from cegate.data.preflight import check_labels
 from cegate.data.rasters import (
+    DEFAULT_BANDS,
     Header,
     LabelMap,
     Window,
@@ -33,6 +34,7 @@ from cegate.data.rasters import (
     read_header,
     read_image,
     read_mask,
+    refuse_hollow,
 )
 from cegate.data.scale import (
     EIGHT_BIT,
@@ -52,12 +54,11 @@ log = logging.getLogger(__name__)
 
 CACHE_BYTES = 256 * 2**20
 LARGE_PX = 2**24
-FINGERPRINT = 2
+FINGERPRINT = 3
 """Version of the fingerprints that runs record."""
 UNLABELLED = 254
 """Label of a pixel of a set that was opened without labels."""
-DEFAULT_BANDS = (1, 2, 3)
-_FACT_BYTES = 2**13  # of a file's middle and end
+_FACT_BYTES, _FACT_PARTS, _FACT_WHOLE = 2**13, 16, 2**18  # of a file's parts; a small file counts whole
 _RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
 _FEW = 256  # pixels that tell whether a band has more than a few values
 
@@ -129,16 +130,18 @@ class SegmentationSet(ABC):
 
     @abstractmethod
     def fingerprint(self, version: int = FINGERPRINT) -> str:
-        """Hash of what the set consists of, equal wherever it lies: names, file sizes and (version 2, ``2:<hash>``)
-        parts of every file's content, or the scenes' recipe.
+        """Hash of what the set consists of, equal wherever it lies: names, file sizes and (``3:<hash>``) the content of
+        every file, of a large one 16 parts evenly spread, or the scenes' recipe.
 
         Args:
-            version: 1 is what runs recorded before; it does not see other content in files of equal name and size.
+            version: what runs recorded before: 1 sees no other content in files of equal name and size, 2
+                (``2:<hash>``) sees the middle and the end of files alone.
         """
 
     def has_fingerprint(self, recorded: str) -> bool:
         """Whether the set is the one whose fingerprint a run recorded, in whichever version that was."""
-        return recorded == self.fingerprint(2 if recorded.startswith("2:") else 1)
+        version, colon, _ = recorded.partition(":")
+        return recorded == self.fingerprint(int(version) if colon and version in ("2", "3") else 1)
 
     @abstractmethod
     def check(self, *, training: bool = False) -> None:
@@ -328,6 +331,7 @@ class FileSet(SegmentationSet):
             pair = self._pairs[index]
             image = read_header(pair.image)
             mask = image if pair.mask is None or self._shapes else read_header(pair.mask)
+            refuse_hollow(pair.image, image)
             if max(self.bands) > image.bands:
                 read_image(pair.image, self.bands, window=Window(0, 0, 1, 1))  # raises, and says what to do
             if image.size != mask.size:
@@ -592,13 +596,20 @@ class Unlabelled(SegmentationSet):
 
 
 def _facts(file: Path, version: int) -> list:
-    """Name, size and, of the content, a part of the middle and the end, where compressed files keep their checksums."""
+    """Name, size and, of the content, all of a small file and parts of a large one; the end is among them, where
+    compressed files keep their checksums."""
     size = file.stat().st_size
     if version == 1:
         return [file.name, size]
+    last = max(0, size - _FACT_BYTES)
+    starts = [max(0, size // 2 - _FACT_BYTES // 2), last]
+    if version > 2:
+        starts = [last * part // (_FACT_PARTS - 1) for part in range(_FACT_PARTS)]
     with file.open("rb") as content:
+        if version > 2 and size <= _FACT_WHOLE:
+            return [file.name, size, hashlib.sha256(content.read()).hexdigest()]
         parts = []
-        for start in (max(0, size // 2 - _FACT_BYTES // 2), max(0, size - _FACT_BYTES)):
+        for start in starts:
             content.seek(start)
             parts.append(content.read(_FACT_BYTES))
     return [file.name, size, hashlib.sha256(b"".join(parts)).hexdigest()]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -248,6 +249,15 @@ def _lost(why: str) -> WorkerLostError:
 
 # longer than any batch takes to read, even from a slow disk
 PATIENCE_S = 300.0
+# with a worker that the system says is stopped, as by SIGSTOP: no disk is that slow
+STOPPED_S = 20.0
+
+
+def _is_stopped(worker: BaseProcess) -> bool:
+    try:
+        return Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):  # it has ended, or the system has no such files
+        return False
 
 
 class _Patience:
@@ -257,15 +267,16 @@ class _Patience:
     """
 
     def __init__(self, workers: Sequence[BaseProcess]) -> None:
-        self.workers, self.since, self.is_over = workers, None, False
+        self.workers, self.since, self.is_over, self.waited = workers, None, False, 0.0
         self._done = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        while not self._done.wait(PATIENCE_S / 10):
+        while not self._done.wait(min(PATIENCE_S, STOPPED_S) / 10):
             since = self.since
-            if since is not None and time.monotonic() - since > PATIENCE_S:
-                self.is_over = True
+            waited = 0.0 if since is None else time.monotonic() - since
+            if waited > PATIENCE_S or (waited > STOPPED_S and any(map(_is_stopped, self.workers))):
+                self.waited, self.is_over = waited, True
                 for worker in self.workers:
                     worker.kill()
                 return
@@ -282,7 +293,7 @@ class _Patience:
             yield
         except Exception as error:
             if self.is_over:
-                raise _lost(f"gave nothing for {PATIENCE_S:.0f} s") from error
+                raise _lost(f"gave nothing for {self.waited:.0f} s") from error
             if (lost := worker_lost(error)) is not None:
                 raise lost from error
             if isinstance(error, EOFError | OSError) and self._one_ended():

@@ -21,7 +21,7 @@ from cegate.data.holdout import Division, boxes_of, hold_out, overlaps
 from cegate.data.layout import Part, find_parts
 from cegate.data.pairs import VECTOR_SUFFIXES, find_files, is_vector
 from cegate.data.preflight import windows_of
-from cegate.data.rasters import SUFFIXES, Header, open_image, read_codes, read_header
+from cegate.data.rasters import SUFFIXES, Header, open_image, read_codes, read_header, refuse_hollow
 from cegate.data.scale import is_measured
 from cegate.data.vector import attributes_of
 from cegate.errors import DataError
@@ -217,6 +217,7 @@ def _headers(root: Path, part: Part, odd: list[str]) -> dict[str, Header]:
     for name, image, mask in part.pairs:
         try:
             header = read_header(root / image)
+            refuse_hollow(root / image, header)
             of_mask = header if is_vector(mask) else read_header(root / mask)
         except DataError as error:
             bad.append(str(error))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,10 @@ class Written(NamedTuple):
     image: Path
     without_data: float
     """Share of its pixels, 0..1, that were not predicted because the image has no data there; they are 255."""
+    lacking: float = 0.0
+    """Share of its pixels, 0..1, that were predicted from the image alone: its second raster is unknown there."""
+    unread: str = ""
+    """Which bands of the image were read, where it has more and nobody seems to have chosen."""
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
@@ -57,6 +62,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
         else:
             matches = sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute one
             images = [path] if path.is_file() else [file for file in matches if _is_meant(file, name)]
+            if "**" in name:
+                images = [file for file in images if not _is_in_circle(file)]
         if not images:
             raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
         found.update(dict.fromkeys(images))
@@ -108,6 +115,12 @@ def _is_meant(file: Path, pattern: str) -> bool:
     """Whether what a glob finds is an image, and not what lies beside images."""
     beside = "__MACOSX" in file.parts or (pattern.endswith("*") and file.suffix.lower() not in SUFFIXES)
     return not beside and not file.is_dir()
+
+
+def _is_in_circle(file: Path) -> bool:
+    """Whether a file is found below a link to a folder that the link lies in, and so found before."""
+    folders = [os.path.realpath(folder) for folder in file.parents]
+    return len(set(folders)) < len(folders)
 
 
 def _suffix_for(image: Path) -> str:
@@ -227,7 +240,8 @@ def predict_files(
         except OSError as error:
             reason = f"{mask} cannot be written ({error.strerror or error}); give another --output"
             raise DataError("; ".join([reason, *failed])) from error
-        yield Written(mask, image, sink.without_data)
+        without_second = reader.lacking if seconds else 0.0
+        yield Written(mask, image, sink.without_data, without_second, reader.unread)
     if failed:
         raise DataError(f"{len(failed)} of {len(masks)} images have no mask: {'; '.join(failed)}")
 

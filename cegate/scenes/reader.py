@@ -14,7 +14,7 @@ import rasterio
 import torch
 from rasterio.env import getenv, hasenv
 
-from cegate.data.rasters import Header, Window, open_image, read_header
+from cegate.data.rasters import DEFAULT_BANDS, Header, Window, open_image, read_header, refuse_hollow
 from cegate.data.scale import (
     EIGHT_BIT,
     SCALE_SIDE,
@@ -26,7 +26,7 @@ from cegate.data.scale import (
     to_unit,
 )
 from cegate.data.second import epsilon_of, open_second, refuse_surplus, scaled, unknown
-from cegate.errors import DataError
+from cegate.errors import DataError, bytes_text
 from cegate.recipe import SecondRecipe
 from cegate.scenes.mosaic import Strip
 
@@ -35,9 +35,6 @@ RawImage = np.ndarray | torch.Tensor | str | Path
 _ADVICE = "give the image with the pixels that were learned from, as they were scaled then"
 _GIVE = "give an array or a tensor of real numbers, or the path of a file; of bytes, numpy.asarray(PIL.Image.open(...))"
 _NOT_NUMPYS = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
-# a TIFF of this many bytes of pixels that holds less than one in so many has no tile that was ever written: deflated,
-# LZW'd or Zstandard's tiles of one colour take more
-_HOLLOW_BYTES, _HOLLOW_RATIO = 1 << 34, 10_000
 
 
 class Learned(Protocol):
@@ -59,6 +56,8 @@ class Learned(Protocol):
     def second(self) -> SecondRecipe | None: ...
 
 
+WORTH_SAYING = 0.01
+"""Share of an image whose second raster is unknown: elevation has holes, and borders that warping loses."""
 Pixels = Callable[[Window], np.ndarray]
 """[C, h, w] of a window."""
 
@@ -69,6 +68,7 @@ class Reader:
     Attributes:
         name: names it in messages.
         size: (H, W).
+        unread: what is to be said of bands that are not read; "" where nothing is.
     """
 
     def __init__(
@@ -80,9 +80,12 @@ class Reader:
         without_data: Callable[[Window], np.ndarray | None],
         learned: Learned,
         second: Pixels | None = None,
+        *,
+        unread: str = "",
     ) -> None:
         self.name, self.size, self._pixels, self._without_data = name, size, pixels, without_data
-        self._second, self._gdal = second, _gdal_as_here()
+        self._second, self.unread, self._lacking = second, unread, 0
+        self._gdal = _gdal_as_here()
         self._range = learned.value_range or [EIGHT_BIT] * len(learned.bands)
         check_depth(dtype, self._range, name, _ADVICE)
         if has_doubtful_scale(dtype, self._range):
@@ -109,12 +112,21 @@ class Reader:
         unit -= self._mean
         unit /= self._std
         if further is not None:
+            nowhere = np.isnan(further).all(0)
+            self._lacking += int(nowhere.sum() if empty is None else (nowhere & ~empty).sum())
             unit = np.concatenate((unit, further))
         return Strip(torch.from_numpy(unit), empty)
+
+    @property
+    def lacking(self) -> float:
+        """Share of the image, 0..1, where its second raster is unknown, of what was read so far."""
+        return self._lacking / max(self.size[0] * self.size[1], 1)
 
 
 class SecondAlone:
     """A second raster whose image is missing, as a reader: a pixel is empty where it is unknown."""
+
+    unread, lacking = "", 0.0
 
     def __init__(self, name: str, size: tuple[int, int], pixels: Pixels, bands: int) -> None:
         self.name, self.size, self._pixels, self._bands = name, size, pixels, bands
@@ -179,12 +191,23 @@ def open_reader(
             )
         dtype = file.dtype_of(bands)
         _refuse_itself(image, second, learned)
-        _refuse_hollow(image, header)
+        refuse_hollow(image, header)
         _refuse_too_wide(image, header, dtype, learned)
         read = lambda part: file.read(bands, window=part)  # noqa: E731
         without_data = lambda part: None if all_pixels else file.without_data(window=part)  # noqa: E731
         with _second_beside(header, learned, second) as further:
-            yield Reader(str(image), header.size, dtype, read, without_data, learned, further)
+            unread = _unread(header, bands)
+            yield Reader(str(image), header.size, dtype, read, without_data, learned, further, unread=unread)
+
+
+def _unread(header: Header, bands: Sequence[int]) -> str:
+    """Which bands of a file are read, where it has more and nobody seems to have chosen."""
+    names = [name for name in header.names if name != "alpha"]
+    if list(bands) != [*DEFAULT_BANDS] or len(names) <= len(bands):
+        return ""
+    read = ", ".join(f"{band} {header.names[band - 1]}".rstrip() for band in bands)
+    told = ", ".join(filter(None, names)) or "without names"
+    return f"{len(names)} bands ({told}), of which {read} are read"
 
 
 def check_rasters(learned: Learned, *, image: bool, second: bool) -> None:
@@ -319,18 +342,6 @@ def _refuse_itself(image: str | Path, second: RawImage | None, learned: Learned)
         )
 
 
-def _refuse_hollow(image: str | Path, header: Header) -> None:
-    """A TIFF of a few megabytes may promise terabytes of tiles that were never written: days of work on nothing."""
-    promised = header.height * header.width * header.bands * np.dtype(header.dtype).itemsize
-    if promised < _HOLLOW_BYTES or Path(image).suffix.lower() not in (".tif", ".tiff"):
-        return
-    if promised > _HOLLOW_RATIO * (held := Path(image).stat().st_size):
-        raise DataError(
-            f"{image} is {header.width}x{header.height} pixels by its header, {_bytes(promised)}, but the file holds "
-            f"{_bytes(held)}: nearly all of it was never written; cut out the part that has pixels"
-        )
-
-
 def _refuse_too_wide(image: str | Path, header: Header, dtype: str, learned: Learned) -> None:
     """The least that one row of windows takes: its pixels as stored and normalised, its logits and their sums."""
     further = 0 if learned.second is None else 4 * len(learned.second.bands)
@@ -338,8 +349,8 @@ def _refuse_too_wide(image: str | Path, header: Header, dtype: str, learned: Lea
     needed, free = header.width * learned.crop * of_pixel, _free_memory()
     if needed > free:
         raise DataError(
-            f"{image} is {header.width}x{header.height} pixels: a row of windows takes {_bytes(needed)}, and "
-            f"{_bytes(free)} of memory are free; cut it into parts that are less wide"
+            f"{image} is {header.width}x{header.height} pixels: a row of windows takes {bytes_text(needed)}, and "
+            f"{bytes_text(free)} of memory are free; cut it into parts that are less wide"
         )
 
 
@@ -352,11 +363,3 @@ def _free_memory() -> int:
             free = min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
         return free
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _bytes(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import socket
+import time
+
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from cegate.backbone import hub
 from cegate.backbone.backbone import Backbone
 from cegate.backbone.vit import build_vit, feature_layers, tiny_vit, weight_hash
 from cegate.errors import BackboneError
@@ -21,6 +26,36 @@ def test_tiny_has_no_gradient_and_runs_at_other_sizes():
 def test_random_weights_are_said_aloud(caplog):
     build_vit("tiny", weights="none", image_size=32)
     assert "RANDOM" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "samvit_base_patch16"])
+def test_a_hub_out_of_reach_is_said_within_seconds(name, monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")  # where nobody listens any more
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "getproxies", dict)
+    began = time.monotonic()
+    with pytest.raises(
+        BackboneError, match=rf"weights of {name} cannot be had .*no connection to 127\.0\.0\.1 .*--weights FILE"
+    ) as error:
+        build_vit(name, image_size=32)
+    assert time.monotonic() - began < 10
+    assert "\n" not in str(error.value)
+    assert not constants.HF_HUB_OFFLINE
+
+
+def test_a_hub_that_answers_or_a_proxy_is_left_to_its_client(monkeypatch):
+    monkeypatch.setattr(hub, "getproxies", dict)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with hub.quick_hub() as absence:
+            assert not absence and not constants.HF_HUB_OFFLINE
+    with hub.quick_hub() as absence:
+        assert "no connection" in absence and constants.HF_HUB_OFFLINE
+    monkeypatch.setattr(hub, "getproxies", lambda: {"http": "http://proxy:3128"})
+    with hub.quick_hub() as absence:
+        assert not absence and not constants.HF_HUB_OFFLINE
 
 
 def test_default_features_are_the_papers_layers():

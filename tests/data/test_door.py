@@ -222,6 +222,12 @@ def test_every_raster_file_is_opened_by_the_one_door():
     assert opened == {"door.py": {"DatasetReader"}}
 
 
+def test_a_coordinate_system_that_cannot_be_told_is_a_line(shared):
+    (path,) = (shared / "data/odd_geotiffs").rglob("unsupported-srs.tif")
+    with pytest.raises(DataError, match=r"unsupported-srs\.tif: cannot be read as a raster \(PROJ: .* natural"):
+        read_image(path)
+
+
 def test_real_odd_files_open_as_before(shared):
     refused = []
     for path in sorted((shared / "data/odd_geotiffs").rglob("*")):

@@ -14,8 +14,10 @@ import rasterio
 from rasterio.transform import from_origin
 
 from cegate.config import SetConfig
+from cegate.data import rasters
 from cegate.data.datasets import open_set
 from cegate.data.stream import EvalStream
+from cegate.data.survey import survey
 from cegate.errors import CegateError, ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -104,6 +106,15 @@ def hollow_images(value: np.generic, dtype: type, **profile) -> Callable[[Path],
     return images_of(lambda image: np.where(np.arange(20) < 8, value, image.astype(dtype)), **profile)
 
 
+def hollow_scene(root: Path) -> None:
+    """A pair of 10^12 pixels that were never written."""
+    for kind, count in (("images", 3), ("masks", 1)):
+        shape = {"height": 10**6, "width": 10**6, "count": count, "dtype": "uint8"}
+        options = {"tiled": True, "blockxsize": 4096, "blockysize": 4096, "sparse_ok": True, "bigtiff": "yes"}
+        with rasterio.open(root / f"{kind}/9.tif", "w", driver="GTiff", compress="deflate", **shape, **options):
+            pass
+
+
 class Fault(NamedTuple):
     """What is done to a set, what must be said, and how the set is opened."""
 
@@ -185,6 +196,7 @@ FAULTS = {
         masks_of(lambda label: np.where(label, np.float32("nan"), label).astype(np.float32), ".tif"),
         r"outside the label map: nan .* with an integer that is ignored where there is none$",
     ),
+    "a scene that was never written": Fault(hollow_scene, r"9\.tif is 1000000x1000000 pixels by its header, 3 TB, but"),
     "NaN": Fault(images_of(lambda image: image / np.float32(0)), "no finite pixel"),
 }  # fmt: skip
 
@@ -249,6 +261,26 @@ def test_nothing_is_invented_where_nothing_is_wrong(root, caplog, name):
         assert np.isfinite(item.image).all()
         if "nodata" not in name and "border" not in name:
             np.testing.assert_allclose(item.image * 255, picture(number), atol=1e-3)
+
+
+def test_a_scene_that_was_never_written_is_odd_and_not_looked_at(root):
+    hollow_scene(root)
+    found = survey(root)
+    assert any(
+        re.search(r"1 of 7 pairs cannot be used, first: .*9\.tif is 1000000x1000000", line) for line in found.odd
+    )
+
+
+def test_pixels_that_memory_does_not_hold_are_that_image_s_failure(root, monkeypatch):
+    """As those of a scene that is evaluated whole."""
+    monkeypatch.setattr(rasters, "_HOLLOW_BYTES", 1 << 60)
+    hollow_scene(root)
+    with pytest.raises(
+        DataError, match=r"images/9\.tif: 1000000x1000000 pixels do not fit into the memory; cut it into"
+    ):
+        rasters.read_image(root / "images/9.tif")
+    with pytest.raises(DataError, match=r"masks/9\.tif: 1000000x1000000 pixels do not fit into the memory"):
+        rasters.read_mask(root / "masks/9.tif", classes=CLASSES)
 
 
 @pytest.mark.parametrize("tag", [None, np.finfo(np.float64).min, -1.79769313486e308], ids=str)
@@ -332,12 +364,29 @@ def test_an_exchanged_file_of_equal_name_and_size_changes_the_fingerprint(tmp_pa
         write(tmp_path / f"masks/{number}.tif", LABEL)
     open_it = lambda: open_set(SetConfig(root=str(tmp_path)), name="s", classes=CLASSES)  # noqa: E731
     before = open_it()
-    recorded, of_old = before.fingerprint(), before.fingerprint(version=1)
-    assert recorded.startswith("2:") and re.fullmatch(r"[0-9a-f]{64}", of_old)
-    assert before.has_fingerprint(recorded) and before.has_fingerprint(of_old)
+    recorded, of_last, of_old = (before.fingerprint(version) for version in (3, 2, 1))
+    assert before.fingerprint() == recorded
+    assert recorded.startswith("3:") and of_last.startswith("2:") and re.fullmatch(r"[0-9a-f]{64}", of_old)
+    assert all(map(before.has_fingerprint, (recorded, of_last, of_old)))
     write(tmp_path / "masks/1.tif", LABEL.T.reshape(24, 20))
     after = open_it()
     assert not after.has_fingerprint(recorded)
     assert after.has_fingerprint(of_old)  # as far as it could see
     copied = shutil.copytree(tmp_path, tmp_path / "copy/of", ignore=lambda *_: ["copy"])
     assert open_set(SetConfig(root=str(copied)), name="s", classes=CLASSES).has_fingerprint(after.fingerprint())
+
+
+@pytest.mark.parametrize(("side", "rows"), [(24, 1), (700, 70)])
+def test_changed_rows_anywhere_in_a_file_change_the_fingerprint(tmp_path, side, rows):
+    """Files are not compressed, so that sizes stay."""
+    open_it = lambda: open_set(SetConfig(root=str(tmp_path)), name="s", classes=CLASSES)  # noqa: E731
+    pixels = np.random.default_rng(0).integers(0, 250, (3, side, side), np.uint8)
+    write(tmp_path / "masks/0.tif", np.zeros((side, side), np.uint8))
+    seen = set()
+    for top in (None, 0, side // 3, side - rows):
+        changed = pixels.copy()
+        if top is not None:
+            changed[:, top : top + rows] += 1
+        write(tmp_path / "images/0.tif", changed)
+        seen.add(open_it().fingerprint())
+    assert len(seen) == 4

@@ -173,6 +173,6 @@ def test_resume_refuses_another_configuration_and_other_data(small, monkeypatch)
     train(small())
     with pytest.raises(CheckpointError, match=r"other values of train\.lr; resume it with --config"):
         train(small(train__lr=0.5), resume=True)
-    monkeypatch.setattr(sets.GeneratedSet, "fingerprint", lambda self, version=2: "other")
+    monkeypatch.setattr(sets.GeneratedSet, "fingerprint", lambda self, version=3: "other")
     with pytest.raises(CheckpointError, match="data of train, validation, arid is not what"):
         train(small(), resume=True)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,19 @@ def test_a_lost_worker_is_not_waited_for_without_end(monkeypatch, how):
     with pytest.raises(WorkerLostError, match=f"a data worker {why}"):
         list(batches)
     assert not worker.is_alive()
+
+
+def test_a_worker_that_the_system_calls_stopped_is_given_up_long_before_a_slow_one(monkeypatch):
+    monkeypatch.setattr(stream, "STOPPED_S", 0.5)
+    before = multiprocessing.active_children()
+    batches = stream.fetch(torch.tensor, range(50), 1)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()).difference(before)
+    began = time.monotonic()
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(WorkerLostError, match=r"a data worker gave nothing for [0-9]+ s"):
+        list(batches)
+    assert time.monotonic() - began < 30
 
 
 def test_errors_that_are_not_of_a_worker_stay_what_they_are():

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from cegate.backbone.vit import weight_hash
 from cegate.data.rasters import OpenImage
 from cegate.errors import DataError
 from cegate.scenes import sink
-from cegate.scenes.files import find_images, plan_outputs, predict_files
+from cegate.scenes.files import Written, find_images, plan_outputs, predict_files
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_georeferenced_input_gives_a_geotiff_and_the_rest_png(images, segmenter,
 def test_one_image_goes_into_the_file_that_is_named(images, segmenter, tmp_path):
     masks = plan_outputs([images / "b.tif"], tmp_path / "mask.png")
     written = list(predict_files(segmenter, masks))
-    assert written == [(tmp_path / "mask.png", images / "b.tif", 0)]
+    assert written == [Written(tmp_path / "mask.png", images / "b.tif", 0)]
     with pytest.raises(DataError, match="one file for 2 images"):
         plan_outputs([images / "a.png", images / "b.tif"], tmp_path / "mask.png")
 
@@ -71,6 +73,15 @@ def test_a_glob_takes_images_and_not_what_lies_beside_them(images):
     assert [path.name for path in find_images([str(images / "**/*.tif")])] == ["b.tif", "c.tif"]
     (images / "f.img").write_bytes(b"x")
     assert [path.name for path in find_images([str(images / "*.img")])] == ["f.img"]
+
+
+def test_a_link_to_a_folder_above_gives_no_image_twice(images, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (images / "up").symlink_to(images.parent)
+    (images / "there").symlink_to(elsewhere)
+    (elsewhere / "d.png").write_bytes((images / "a.png").read_bytes())
+    found = find_images([str(images.parent / "**/*.*")])
+    assert [str(file.relative_to(images)) for file in found] == ["a.png", "b.tif", "c.tif", "there/d.png"]
 
 
 def test_an_empty_input_is_not_the_working_directory(images, monkeypatch):
@@ -260,6 +271,38 @@ def test_images_without_data_in_places_are_named(images, segmenter, tmp_path, ca
     assert "no data" not in capsys.readouterr().err
     with rasterio.open(tmp_path / "out/b.tif") as mask:
         assert mask.read_masks(1).all()
+
+
+def write_bands(path: Path, count: int, names: tuple[str, ...] = (), **profile) -> None:
+    pixels = np.random.default_rng(0).integers(1, 255, (count, 30, 44), dtype=np.uint8)
+    shape = {"height": 30, "width": 44, "count": count, "dtype": "uint8"}
+    with rasterio.open(path, "w", driver="GTiff", **shape, **profile) as out:
+        out.write(pixels)
+        for band, name in enumerate(names, 1):
+            out.set_band_description(band, name)
+
+
+def test_bands_that_nobody_chose_are_named_once(images, segmenter, tmp_path, capsys, caplog):
+    save_adapter(tmp_path / "adapter", segmenter, weight_hash(segmenter.vit), {})
+    for number in range(6):
+        write_bands(images / f"s{number}.tif", 13, tuple(f"B{k:02d}" for k in range(1, 14)))
+    given = ["--adapter", str(tmp_path / "adapter"), "--input", str(images), "--device", "cpu"]
+    assert predict.main([*given, "--output", str(tmp_path / "out")]) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    told = ", ".join(f"B{k:02d}" for k in range(1, 14))
+    assert line.startswith(f"images have 13 bands ({told}), of which 1 B01, 2 B02, 3 B03 are read, as in training: ")
+    assert re.search(r"s0\.tif, .*s3\.tif and 2 more; data\.source\.bands", line)
+    segmenter.predict(images / "s0.tif")
+    assert "s0.tif has 13 bands" in caplog.text
+
+
+def test_an_alpha_band_or_chosen_bands_are_no_news(images, segmenter, monkeypatch, caplog):
+    write_bands(images / "alpha.tif", 4, alpha="yes")
+    segmenter.predict(images / "alpha.tif")
+    write_bands(images / "many.tif", 13)
+    monkeypatch.setattr(segmenter, "recipe", replace(segmenter.recipe, bands=(4, 3, 2)))
+    segmenter.predict(images / "many.tif")
+    assert caplog.records == []
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly(images, segmenter, tmp_path, monkeypatch, capfd):

@@ -239,3 +239,26 @@ def test_the_command_takes_two_inputs_or_one(model, scene, tmp_path, capsys):
         with rasterio.open(out) as written, rasterio.open(image if name != "dsm" else dsm) as like:
             np.testing.assert_array_equal(written.read(1), expected)
             assert written.transform == like.transform
+
+
+def test_an_image_that_its_second_raster_covers_in_part_is_named_with_the_share(model, scene, tmp_path, capsys, caplog):
+    save_adapter(tmp_path / "adapter", model, "0" * 64, {})
+    image, _ = scene
+    place = {"crs": "EPSG:32633", "transform": from_origin(500000, 5000000, 0.5, 0.5)}
+    heights = np.random.default_rng(1).uniform(200, 230, (1, SIZE[0], SIZE[1] // 2)).astype(np.float32)
+    shape = dict(zip(("count", "height", "width"), heights.shape, strict=True))
+    for name, columns in (("half", SIZE[1] // 2), ("all", SIZE[1])):
+        pixels = np.repeat(heights, columns // (SIZE[1] // 2), axis=2)
+        with rasterio.open(
+            tmp_path / f"{name}.tif", "w", driver="GTiff", dtype="float32", **shape | {"width": columns}, **place
+        ) as out:
+            out.write(pixels)
+    model.predict(image, second=tmp_path / "all.tif")
+    model.predict(image)
+    assert caplog.records == []
+    model.predict(image, second=tmp_path / "half.tif")
+    assert "1.tif: the second raster is unknown in 50.0 % of it" in caplog.text
+    with open_reader(image, model.recipe, second=tmp_path / "half.tif") as reader:
+        for first in range(0, SIZE[0], 16):
+            reader.read(first, min(first + 16, SIZE[0]))
+    assert reader.lacking == 0.5
