@@ -232,8 +232,12 @@ class OpenImage:
         with rasterio.Env(GDAL_CACHEMAX=_SAMPLE_CACHE):
             for top, left in itertools.product(range(0, size[0], rows), range(0, size[1], columns)):
                 window = Window(top, left, min(rows, size[0] - top), min(columns, size[1] - left))
+                pixels = self.read(bands, window=window)
+                if window.width == size[1]:  # a file may be one strip: no index of its size
+                    parts.append(pixels.reshape(len(pixels), -1)[:, -top * size[1] % step :: step].copy())
+                    continue
                 place = np.arange(top, top + window.height)[:, None] * size[1] + np.arange(left, left + window.width)
-                parts.append(self.read(bands, window=window)[:, place % step == 0])
+                parts.append(pixels[:, place % step == 0])
         return np.concatenate(parts, axis=1)
 
     def dtype_of(self, bands: Sequence[int]) -> str:
