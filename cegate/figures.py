@@ -69,6 +69,9 @@ STYLE = {
 def save_png(figure: Figure, path: Path) -> None:
     """Write a figure as a whole PNG or nothing."""
     with written_aside(path) as aside, matplotlib.rc_context(STYLE):
+        if (layout := figure.get_layout_engine()) is not None:  # which savefig would run twice, and draw for nothing
+            layout.execute(figure)
+            figure.set_layout_engine(None)
         figure.savefig(aside, format="png", dpi=150, facecolor="white")
 
 
