@@ -21,7 +21,7 @@ import yaml
 
 from cegate.config import Config, SetConfig
 from cegate.errors import LONGEST, ConfigError, nearest, shown
-from cegate.fields import Reader, hints_of, loaded, section_of, takes_null
+from cegate.fields import Reader, hints_of, holds_number, loaded, section_of, takes_null
 from cegate.methods import METHODS, OF_TWO_RASTERS
 from cegate.sites import SiteId
 from cegate.yamltext import Text, parse_yaml
@@ -259,8 +259,9 @@ def _read_on_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _without_empty(hint: Any, value: Any, prefix: str = "") -> Any:
-    """Nested mappings without their empty values (``lr:``) where null is none of the key's values: a key without a
-    value is one left out, so that the base's or the default counts; said aloud."""
+    """Nested mappings without their empty values (``name:``) where null is none of the key's values: such a key is one
+    left out, so that the base's or the default counts; said aloud. An empty number stays, and is refused: who leaves
+    ``iterations:`` open forgot it, and 20,000 would be as far from what was meant as any."""
     cls, named, _ = section_of(hint)
     if cls is None or not isinstance(value, Mapping):
         return value
@@ -268,7 +269,7 @@ def _without_empty(hint: Any, value: Any, prefix: str = "") -> Any:
         return {name: _without_empty(cls, item, f"{prefix}{shown(name)}.") for name, item in value.items()}
     hints, kept = hints_of(cls), {}
     for name, item in value.items():
-        if item is None and name in hints and not takes_null(hints[name]):
+        if item is None and name in hints and not takes_null(hints[name]) and not holds_number(hints[name]):
             log.warning("%s%s is empty, as if it were left out", prefix, name)
         else:
             kept[name] = _without_empty(hints.get(name), item, f"{prefix}{shown(name)}.")

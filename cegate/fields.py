@@ -156,7 +156,7 @@ class Reader:
             unknown = [item for item in given if item not in words]
             expected = f"expected {describe(hint)}{nearest(unknown[0], words) if unknown else ''}"
             if items is None:
-                self._note(f"{key} is empty; {expected}")
+                self._note(f"{key} is empty; {expected}, or no such line")
             else:
                 guess = _colon_hint(items) if isinstance(items, Mapping) else ""
                 self._note(f"{key}={shown(value)} is not accepted; {expected}{guess}")
@@ -341,6 +341,13 @@ def is_union(hint: Any) -> bool:
 def takes_null(hint: Any) -> bool:
     """Whether null is one of the values."""
     return is_union(hint) and types.NoneType in typing.get_args(hint)
+
+
+def holds_number(hint: Any) -> bool:
+    """Whether a number, or true and false, is one of the values."""
+    if typing.get_origin(hint) is Annotated or is_union(hint):
+        return any(map(holds_number, typing.get_args(hint)))
+    return hint in (bool, int, float)
 
 
 def choices(hint: Any) -> list[str]:

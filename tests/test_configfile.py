@@ -116,15 +116,19 @@ def test_a_root_that_is_resolved_already_cannot_be_given_again():
 
 
 @pytest.mark.parametrize("key", [key for key in all_keys() if "<name>" not in key])
-def test_an_empty_value_is_a_key_left_out_or_one_of_its_values(key, caplog):
+def test_an_empty_value_is_a_key_left_out_or_one_of_its_values_but_never_a_number(key, caplog):
     section, _, name = key.rpartition(".")
     empty: dict = {name: None}
     for part in reversed(section.split(".")):
         empty = {part: empty}
+    default = functools.reduce(getattr, key.split("."), read_config({}))
+    if isinstance(default, int | float):
+        with pytest.raises(ConfigError, match=rf"^{key} is empty; expected .*, or no such line$"):
+            read_config(empty)
+        return
     assert read_config(empty) == read_config({})
     if caplog.records:  # null is none of its values
         assert f"{key} is empty, as if it were left out" in caplog.text
-        default = functools.reduce(getattr, key.split("."), read_config({}))
         if not isinstance(default, str):  # text may be the word null
             with pytest.raises(ConfigError, match=rf"{key} is empty; expected"):
                 read_config({}, [(key, "null")])
@@ -133,9 +137,12 @@ def test_an_empty_value_is_a_key_left_out_or_one_of_its_values(key, caplog):
 
 
 def test_an_empty_value_does_not_hide_that_of_the_base(tmp_path):
-    (tmp_path / "base.yaml").write_text("train: {lr: 0.5}")
+    (tmp_path / "base.yaml").write_text("run: {name: mine}\ntrain: {lr: 0.5}")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\nrun:\n  name:\n")
+    assert read_config(tmp_path / "top.yaml").run.name == "mine"
     (tmp_path / "top.yaml").write_text("base: base.yaml\ntrain:\n  lr:\n")
-    assert read_config(tmp_path / "top.yaml").train.lr == 0.5
+    with pytest.raises(ConfigError, match=r"train\.lr is empty; expected"):
+        read_config(tmp_path / "top.yaml")
 
 
 # --- YAML that means something else, or too much --------------------------------------------------------------------
