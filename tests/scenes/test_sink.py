@@ -116,4 +116,5 @@ def test_what_is_held_does_not_grow_with_the_height(tmp_path, suffix):
         return held
 
     low, high = peak(2048), peak(16384)
-    assert high < 1.2 * low < 16384 * 600
+    # as many blocks are being deflated at once as the moment allows, half a megabyte each
+    assert high < low + (1 << 20) < 16384 * 600 / 2
