@@ -20,9 +20,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import Size, make_batch
+from operator_calls import OperatorCalls
 from side_by_side import compare, note
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cegate import ops
 from cegate.kernels import _support, frequency_adapter, low_pass, low_rank, sum_squared_gradients
@@ -30,8 +30,6 @@ from cegate.kernels import _support, frequency_adapter, low_pass, low_rank, sum_
 ROUNDS, CALLS = 15, 40
 TOKENS, WIDTH, RANK = (2, 16), 64, 16
 SIZE = Size("vit_large_patch14_dinov2", patch=16, pixels=64, batch=1)
-MAKE_NOTHING = ("empty", "empty_strided", "new_empty", "new_empty_strided", "empty_like", "detach", "lift_fresh")
-"""Operators beside views that launch no kernel."""
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -69,20 +67,6 @@ def _never(*_: object, **__: object) -> bool:
 
 def _triton(*_: object, **__: object) -> str:
     return "triton"
-
-
-class Calls(TorchDispatchMode):
-    """Counts the calls of operators that compute something; on a GPU each is a launch or more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: Counter = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        if not function.is_view and name not in MAKE_NOTHING:
-            self.found[name] += 1
-        return function(*args, **(kwargs or {}))
 
 
 def _leaf(*shape: int) -> Tensor:
@@ -158,7 +142,7 @@ def bench_calls_of_a_step(benchmark, monkeypatch, name):
     with without_launches() as launched:
         step()
         launched.clear()
-        with Calls() as calls:
+        with OperatorCalls() as calls:
             step()
     sites = len(model.toolbox.plan.active)
     assert launched["_low_rank_kernel"] + launched["_mix_kernel"] == sites, "an operator ran without its kernel"

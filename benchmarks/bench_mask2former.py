@@ -14,9 +14,9 @@ import pytest
 import torch
 from memory import peak_bytes
 from models import SIZES, make_batch, make_segmenter
+from operator_calls import OperatorCalls
 from side_by_side import compare, note
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerLoss
 
 from cegate.heads import mask2former
@@ -47,18 +47,6 @@ class OfTheLibrary(nn.Module):
         last = layers.pop()
         parts = self.criterion(last["masks_queries_logits"], last["class_queries_logits"], truth, present, layers)
         return sum(weight * loss for name, loss in parts.items() for term, weight in TERMS.items() if term in name)
-
-
-class Calls(TorchDispatchMode):
-    """Counts operator calls that are no views."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def make_step(build: Callable[[nn.Module], nn.Module], batch: int) -> Callable[[], Tensor]:
@@ -97,6 +85,6 @@ def bench_mask2former_step(benchmark, monkeypatch, batch):
         note(benchmark.name, f"{name}: peak memory", f"{peak_bytes(step) / 1e6:.0f} MB")
     monkeypatch.setattr(mask2former, "_AT_ONCE", {})  # as on a GPU
     for name, step in ways.items():
-        with Calls() as calls:
+        with OperatorCalls() as calls:
             step()
-        note(benchmark.name, f"{name}: operator calls", str(calls.count))
+        note(benchmark.name, f"{name}: operator calls", str(calls.found.total()))

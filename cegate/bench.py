@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cegate import cli, configfile
+from cegate.cores import usable_cores
 from cegate.errors import ConfigError, nearest, rate_text, shown
 from cegate.methods import METHODS
 
@@ -152,7 +153,7 @@ def _rate(text: str) -> str:
 
 def _slots(options: dict[str, Any]) -> tuple[list[str], int]:
     """The device of every process at a time, and the threads of each."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     threads = cli.count(options["threads"], "threads", 1, 4096) if options["threads"] else None
     devices = options["devices"] or _all_devices()
     for device in devices:

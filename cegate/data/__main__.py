@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cegate import cli
+from cegate.cores import usable_cores
 from cegate.errors import ConfigError, nearest, shown
 
 ACTIONS = {
@@ -162,7 +162,7 @@ def _count(options: dict[str, Any], name: str, default: int) -> int:
 
 
 def _workers(options: dict[str, Any]) -> int:
-    return _count(options, "workers", min(os.cpu_count() or 1, 8))
+    return _count(options, "workers", min(usable_cores(), 8))
 
 
 def _list(argv: Sequence[str]) -> int:

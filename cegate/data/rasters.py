@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from rasterio.warp import transform
 from rasterio.windows import Window as RasterWindow
 
 from cegate.config import IGNORE
+from cegate.cores import usable_cores
 from cegate.data.door import open_raster
 from cegate.data.encoders import PngWriter, Tag, TiffWriter, Writer, read_tags
 from cegate.errors import ConfigError, DataError, bytes_text, nearest
@@ -589,7 +589,7 @@ def open_mask(
             table = colours and b"".join(bytes(colours.get(value, (0, 0, 0))) for value in range(256))
             writer = PngWriter(file, size, table)
         else:
-            threads = stack.enter_context(ThreadPoolExecutor(os.cpu_count(), "deflate"))
+            threads = stack.enter_context(ThreadPoolExecutor(usable_cores(), "deflate"))
             writer = TiffWriter(file, size, _tiff_tags(place, colours), threads.map)
         yield writer
         writer.close()

@@ -63,7 +63,8 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
             matches = sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207 - Path.glob takes no absolute one
             images = [path] if path.is_file() else [file for file in matches if _is_meant(file, name)]
             if "**" in name:
-                images = [file for file in images if not _is_in_circle(file)]
+                circles = {folder for folder in {file.parent for file in images} if _is_in_circle(folder)}
+                images = [file for file in images if file.parent not in circles]
         if not images:
             raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
         found.update(dict.fromkeys(images))
@@ -117,9 +118,9 @@ def _is_meant(file: Path, pattern: str) -> bool:
     return not beside and not file.is_dir()
 
 
-def _is_in_circle(file: Path) -> bool:
-    """Whether a file is found below a link to a folder that the link lies in, and so found before."""
-    folders = [os.path.realpath(folder) for folder in file.parents]
+def _is_in_circle(folder: Path) -> bool:
+    """Whether a folder is found below a link to a folder that the link lies in, and so found before."""
+    folders = [os.path.realpath(above) for above in (folder, *folder.parents)]
     return len(set(folders)) < len(folders)
 
 
