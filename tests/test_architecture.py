@@ -16,7 +16,7 @@ KERNELS = Path(__import__("cegate.kernels", fromlist=["x"]).__file__).parent
 # lowest first; a module may import from floors below its own, and from its own room as long as no circle arises
 FLOORS = [
     ("errors", "cores", "draws", "palette", "kernels", "_C"),
-    ("sites", "yamltext", "native", "compute", "masks", "released"),
+    ("sites", "yamltext", "native", "compute", "masks", "released", "resize"),
     ("fields", "methods", "gate", "ops"),
     ("config",),
     ("configfile", "losses", "recipe", "metrics", "dispatch"),

@@ -1,19 +1,23 @@
-"""The forward and backward pass of a step as one recorded graph, played again for every batch until the plan changes.
+"""Forward and backward passes as recorded graphs, played again for every batch until the plan changes.
 
 A gated step of a large ViT is thousands of small kernels, and Python takes longer to launch them than a GPU to run them
 (docs/explanation/performance.md). Recorded once, all of them are launched by one call. What is recorded must be the
-same work on every batch and stay on the device: a task says so of itself (`Task.recordable`), and so does a head.
+same work on every batch and stay on the device: a task says so of itself (`Task.recordable`), and so does a head. Then
+a whole step is recorded (`Pass`), else its backbone alone (`Encoder`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
+from torch import Tensor, nn
 
+from cegate.backbone.backbone import Features
 from cegate.backbone.frozen import Cast, reading
 from cegate.tasks.stream import StepData
 
@@ -39,7 +43,8 @@ class CudaGraph:
         self._graph = torch.cuda.CUDAGraph()
 
     def record(self, work: Callable[[], T]) -> T:
-        with torch.cuda.graph(self._graph):
+        # threads that pin memory, or watch NCCL, go on meanwhile
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             return work()
 
     def play(self) -> None:
@@ -102,3 +107,134 @@ class Pass:
         still.source.fill(data.source)
         graph.play()
         return found
+
+
+class Encoder:
+    """The backbone's part of steps that cannot be recorded whole.
+
+    With every plan a pass of one kind (which of a step, of what size) runs as it is written first; the second one is
+    recorded, forward and backward. Features and gradients of a recorded pass always lie in the same tensors, until it
+    is played in the next step.
+
+    Args:
+        encode: ``(images, plain=...)`` -> features.
+        weights: what may learn in it.
+        graph: makes a graph.
+        cast: what a recorded pass reads in place of frozen weights.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[..., Features],
+        weights: Callable[[], Iterable[nn.Parameter]],
+        graph: Callable[[], Graph],
+        cast: Callable[[], Cast] = dict,
+    ) -> None:
+        self.encode, self.weights, self.graph, self.cast = encode, weights, graph, cast
+        self.fails = False
+        self.forget()
+
+    def forget(self) -> None:
+        """Before another plan: the next passes run as they are written."""
+        self._passes: dict[tuple, _Encoded | None] = {}
+
+    def of_a_step(self) -> Callable[..., Features]:
+        """``encode`` for the passes of one step, in their order."""
+        count = 0
+
+        def encode(images: Tensor, *, plain: bool = False) -> Features:
+            nonlocal count
+            key = (count, images.shape, images.requires_grad, plain)  # a prompt in them may learn
+            count += 1
+            if self.fails or key not in self._passes:
+                self._passes[key] = None
+                return self.encode(images, plain=plain)
+            if self._passes[key] is None and not self._record(key, images):
+                return self.encode(images, plain=plain)
+            return self._passes[key](images)
+
+        return encode
+
+    def _record(self, key: tuple, images: Tensor) -> bool:
+        learning, cast = [w for w in self.weights() if w.requires_grad], self.cast()
+        try:
+            with reading(cast), _uncached_casts():
+                self._passes[key] = _Encoded(
+                    lambda still: self.encode(still, plain=key[-1]), images, learning, self.graph
+                )
+        except RuntimeError as error:
+            log.warning("run.speed=auto: steps go on as they are written, for recording one failed: %s", error)
+            self.fails = True
+            return False
+        self._passes[key].cast = cast  # lives as long as the graphs that read it
+        return True
+
+
+@contextmanager
+def _uncached_casts() -> Iterator[None]:
+    """Autocast keeps a weight's cast for the rest of a step; what a graph casts is its own."""
+    was = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(was)
+
+
+class _Encoded:
+    """One recorded pass, forward and backward apart, as a node of whatever graph of gradients it becomes part of."""
+
+    cast: Cast
+
+    def __init__(
+        self,
+        encode: Callable[[Tensor], Features],
+        images: Tensor,
+        weights: Sequence[nn.Parameter],
+        graph: Callable[[], Graph],
+    ) -> None:
+        self.images = images.detach().clone().requires_grad_(images.requires_grad)
+        self.learning = [*([self.images] if images.requires_grad else []), *weights]
+        self.weights = list(weights)
+        self.forward, self.backward = graph(), graph()
+
+        def run() -> tuple[Tensor, ...]:
+            features = encode(self.images)
+            self.grid, queries = features.grid, features.queries
+            self.found = (*features.maps, *([] if queries is None else [queries]))
+            self.count = len(features.maps)
+            return self.found
+
+        def differentiate() -> tuple[Tensor | None, ...]:
+            outputs = [output for output in self.found if output.requires_grad]
+            return torch.autograd.grad(outputs, self.learning, list(self.given.values()), allow_unused=True)
+
+        self.still = self.forward.record(run)
+        self.given = {k: torch.zeros_like(output) for k, output in enumerate(self.still) if output.requires_grad}
+        self.gradients = self.backward.record(differentiate) if self.given else ()
+
+    def __call__(self, images: Tensor) -> Features:
+        found = _Played.apply(self, images, *self.weights)
+        queries = found[self.count] if len(found) > self.count else None
+        return Features(list(found[: self.count]), self.grid, queries)
+
+
+class _Played(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, encoded: _Encoded, images: Tensor, *weights: nn.Parameter) -> tuple[Tensor, ...]:
+        ctx.encoded = encoded
+        encoded.images.copy_(images)
+        encoded.forward.play()
+        found = tuple(output.detach() for output in encoded.still)
+        ctx.mark_non_differentiable(*(output for k, output in enumerate(found) if k not in encoded.given))
+        return found
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        encoded = ctx.encoded
+        for k, given in encoded.given.items():
+            given.copy_(gradients[k])
+        encoded.backward.play()
+        found = [None if gradient is None else gradient.detach() for gradient in encoded.gradients]
+        return None, *([] if encoded.images.requires_grad else [None]), *found

@@ -23,7 +23,7 @@ from cegate.compute import Precision
 from cegate.config import IGNORE, Config
 from cegate.data.stream import Batch
 from cegate.engine.gating import Gate, Round
-from cegate.engine.recorded import CudaGraph, Pass
+from cegate.engine.recorded import CudaGraph, Encoder, Pass
 from cegate.engine.runtime import seed_everything
 from cegate.engine.schedule import learning_rate, make_optimizer
 from cegate.engine.sets import Sets
@@ -103,8 +103,11 @@ class Stage:
         """False from a scoring, or the begin of a step, to the step's end: a state would be half old, half new."""
         self.class_pixels = torch.zeros(256, dtype=torch.int64)
         self.losses = StepLosses(team)
-        self._fuses = config.run.speed == "auto" and numerics.device.type == "cuda"
-        self.passes = Pass(self._forward_backward, CudaGraph if self._records() else None, self._cast)
+        whole = self._records()
+        self.passes = Pass(self._forward_backward, CudaGraph if whole else None, self._cast)
+        self.encoder = None
+        if self._is_fast() and not whole:
+            self.encoder = Encoder(network.encode, self._weights_of_features, CudaGraph, self._cast)
         self.step_seconds: list[float] = []
         self.score_seconds: list[float] = []
 
@@ -157,8 +160,9 @@ class Stage:
 
     def _forward_backward(self, data: StepData) -> Found:
         run, slots = self.config.run, self.stream.source.slots
-        step = Step(self.iteration, data.source, self.network, run.seed, data.drawn, slots)
-        with self.numerics.precision(), fused() if self._fuses else nullcontext():
+        encode = None if self.encoder is None else self.encoder.of_a_step()
+        step = Step(self.iteration, data.source, self.network, run.seed, data.drawn, slots, run=encode)
+        with self.numerics.precision(), fused() if self._is_fast() else nullcontext():
             for task in self.tasks:
                 task.prepare(step)
             step.encode()
@@ -167,15 +171,22 @@ class Stage:
         self.scaler.scale(loss).backward()
         return Found(loss.detach(), terms)
 
+    def _is_fast(self) -> bool:
+        """Whether steps may run in another way than they are written."""
+        return self.config.run.speed == "auto" and self.numerics.device.type == "cuda"
+
     def _records(self) -> bool:
-        """Whether steps are recorded; says why not, where they were meant to be."""
-        if self.config.run.speed != "auto" or self.numerics.device.type != "cuda":
+        """Whether whole steps are recorded; says why not, where they were meant to be."""
+        if not self._is_fast():
             return False
         hindrances = [f"the task {task.name}" for task in self.tasks if not task.recordable]
         hindrances += ["run.precision=fp16"] if self.scaler.is_enabled() else []
         if hindrances:
-            log.info("run.speed=auto: steps run as they are written, because of %s", ", ".join(hindrances))
+            log.info("run.speed=auto: of a step the backbone alone is recorded, because of %s", ", ".join(hindrances))
         return not hindrances
+
+    def _weights_of_features(self) -> list[nn.Parameter]:
+        return [w for name, m in self.network.learning_modules().items() if name != "head" for w in m.parameters()]
 
     def _cast(self) -> Cast:
         half = {"bf16": torch.bfloat16}.get(self.numerics.name)
@@ -219,6 +230,8 @@ class Stage:
         started = time.perf_counter()
         self.losses.read()
         self.passes.forget()
+        if self.encoder is not None:
+            self.encoder.forget()
         self.optimizer.zero_grad(set_to_none=True)
         mass = self.measure(progress) if self.config.gate.method == "fisher" else {}
         self.is_whole = False

@@ -71,6 +71,8 @@ class Step:
     views: dict[str, View] = field(default_factory=dict)
     clean: bool = False
     """Of a Fisher probe: samples as they are, and nothing of it is told to the journal."""
+    run: Callable[..., Features] | None = None
+    """In place of the network's `encode`."""
     features: dict[str, Features] = field(default_factory=dict)
     """View -> what the backbone makes of it, once `encode` has run; the network's neck has not seen it yet."""
 
@@ -83,14 +85,14 @@ class Step:
 
     def encode(self) -> None:
         """Run the network over every view, in the order in which they were added."""
-        calls: dict[str, list[str]] = {}
+        run, calls = self.run or self.network.encode, {}
         for name, view in self.views.items():
             calls.setdefault(view.beside or name, []).append(name)
         for leader, names in calls.items():
             assert leader in names and self.views[leader].beside is None, f"views {names} are beside none that leads"
             images = [self.views[name].images for name in names]
             whole = self.network.whole_images(images[0] if len(images) == 1 else torch.cat(images))
-            features = self.network.encode(whole, plain=self.views[leader].plain)
+            features = run(whole, plain=self.views[leader].plain)
             for name, part in zip(names, features.split([len(batch) for batch in images]), strict=True):
                 self.features[name] = part
 

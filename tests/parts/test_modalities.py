@@ -15,6 +15,7 @@ from torch import nn
 from cegate.backbone import sam
 from cegate.backbone.backbone import FAMILIES, Backbone
 from cegate.backbone.ports import Circuit, Ports, Tokens
+from cegate.backbone.stream import Stream
 from cegate.convert_mfnet import convert_weights
 from cegate.errors import ConfigError
 from cegate.parts.mm_adapter import MMAdapter
@@ -124,8 +125,8 @@ def test_block_of_two_modalities_is_the_published_one(kind, shared):
     places = [sam.find_places(*tables, grid, block.window_size)]
     ports = Circuit(part.plugs()).at(0)
     tokens = torch.cat([x, y]).flatten(1, 2)
-    out = program.run(program.form(block, ""), block, 0, tokens, places, ports, Tokens(0, grid, 2)).unflatten(1, grid)
-    out_x, out_y = out.chunk(2)
+    out = program.run(program.form(block, ""), block, 0, Stream(tokens), places, ports, Tokens(0, grid, 2))
+    out_x, out_y = out.total().unflatten(1, grid).chunk(2)
     assert_close(out_x, vector["out_x"])
     assert_close(out_y, vector["out_y"])
     ((out_x * vector["probe_x"]).sum() + (out_y * vector["probe_y"]).sum()).backward()
