@@ -162,7 +162,9 @@ def test_an_image_that_the_system_refuses_stops_no_other(images, segmenter, tmp_
     monkeypatch.setattr(Path, method, refuse)
     predicted = predict_files(segmenter, plan_outputs(found, tmp_path / "out"))
     assert [written.mask.name for written in islice(predicted, 2)] == ["a.png", "c.png"]
-    with pytest.raises(DataError, match=rf"1 of 3 images have no mask: .*b\.tif cannot be read \({os.strerror(number)}"):
+    with pytest.raises(
+        DataError, match=rf"1 of 3 images have no mask: .*b\.tif cannot be read \({os.strerror(number)}"
+    ):
         next(predicted)
 
 
