@@ -98,8 +98,8 @@ class Mosaic:
     """The logits are logarithms of shares (`Head.log_shares`) and are averaged as shares. The mean of logarithms would
     let one sure window overrule all others."""
     further: int = 0
-    """Channels, the last ones, of a second raster: NaN there is unknown, and so is what lies beyond a small image; of an
-    image that is NaN throughout, for it is missing, too."""
+    """Channels, the last ones, of a second raster: NaN there is unknown, and so is what lies beyond a small image; in
+    all channels where the image is NaN throughout, for it is missing."""
 
     def __post_init__(self) -> None:
         if self.blend not in BLENDS:
