@@ -31,6 +31,7 @@ from cegate.kernels.low_pass import low_pass as _low_pass
 from cegate.kernels.low_rank import low_rank as _low_rank
 from cegate.kernels.low_rank import low_rank_factors as _low_rank_factors
 from cegate.kernels.low_rank import low_rank_qv_ as _low_rank_qv_
+from cegate.kernels.residual_norm import residual_norm as _residual_norm
 from cegate.kernels.sum_squared_gradients import sum_squared_bias_gradients as _sum_squared_bias_gradients
 from cegate.kernels.sum_squared_gradients import sum_squared_gradients as _sum_squared_gradients
 
@@ -326,6 +327,36 @@ def low_rank_qv_(
             own = _own(weights, adapter, stacked)
             _kernel(_low_rank_qv_, qkv[samples], x[samples], *own, scale, backend=backend)
     return qkv
+
+
+def residual_norm(
+    x: Tensor,
+    branch: Tensor | None = None,
+    scale: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """``y = x + scale * branch`` and the layer norm of y over its last axis; one kernel where the weights are frozen.
+
+    Args:
+        x: [..., C].
+        branch: as x, of any floating dtype; None: y is x.
+        scale, weight, bias: [C]; None: 1, 1, 0.
+        eps: added to the variance.
+        backend: see the module; there is no C++ form.
+
+    Returns:
+        y [..., C] in the dtype of x, rounded as PyTorch rounds it, and its norm in the dtype of products (autocast's
+        where it is on).
+
+    Raises:
+        BackendError: the named backend cannot run.
+    """
+    chosen = _no_cpp("residual_norm", backend)
+    return _kernel(_residual_norm, x, branch, scale, weight, bias, eps, backend=chosen)
 
 
 def _factors_run_in_cpp(op: str, x: Tensor, dy: Tensor, down: Tensor, limits: Sequence[str] = ()) -> bool:

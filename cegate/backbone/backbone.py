@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cegate.backbone import blocks, sam
 from cegate.backbone.ports import Circuit, Ports, Tokens
+from cegate.backbone.stream import Stream
 from cegate.errors import BackboneError
 
 NOTHING = Circuit()
@@ -30,9 +31,9 @@ class Family(Protocol):
         """What a block does, equal for blocks that do the same."""
 
     def run(
-        self, form: object, block: nn.Module, layer: int, x: Tensor, beside: object, ports: Ports, tokens: Tokens
-    ) -> Tensor:
-        """One block on tokens [B, T, C]."""
+        self, form: object, block: nn.Module, layer: int, stream: Stream, beside: object, ports: Ports, tokens: Tokens
+    ) -> Stream:
+        """One block on the residual stream [B, T, C]."""
 
 
 class Plain:
@@ -44,8 +45,8 @@ class Plain:
         x = vit._pos_embed(vit.patch_embed(images))
         return vit.norm_pre(x), vit.patch_embed.dynamic_feat_size(images.shape[-2:]), None
 
-    def run(self, form, block, layer, x, beside, ports, tokens):
-        return blocks.run_block(form, blocks.read_weights(block), x, None, ports, tokens)
+    def run(self, form, block, layer, stream, beside, ports, tokens):
+        return blocks.run_block(form, blocks.read_weights(block), stream, None, ports, tokens)
 
 
 class Rotary:
@@ -57,11 +58,11 @@ class Rotary:
         x, rope = vit._pos_embed(vit.patch_embed(images))
         return vit.norm_pre(x), vit.patch_embed.dynamic_feat_size(images.shape[-2:]), (rope, vit)
 
-    def run(self, form, block, layer, x, beside, ports, tokens):
+    def run(self, form, block, layer, stream, beside, ports, tokens):
         rope, vit = beside
         if rope is not None and getattr(vit, "rope_mixed", False):
             rope = rope[layer]  # every layer has positions of its own
-        return blocks.run_block(form, blocks.read_weights(block), x, rope, ports, tokens)
+        return blocks.run_block(form, blocks.read_weights(block), stream, rope, ports, tokens)
 
 
 FAMILIES: dict[type[nn.Module], Family] = dict([(VisionTransformer, Plain()), (Eva, Rotary()), sam.FAMILY])
@@ -156,12 +157,13 @@ class Backbone:
         """
         wanted = list(layers)
         x, grid, beside = self.family.stem(self.vit, images)
-        tokens, found = Tokens(self.prefix, tuple(grid), streams), []
+        stream, tokens, found = Stream(x), Tokens(self.prefix, tuple(grid), streams), []
         for layer in range(wanted[-1] + 1 if wanted else 0):
             block = self.vit.blocks[layer]
-            x = self.family.run(self.forms[layer], block, layer, x, beside, circuit.at(layer), tokens)
+            stream = self.family.run(self.forms[layer], block, layer, stream, beside, circuit.at(layer), tokens)
             if layer in wanted:
-                found.append(x)
+                stream = Stream(stream.total())
+                found.append(stream.x)
         return found, tokens
 
     def run(self, images: Tensor, layers: Iterable[int], circuit: Circuit = NOTHING, *, streams: int = 1) -> Features:

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from cegate.backbone.frozen import as_read
 from cegate.backbone.ports import Ports, Tokens
+from cegate.backbone.stream import NormForm, Pair, Stream
 from cegate.errors import BackboneError
 
 ADVICE = "use a ViT with pre-norm blocks (DINOv2, DINOv3, MAE, DeiT, AugReg, EVA-02)"
-Pair = tuple[Tensor | None, Tensor | None]
-"""Weight and bias."""
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -32,22 +31,6 @@ ACTIVATIONS = {
     "silu": F.silu,
     "relu": F.relu,
 }
-
-
-@dataclass(frozen=True)
-class NormForm:
-    """A normalisation over the last axis."""
-
-    kind: str
-    """layer or rms."""
-    eps: float
-
-    def __call__(self, x: Tensor, weights: Pair) -> Tensor:
-        weight, bias = weights
-        shape = x.shape[-1:] if weight is None else weight.shape
-        if self.kind == "layer":
-            return F.layer_norm(x, shape, weight, bias, self.eps)
-        return F.rms_norm(x, shape, weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -193,45 +176,58 @@ def _projections(attn: nn.Module) -> tuple[Pair, ...]:
     return ((weight, bias),)
 
 
-def run_block(form: BlockForm, w: BlockWeights, x: Tensor, rope: Tensor | None, ports: Ports, tokens: Tokens) -> Tensor:
+def run_block(
+    form: BlockForm, w: BlockWeights, stream: Stream, rope: Tensor | None, ports: Ports, tokens: Tokens
+) -> Stream:
     """One block on the residual stream.
 
     Args:
         form, w: of the block.
-        x: [B, T, C].
+        stream: of [B, T, C].
         rope: rotary positions of the patch tokens, where the block has any.
         ports: what is plugged in.
         tokens: how the T tokens lie.
-
-    Returns:
-        [B, T, C].
     """
-    u = form.norm1(x, w.norm1)
-    qkv = tuple(F.linear(u, *projection) for projection in w.projections)
-    qkv = qkv[0] if len(qkv) == 1 else qkv
+    x, u = stream.normed(form.norm1, w.norm1)
+    qkv = project(u, w.projections)
     for add in ports.qkv:
         qkv = add(u, qkv, tokens)
     a = _attend(form, w, u, qkv, rope)
     for change in ports.attention:
         a = change(a, tokens)
-    x = x + (a if w.scale1 is None else a * w.scale1)
-    h = form.norm2(x, w.norm2)
-    m = _mlp(form, w, h, ports, tokens)
-    y = x + (m if w.scale2 is None else m * w.scale2)
+    x, h = Stream(x, a, w.scale1).normed(form.norm2, w.norm2)
+    return leave(x, h, Stream(x, _mlp(form, w, h, ports, tokens), w.scale2), ports, tokens)
+
+
+def leave(x: Tensor, h: Tensor, stream: Stream, ports: Ports, tokens: Tokens) -> Stream:
+    """What the ports behind the MLP make of the stream; x and h as they saw it."""
+    if not (ports.mlp or ports.block):
+        return stream
+    y = stream.total()
     for add in ports.mlp:
         y = add(x, h, y, tokens)
     for change in ports.block:
         y = change(y, tokens)
-    return y
+    return Stream(y)
+
+
+def project(u: Tensor, projections: tuple[Pair, ...]) -> Tensor | tuple[Tensor, ...]:
+    """Queries, keys and values of u [B, T, C]: one tensor [B, T, 3 inner], or three.
+
+    None is a view: a function at the port may change it in place, and the gradient of a view that was changed is copied
+    four times.
+    """
+    flat = u.flatten(0, -2)
+    found = [torch.ops.aten._unsafe_view(y := F.linear(flat, *p), (*u.shape[:-1], y.shape[-1])) for p in projections]
+    return found[0] if len(found) == 1 else tuple(found)
 
 
 def _attend(form: BlockForm, w: BlockWeights, u: Tensor, qkv: Tensor | tuple, rope: Tensor | None) -> Tensor:
     batch, count = u.shape[:2]
     if isinstance(qkv, Tensor):
-        q, k, v = qkv.view(batch, count, 3, form.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    else:
-        heads = (form.heads, form.kv_heads, form.kv_heads)
-        q, k, v = (t.view(batch, count, n, -1).transpose(1, 2) for t, n in zip(qkv, heads, strict=True))
+        qkv = qkv.chunk(3, dim=-1)  # its gradient is one cat; that of unbind along another axis a stack and a copy
+    heads = (form.heads, form.kv_heads, form.kv_heads)
+    q, k, v = (t.view(batch, count, n, -1).transpose(1, 2) for t, n in zip(qkv, heads, strict=True))
     if form.query_norm is not None:
         q = form.query_norm(q, w.query_norm)
     if form.key_norm is not None:

@@ -32,8 +32,9 @@ from timm.models.vision_transformer_sam import Attention, Block, VisionTransform
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cegate.backbone.blocks import BlockWeights, NormForm, read_weights
+from cegate.backbone.blocks import BlockWeights, leave, project, read_weights
 from cegate.backbone.ports import Ports, Tokens
+from cegate.backbone.stream import NormForm, Stream
 from cegate.errors import BackboneError
 from cegate.losses import at_least_float32
 
@@ -290,18 +291,16 @@ class SamForm:
     norm2: NormForm
 
 
-def run_block(form: SamForm, w: BlockWeights, x: Tensor, places: Places, ports: Ports, tokens: Tokens) -> Tensor:
+def run_block(form: SamForm, w: BlockWeights, stream: Stream, places: Places, ports: Ports, tokens: Tokens) -> Stream:
     """One block on the residual stream [B, T, C]; the ports are those of the plain blocks."""
-    u = form.norm1(x, w.norm1)
-    projection = w.projections[0]
-    qkv = F.linear(u, *projection)
+    x, u = stream.normed(form.norm1, w.norm1)
+    qkv = project(u, w.projections)
     for add in ports.qkv:
         qkv = add(u, qkv, tokens)
-    a = F.linear(attend(qkv, projection[1], form.heads, form.window, tokens.grid, places), *w.proj)
+    a = F.linear(attend(qkv, w.projections[0][1], form.heads, form.window, tokens.grid, places), *w.proj)
     for change in ports.attention:
         a = change(a, tokens)
-    x = x + a
-    h = form.norm2(x, w.norm2)
+    x, h = Stream(x, a).normed(form.norm2, w.norm2)
     f = F.linear(h, *w.fc1)
     for add in ports.fc1:
         f = add(h, f, tokens)
@@ -309,12 +308,7 @@ def run_block(form: SamForm, w: BlockWeights, x: Tensor, places: Places, ports: 
     m = F.linear(g, *w.fc2)
     for add in ports.fc2:
         m = add(g, m, tokens)
-    y = x + m
-    for add in ports.mlp:
-        y = add(x, h, y, tokens)
-    for change in ports.block:
-        y = change(y, tokens)
-    return y
+    return leave(x, h, Stream(x, m), ports, tokens)
 
 
 class Sam:
@@ -355,8 +349,8 @@ class Sam:
         tables = block.attn.rel_pos_h, block.attn.rel_pos_w
         return _kept(tables, (grid, block.window_size), lambda: find_places(*tables, grid, block.window_size))
 
-    def run(self, form, block, layer, x, beside, ports, tokens):
-        return run_block(form, read_weights(block), x, beside[layer], ports, tokens)
+    def run(self, form, block, layer, stream, beside, ports, tokens):
+        return run_block(form, read_weights(block), stream, beside[layer], ports, tokens)
 
     def finish(self, vit: nn.Module, x: Tensor) -> Tensor:
         """SAM's neck: a map [B, C, h, w] after the last block -> [B, 256, h, w], which SAM's decoder and MFNet read."""

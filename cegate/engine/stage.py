@@ -6,6 +6,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from cegate.adapters import misfits
 from cegate.backbone.frozen import Cast, cast_frozen
+from cegate.backbone.stream import fused
 from cegate.checkpoint import State, load_trained, restore, trained_weights
 from cegate.compute import Precision
 from cegate.config import IGNORE, Config
@@ -101,6 +103,7 @@ class Stage:
         """False from a scoring, or the begin of a step, to the step's end: a state would be half old, half new."""
         self.class_pixels = torch.zeros(256, dtype=torch.int64)
         self.losses = StepLosses(team)
+        self._fuses = config.run.speed == "auto" and numerics.device.type == "cuda"
         self.passes = Pass(self._forward_backward, CudaGraph if self._records() else None, self._cast)
         self.step_seconds: list[float] = []
         self.score_seconds: list[float] = []
@@ -155,7 +158,7 @@ class Stage:
     def _forward_backward(self, data: StepData) -> Found:
         run, slots = self.config.run, self.stream.source.slots
         step = Step(self.iteration, data.source, self.network, run.seed, data.drawn, slots)
-        with self.numerics.precision():
+        with self.numerics.precision(), fused() if self._fuses else nullcontext():
             for task in self.tasks:
                 task.prepare(step)
             step.encode()

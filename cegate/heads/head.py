@@ -9,12 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.errors import ConfigError
 from cegate.losses import PixelLoss, at_least_float32
 from cegate.parts.part import Part
+from cegate.resize import resize
 
 FEATURES = 4
 """Maps that a head takes."""
@@ -106,4 +106,4 @@ class LinearHead(Head):
         tokens = torch.cat([self.norm(f.permute(0, 2, 3, 1)) for f in features], dim=-1)  # [B, h, w, 4C]
         # wide, or backward would add a token's hundreds of pixels up in half precision on a GPU
         logits = at_least_float32(self.classifier(tokens)).permute(0, 3, 1, 2)
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return resize(logits, size)

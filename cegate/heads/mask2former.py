@@ -30,6 +30,7 @@ from cegate.config import IGNORE
 from cegate.errors import ConfigError
 from cegate.heads.head import FEATURES, Head
 from cegate.losses import LEAST_SHARE, PixelLoss, at_least_float32, mean_over_valid
+from cegate.resize import resize
 
 GROUPS = 32
 """Channel groups of the pixel decoder's normalisation; the width is a multiple of it."""
@@ -206,9 +207,7 @@ class _Decoder(Mask2FormerPreTrainedModel):
             x = layer.self_attn_layer_norm(x + _attend_to_points(layer.self_attn, x, x + own, places))
             x = layer.final_layer_norm(x + layer.fc2(layer.activation_fn(layer.fc1(x))))
         levels = x.split([len(at) for at in places.positions], dim=1)
-        finer = F.interpolate(
-            levels[-1].mT.unflatten(2, places.sizes[-1]), size=finest.shape[-2:], mode="bilinear", align_corners=False
-        )
+        finer = resize(levels[-1].mT.unflatten(2, places.sizes[-1]), finest.shape[-2:])
         return list(levels), part.mask_projection(part.layer_1(part.adapter_1(finest) + finer))
 
     def _decode_queries(
@@ -221,10 +220,7 @@ class _Decoder(Mask2FormerPreTrainedModel):
         x, own = (_rows(table, queries) for table in (part.queries_features, part.queries_embedder))  # [Q, width]
         x = x.expand(len(pixels), -1, -1)
         # masks at a level's size are products with pixels of that size, as both are linear
-        coarse = [
-            F.interpolate(pixels.detach(), size=size, mode="bilinear", align_corners=False).flatten(2)
-            for size in places.sizes
-        ]
+        coarse = [resize(pixels.detach(), size).flatten(2) for size in places.sizes]
         hidden = [x]
         for index, layer in enumerate(part.decoder.layers):
             level = index % len(levels)
@@ -523,17 +519,14 @@ def _pyramid(features: Sequence[Tensor]) -> list[Tensor]:
     """The four maps at 4, 2, 1 and 1/2 times the token grid: strides 4, 8, 16, 32 for tokens of 16 px."""
     h, w = features[0].shape[-2:]
     sizes = (4 * h, 4 * w), (2 * h, 2 * w), (h, w), ((h + 1) // 2, (w + 1) // 2)
-    return [
-        f if size == (h, w) else F.interpolate(f, size=size, mode="bilinear", align_corners=False)
-        for f, size in zip(features, sizes, strict=True)
-    ]
+    return [resize(f, size) for f, size in zip(features, sizes, strict=True)]
 
 
 def _log_share(class_logits: Tensor, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
     """Class logits [Q, K + 1] and mask logits [Q, h, w] of one sample -> logarithm of the classes' shares [K, H, W]."""
     with torch.autocast(mask_logits.device.type, enabled=False):
         class_logits, mask_logits = at_least_float32(class_logits), at_least_float32(mask_logits)
-        masks = F.interpolate(mask_logits[None], size=size, mode="bilinear", align_corners=False)[0]
+        masks = resize(mask_logits, size)
         log_class = class_logits.log_softmax(-1)[:, :-1]
         # shares do not change when every product is divided by the pixel's largest, and then none overflows or vanishes
         best = log_class.amax(-1, keepdim=True)  # [Q, 1]

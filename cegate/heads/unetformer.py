@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cegate.errors import ConfigError
 from cegate.heads.head import Head
 from cegate.losses import at_least_float32
+from cegate.resize import resize
 
 EPS = 1e-8
 
@@ -64,7 +65,7 @@ class UNetFormerHead(Head):
         for block, fuse in zip(self.blocks, self.fusions, strict=True):
             z = fuse(block(z), finer.pop() if self.skips else None)
         logits = at_least_float32(self.classifier(z))
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return resize(logits, size)
 
     def _checked(self, features: Sequence[Tensor]) -> Sequence[Tensor]:
         if not self.skips:
@@ -183,7 +184,7 @@ class Fusion(nn.Module):
 
     def forward(self, z: Tensor, finer: Tensor | None) -> Tensor:
         size = tuple(2 * side for side in z.shape[-2:]) if finer is None else finer.shape[-2:]
-        z = F.interpolate(z, size=size, mode="bilinear", align_corners=False)
+        z = resize(z, size)
         if finer is not None:
             share = self.weights.relu()
             share = share / (share.sum() + EPS)

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from cegate.resize import resize
 
 SHARES = (16, 8, 4, 2)
 """The backbone's width over the channels after each of the first four convolutions: 64 to 512 of a ViT-L. On a small
@@ -40,6 +41,4 @@ class GSE(nn.Module):
         x = images
         for layer in self.layers:
             x = layer(x).relu()
-        if x.shape[-2:] != grid:
-            x = F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
-        return x.flatten(2).mT
+        return resize(x, grid).flatten(2).mT

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cegate.errors import ConfigError, nearest
+from cegate.resize import resize
 
 DILATIONS = (1, 6, 12, 18)
 SHARE = 4
@@ -47,7 +48,7 @@ class PerLevel(Restore):
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         seen = [level(_even(features)).relu() for level, features in zip(self.levels, maps, strict=True)]
-        return _resize(self.linear(torch.cat(seen, dim=1)), size)
+        return resize(self.linear(torch.cat(seen, dim=1)), size)
 
 
 class FullAspp(Restore):
@@ -71,7 +72,7 @@ class FullAspp(Restore):
         grids = (4 * h, 4 * w), (2 * h, 2 * w), (h, w), ((h + 1) // 2, (w + 1) // 2)
         parts = self.merge.weight.chunk(4, dim=1)
         merged = sum(
-            _resize(F.conv2d(self.pyramid(_resize(features, grid)), part), size)
+            resize(F.conv2d(self.pyramid(resize(features, grid)), part), size)
             for features, grid, part in zip(maps, grids, parts, strict=True)
         )
         return self.linear((merged + self.merge.bias[:, None, None]).relu())
@@ -90,7 +91,7 @@ class Linear(Restore):
         self.linear = nn.Conv2d(4 * channels, bands, 1)
 
     def forward(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        return _resize(self.linear(torch.cat([_even(features) for features in maps], dim=1)), size)
+        return resize(self.linear(torch.cat([_even(features) for features in maps], dim=1)), size)
 
 
 DECODERS: dict[str, Callable[[int, int], Restore]] = {"per_level": PerLevel, "full_aspp": FullAspp, "linear": Linear}
@@ -114,9 +115,3 @@ def _even(features: Tensor) -> Tensor:
     running moments remember that for a thousand iterations.
     """
     return F.layer_norm(features.movedim(1, -1), (features.shape[1],)).movedim(-1, 1)
-
-
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(x.shape[-2:]) == tuple(size):
-        return x
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,16 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import cegate
+from cegate import ops
 from cegate.backbone.backbone import Backbone
 from cegate.backbone.blocks import read_weights, run_block
 from cegate.backbone.ports import PORTS, Circuit, Plug, Tokens
+from cegate.backbone.stream import Stream, fused
 from cegate.config import FrequencyConfig, SemanticConfig, SpatialConfig, ToolboxConfig
 from cegate.errors import BackboneError
 from cegate.gate import GatePlan
+from cegate.kernels._support import HAS_TRITON, is_interpreted
+from cegate.kernels.residual_norm import residual_norm
 from cegate.parts.toolbox import Toolbox
 
 SMALL = {"embed_dim": 96, "num_heads": 3}
@@ -137,6 +142,39 @@ def test_no_foreign_module_is_hooked_in_the_package():
     assert not hooked
 
 
+@pytest.mark.skipif(not (HAS_TRITON and is_interpreted()), reason="Triton is not installed, or its interpreter is off")
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_base_patch16_224.mae"])
+def test_fused_sums_and_norms_give_the_numbers_of_a_pass_as_written(name, monkeypatch):
+    vit = make(name, SMALL).requires_grad_(False)
+    backbone, calls = Backbone(vit), []
+    toolbox = Toolbox(backbone, ToolboxConfig(semantic=SemanticConfig(width=3), frequency=FrequencyConfig(width=2)))
+    with torch.no_grad():
+        for parameter in toolbox.parameters():
+            parameter.normal_(std=0.2)
+    toolbox.apply(GatePlan(("spatial.0", "semantic.1", "frequency.1")))
+    images = torch.randn(2, 3, *vit.patch_embed.img_size, requires_grad=True)
+
+    def by_triton(*args, backend):
+        calls.append(args)
+        return residual_norm(*args, backend="triton")
+
+    monkeypatch.setattr(ops, "_residual_norm", by_triton)
+    found = []
+    for context in (nullcontext(), fused()):
+        with context:
+            maps = backbone.run(images, [1], Circuit(toolbox.plugs())).maps
+        learning = [images, *toolbox.parameters(active_only=True)]
+        found.append([*maps, *torch.autograd.grad(sum(m.square().sum() for m in maps), learning)])
+    assert [args[1] is None for args in calls] == [
+        True,
+        False,
+        False,
+        False,
+    ]  # before the first block there is no branch
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3"])
 def test_a_block_with_sites_compiles_whole_and_gives_the_eager_numbers(name):
     vit = make(name, SMALL).requires_grad_(False)
@@ -165,7 +203,8 @@ def test_a_block_with_sites_compiles_whole_and_gives_the_eager_numbers(name):
         outputs = []
         for run in (run_block, compiled):
             leaf = x.clone().requires_grad_()
-            y = run(backbone.forms[layer], weights, leaf, rope, Circuit(toolbox.plugs()).at(layer), tokens)
+            ports = Circuit(toolbox.plugs()).at(layer)
+            y = run(backbone.forms[layer], weights, Stream(leaf), rope, ports, tokens).total()
             outputs.append([y, *torch.autograd.grad(y.square().mean(), [leaf, *learned])])
         for eager, found in zip(*outputs, strict=True):
             torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-5)

@@ -24,14 +24,14 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from cegate.kernels import _frequency_kernels, low_pass, low_rank, sum_squared_gradients
+from cegate.kernels import _frequency_kernels, low_pass, low_rank, residual_norm, sum_squared_gradients
 
 _TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 NUMBER = "fp32"  # how a Python float arrives; from a compiler it may be fp64
 _launches: dict[tuple, tuple] = {}
 
 
-def _record(self, *args, grid, warmup, num_warps=4, num_stages=3, **meta):
+def _record(self, *args, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, **meta):
     """Stands in for ``JITFunction.run``: keeps the specialisation that the launch would compile."""
     named = dict(zip(self.arg_names, args, strict=False)) | meta
     signature, constants, aligned = {}, {}, []
@@ -47,8 +47,9 @@ def _record(self, *args, grid, warmup, num_warps=4, num_stages=3, **meta):
             aligned += [position] * (value % 16 == 0)
         else:
             signature[parameter.name] = NUMBER
-    key = (self.__name__, tuple(signature.items()), str(constants), tuple(aligned), num_warps, num_stages)
-    _launches[key] = (self, signature, constants, aligned, {"num_warps": num_warps, "num_stages": num_stages})
+    flags = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    key = (self.__name__, tuple(signature.items()), str(constants), tuple(aligned), *flags.values())
+    _launches[key] = (self, signature, constants, aligned, flags)
 
 
 def _run_launchers(dtype: torch.dtype, every: bool) -> None:
@@ -82,6 +83,11 @@ def _run_launchers(dtype: torch.dtype, every: bool) -> None:
             down, up, qkv = empty(2 * rank, 1024), empty(2, out, rank), empty(4100, 3 * out)
             pre = low_rank._launch_forward(x, down, up, qkv, None, None, qkv, None, 0.5, 2 * out)
             low_rank._qv_backward_triton(x, pre, down, up, qkv, 0.5, torch.float32, True, True, True)
+    for channels in (1024, 192, 4096) if every else (1024,):
+        stream, weight = torch.empty(4100, channels, device="meta"), torch.empty(channels, device="meta")
+        branch, gradients = stream.to(dtype), (stream, stream.to(dtype))
+        residual_norm._forward(stream, branch, weight, weight, weight, 1e-6, dtype)
+        residual_norm._backward(stream, *gradients, weight, weight, 1e-6, dtype, True, True)
     for reduce in (False, True):
         sum_squared_gradients._sum_squared_triton(empty(16, 1025, 1024), empty(16, 1025, 64), reduce)
 

@@ -13,6 +13,7 @@ import cegate
 from cegate.backbone.backbone import Backbone
 from cegate.backbone.blocks import read_form, read_weights, run_block
 from cegate.backbone.ports import Circuit, Tokens
+from cegate.backbone.stream import Stream
 from cegate.config import FrequencyConfig, SemanticConfig, SpatialConfig, ToolboxConfig
 from cegate.errors import BackboneError, ConfigError
 from cegate.gate import GatePlan
@@ -122,7 +123,8 @@ def test_one_block_follows_the_formulas(images):
     x = torch.randn(2, prefix + 80, vit.embed_dim)
     with torch.no_grad():
         ports = Circuit(toolbox.plugs()).at(0)
-        got = run_block(read_form(block, "block"), read_weights(block), x, None, ports, Tokens(prefix, (8, 10)))
+        stream, tokens = Stream(x), Tokens(prefix, (8, 10))
+        got = run_block(read_form(block, "block"), read_weights(block), stream, None, ports, tokens).total()
         u = block.norm1(x)
         q, k, v = block.attn.qkv(u).chunk(3, -1)
         q, v = q + u @ lora.down_q.T @ lora.up_q.T, v + u @ lora.down_v.T @ lora.up_v.T
