@@ -96,26 +96,29 @@ def command(function: Callable[[Sequence[str]], int]) -> Main:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM, as batch systems and containers send it, unwinds a command as Ctrl-C does, so that nothing half written
-    stays; the second one ends it at once, and so does the first in a process that it forked."""
+    """SIGTERM, as batch systems and containers send it, and SIGHUP, as a terminal does that closes, unwind a command as
+    Ctrl-C does, so that nothing half written stays; the second one ends it at once, and so does the first in a process
+    that it forked."""
     of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ  # it ends processes that wait for each other
-    in_main = threading.current_thread() is threading.main_thread()
-    if of_torchrun or not in_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
+    handled = []
+    if not of_torchrun and threading.current_thread() is threading.main_thread():
+        # not what is ignored, as under nohup
+        handled = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
     process = os.getpid()
 
     def stop(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         if os.getpid() == process:
-            raise KeyboardInterrupt("interrupted by SIGTERM")
+            raise KeyboardInterrupt(f"interrupted by {signal.Signals(number).name}")
         os.kill(os.getpid(), number)
 
-    signal.signal(signal.SIGTERM, stop)
+    for number in handled:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _say(message: str, code: int) -> int:

@@ -15,7 +15,7 @@ USAGE = cli.Usage(
     prog="cegate predict",
     description="Segment images with a trained run or a shared adapter. A georeferenced image gives a GeoTIFF with its "
     "coordinate system, any other a PNG; both hold class indices and the palette. "
-    "Started by torchrun, its processes share the images.",
+    "Started by torchrun -m -- cegate.predict, its processes share the images.",
     options=(
         cli.Option("run", "Run folder (its adapter is used).", "DIR"),
         cli.Option("adapter", "Adapter folder.", "DIR"),

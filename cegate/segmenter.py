@@ -382,8 +382,8 @@ def build(config: Config) -> Segmenter:
         if vit_size % backbone.patch:
             low = vit_size // backbone.patch * backbone.patch
             raise BackboneError(
-                f"image size {vit_size} is not a multiple of the ViT patch size {backbone.patch}; "
-                f"use {low} or {low + backbone.patch}"
+                f"{'model.image_size' if model.image_size else 'data.crop'}={vit_size} is no multiple of the ViT patch "
+                f"size {backbone.patch}; use {low} or {low + backbone.patch}"
             )
         torch.manual_seed(config.run.seed)  # so that the parts do not depend on how the backbone was made
         parts = build_parts(config, backbone)

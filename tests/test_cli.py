@@ -392,26 +392,27 @@ def test_the_shipped_quick_start_is_valid():
     assert len(config.data.targets) == 2 and config.train.baseline
 
 
-def test_sigterm_unwinds_a_command_as_ctrl_c_does(capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_unwinds_a_command_as_ctrl_c_does(capsys, monkeypatch, number):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = signal.signal(number, signal.SIG_DFL)
     tidied = []
 
     @cli.command
     def main(argv):
         try:
             if not os.fork():  # what a command forks ends at once
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
                 os._exit(0)
-            assert os.WTERMSIG(os.wait()[1]) == signal.SIGTERM
-            os.kill(os.getpid(), signal.SIGTERM)
+            assert os.WTERMSIG(os.wait()[1]) == number
+            os.kill(os.getpid(), number)
             time.sleep(5)
         finally:
             tidied.append(True)
 
     try:
         assert main([]) == cli.INTERRUPTED
-        assert tidied and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        assert capsys.readouterr().err == "interrupted by SIGTERM\n"
+        assert tidied and signal.getsignal(number) is signal.SIG_DFL
+        assert capsys.readouterr().err == f"interrupted by {number.name}\n"
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)

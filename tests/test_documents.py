@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import rasterio
+import torch.distributed.run
 import yaml
 
 from cegate import cli, configfile
@@ -152,6 +153,13 @@ def usage_of(argv: list[str]) -> tuple[cli.Usage, list[str]]:
     return usage, rest[1:] if leads and rest and not rest[0].startswith("-") else rest
 
 
+def started_by_torchrun(argv: list[str]) -> list[str]:
+    """The command that torchrun takes from its line: it looks for options of its own behind the module's name too."""
+    read = torch.distributed.run.parse_args(argv)
+    assert read.module
+    return [read.training_script.removeprefix("cegate."), *read.training_script_args]
+
+
 @pytest.mark.parametrize("page", NAMES)
 def test_every_command_has_options_that_exist(page):
     text = (ROOT / page).read_text(encoding="utf-8")
@@ -160,6 +168,8 @@ def test_every_command_has_options_that_exist(page):
     found += [shlex.join(shlex.split(c)) for c in re.findall(r"`(cegate [^`]+)`", " ".join(plain.split()))]
     for command in found:
         program, *argv = shlex.split(command)
+        if program == "torchrun":
+            program, argv = "cegate", started_by_torchrun(argv)
         if program != "cegate" or argv[0].startswith("-") or argv[0] == "VERB" or argv[-1] == "--help":
             continue
         assert argv[0] in VERBS, command

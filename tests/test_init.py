@@ -32,7 +32,7 @@ def put(path, array, **place):
         return write_image(path, array)
     count, height, width = array.shape
     profile = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": str(array.dtype)}
-    with rasterio.open(path, "w", **profile, **place) as dst:
+    with rasterio.open(path, "w", **(profile | place)) as dst:
         dst.write(array)
     return None
 
@@ -157,6 +157,24 @@ def test_masks_that_are_none_are_told(tmp_path, capsys):
     assert init.main(["set"]) == cli.FAILED and not (tmp_path / "set.yaml").exists()
     assert "as JPEG or smoothing leaves them" in capsys.readouterr().err
     assert data(["check", "set"]) == cli.FAILED
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize(("suffix", "profile"), [("jpg", {"driver": "JPEG"}), ("tif", {"compress": "jpeg"})])
+def test_masks_of_jpeg_are_told_though_their_values_are_few(tmp_path, capsys, suffix, profile):
+    label = np.zeros((SIDE, SIDE), np.uint8)
+    label[:, 13:] = 255
+    put(tmp_path / "set/images/a.png", picture(0))
+    put(path := tmp_path / f"set/masks/a.{suffix}", label[None], **profile)
+    with rasterio.open(path) as written:
+        assert 2 < len(np.unique(written.read())) < 64
+    assert init.main(["set"]) == cli.FAILED and not (tmp_path / "set.yaml").exists()
+    assert "as JPEG or smoothing leaves them" in capsys.readouterr().err
+    label[:] = 255
+    label[:16] = 0  # whole blocks are kept as they are
+    put(path, label[None], **profile)
+    assert init.main(["set"]) == cli.GOOD
+    assert "0 is background, 255 is foreground" in capsys.readouterr().out
 
 
 def test_shapes(tmp_path, capsys):

@@ -215,7 +215,7 @@ def test_build_takes_a_dict_and_names_an_unknown_key():
         ({"gate": GateConfig(method="fixed")}, ConfigError, "gate.sites"),
         ({"data": replace(CONFIG.data, classes=["only"])}, ConfigError, "at least two classes"),
         ({"data": replace(CONFIG.data, palette=["#FFFFFF"])}, ConfigError, "1 colours for 3 classes"),
-        ({"data": replace(CONFIG.data, crop=60)}, BackboneError, "60 is not a multiple of .* 8; use 56 or 64"),
+        ({"data": replace(CONFIG.data, crop=60)}, BackboneError, r"data\.crop=60 is no multiple of .* 8; use 56 or 64"),
     ],
     ids=["k", "site", "no-sites", "classes", "palette", "crop"],
 )

@@ -69,15 +69,18 @@ def open_raster(path: str | Path) -> Iterator[rasterio.DatasetReader]:
         raise DataError(f"{str(path)!a}: a name that is no UTF-8, which GDAL does not open; rename the file")
     if len(os.fsencode(path.name)) > 255:  # which no file system has; asked for, it is no answer but an error
         raise DataError(f"{shown(path.name)}: no such file")
-    if not path.is_file() and not path.as_posix().startswith(IN_ARCHIVE):
-        if path.is_symlink():
-            raise DataError(f"{path}: a link to {path.readlink()}, which is not there; mend or remove the link")
-        raise DataError(f"{path}: no such file")
+    with _refusals_named(path):
+        if not path.is_file() and not path.as_posix().startswith(IN_ARCHIVE):
+            if path.is_symlink():
+                raise DataError(f"{path}: a link to {path.readlink()}, which is not there; mend or remove the link")
+            raise DataError(f"{path}: no such file")
     try:
         with rasterio.Env(**_OPTIONS), warnings.catch_warnings():
             warnings.simplefilter("ignore", NotGeoreferencedWarning)
+            with _refusals_named(path):
+                drivers = _drivers_for(path)
             # rasterio.open takes one driver, its reader takes many
-            with DatasetReader(str(path), driver=_drivers_for(path)) as src:
+            with DatasetReader(str(path), driver=drivers) as src:
                 _refuse_far_overviews(path, src)
                 if src.count == 0:
                     parts = [name.rpartition("/")[2] for name in src.subdatasets]
@@ -95,6 +98,17 @@ def open_raster(path: str | Path) -> Iterator[rasterio.DatasetReader]:
             f"{path}: cannot be read as a raster ({reason}); use an intact PNG, JPEG, TIFF or GeoTIFF, or name the "
             f"GDAL driver of another format in {DRIVERS_VARIABLE}"
         ) from error
+
+
+@contextmanager
+def _refusals_named(path: Path) -> Iterator[None]:
+    """The system's refusal of a file, before GDAL sees it, is that file's failure; what fails elsewhere is not."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, RasterioError):
+            raise
+        raise DataError(f"{path} cannot be read ({error.strerror}); see that it can be read") from error
 
 
 def _drivers_for(path: Path) -> list[str]:

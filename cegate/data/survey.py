@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+from rasterio.io import DatasetReader
 
 from cegate.config import IGNORE
 from cegate.data import prepared
@@ -30,6 +31,8 @@ SECONDS = 3.0
 """That each sample may take: of labels, of values, of thumbnails."""
 MOST_VALUES = 64
 """Values of a mask; what has more is no mask."""
+_MOST_OF_LOSSY = 2
+"""Values of a mask that JPEG or its like compressed: flat areas survive it, but edges bring values of no class."""
 FRACTION = 0.2
 """Of the images, held out."""
 _SAMPLED_PX = 2**16  # of an image
@@ -345,10 +348,11 @@ def _look_at_labels(masks: Sequence[Path]) -> Labels:
         return _look_at_shapes(masks)
     counts: Counter[int] = Counter()
     tags: set[float] = set()
-    colours, looked = False, 0
+    colours, most, looked = False, MOST_VALUES, 0
     try:
         for _, mask in itertools.islice(_spread(masks), _FIRST_MASKS):
             with open_raster(mask) as src:
+                most = _MOST_OF_LOSSY if _is_lossy(src) else most
                 tags |= {tag for tag in src.nodatavals if tag is not None}
                 if src.count >= 3 and not colours:
                     pixels = src.read(indexes=[1, 2, 3])
@@ -365,7 +369,7 @@ def _look_at_labels(masks: Sequence[Path]) -> Labels:
     problem = None
     if any(value != value or not float(value).is_integer() for value in counts):
         problem = "masks hold fractions or NaN; write them anew with whole numbers"
-    elif len(counts) > MOST_VALUES:
+    elif len(counts) > most:
         what = "colours" if colours else "values"
         problem = (
             f"masks hold {len(counts)} {what} or more, as JPEG or smoothing leaves them; write them anew with one "
@@ -374,6 +378,12 @@ def _look_at_labels(masks: Sequence[Path]) -> Labels:
     total = sum(counts.values())
     shares = {} if problem else {_spell(value, colours): counts[value] / total for value in sorted(counts)}
     return Labels(shares, looked, len(masks), colours, tuple(sorted(tags)), problem=problem)
+
+
+def _is_lossy(src: DatasetReader) -> bool:
+    told = src.tags(ns="IMAGE_STRUCTURE")
+    is_jpeg = src.driver == "JPEG" or "JPEG" in told.get("COMPRESSION", "")
+    return is_jpeg or told.get("COMPRESSION_REVERSIBILITY") == "LOSSY"
 
 
 def _spell(value: float, colours: bool) -> int | str:

@@ -53,10 +53,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C, or SIGTERM as batch systems and containers send it, into a wish that a loop grants at its
-    next safe point; the second one stops at once."""
+    """Turns the first Ctrl-C, or SIGTERM as batch systems and containers send it, or SIGHUP as a terminal does that
+    closes, into a wish that a loop grants at its next safe point; the second one stops at once."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self.asked = False
@@ -65,7 +65,9 @@ class Interrupt:
         self.process = os.getpid()
         self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # signals can be handled nowhere else
-            self.before = {number: signal.signal(number, self._ask) for number in self.SIGNALS}
+            nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            wanted = [number for number in self.SIGNALS if not (nohup and number == signal.SIGHUP)]
+            self.before = {number: signal.signal(number, self._ask) for number in wanted}
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -57,7 +57,7 @@ def train(
 
     Raises:
         CegateError: bad data, a run folder that is taken, or training that cannot go on.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM and a checkpoint; the message says how to go on.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP and a checkpoint; the message says how to go on.
     """
     with open_team(config.run.device) as (team, device), ExitStack() as held:
         team.check(config.data.batch_size)

@@ -470,10 +470,12 @@ class _Points:
 
     def __init__(self, labels: Tensor, classes: int, dtype: torch.dtype, seed: int) -> None:
         device, (batch, height, width) = labels.device, labels.shape
-        known = torch.arange(classes, device=device)[:, None]
-        counts = (labels.flatten(1)[:, None] == known).sum(-1).tolist()  # [B, K]
-        self.present = [[k for k, count in enumerate(of_sample) if count] for of_sample in counts]
-        self.valid = [sum(of_sample) for of_sample in counts]
+        known = F.pad(torch.arange(classes, device=device), (0, 1), value=IGNORE)[:, None]
+        counts = (labels.flatten(1)[:, None] == known).sum(-1).tolist()  # [B, K + 1]
+        if sum(map(sum, counts)) != labels.numel():  # places and labels would no longer agree
+            raise IndexError(f"labels are 0 to {classes - 1}, or {IGNORE} where they are ignored; these hold others")
+        self.present = [[k for k, count in enumerate(of_sample[:-1]) if count] for of_sample in counts]
+        self.valid = [sum(of_sample[:-1]) for of_sample in counts]
         # the number is known: nothing waits for it
         pixels = (labels != IGNORE).flatten().nonzero_static(size=sum(self.valid)).squeeze(1)
         self.labels = labels.flatten()[pixels]  # [V] of all samples

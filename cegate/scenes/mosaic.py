@@ -98,7 +98,8 @@ class Mosaic:
     """The logits are logarithms of shares (`Head.log_shares`) and are averaged as shares. The mean of logarithms would
     let one sure window overrule all others."""
     further: int = 0
-    """Channels, the last ones, of a second raster: NaN there is unknown, and so is what lies beyond a small image."""
+    """Channels, the last ones, of a second raster: NaN there is unknown, and so is what lies beyond a small image; in
+    all channels where the image is NaN throughout, for it is missing."""
 
     def __post_init__(self) -> None:
         if self.blend not in BLENDS:
@@ -167,8 +168,10 @@ class Mosaic:
         pixels = strip.pixels.to(device, non_blocking=True)
         below, right = max(self.crop - height, 0), max(self.crop - width, 0)
         if below or right:
+            own = len(pixels) - self.further
+            is_missing = self.further > 0 and bool(pixels[:own].isnan().all())  # then training knows nothing of it
             pixels = F.pad(pixels, (0, right, 0, below))
-            beyond = pixels[len(pixels) - self.further :]
+            beyond = pixels if is_missing else pixels[own:]
             beyond[:, height:] = beyond[:, :, width:] = torch.nan
         return strip._replace(pixels=pixels)
 

@@ -20,6 +20,7 @@ from cegate.configfile import to_yaml
 from cegate.data import sets, stream
 from cegate.data.stream import WorkerLostError
 from cegate.engine import recorder
+from cegate.engine.runtime import Interrupt
 from cegate.engine.stage import Stage
 from cegate.engine.trainer import train
 from cegate.errors import CheckpointError, TrainingError
@@ -70,23 +71,33 @@ def assert_equal(cut: Path, whole: Path) -> None:
 
 @pytest.fixture
 def default_signals():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-def test_sigterm_saves_as_ctrl_c_does(small, whole, monkeypatch, default_signals, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_saves_as_ctrl_c_does(small, whole, monkeypatch, default_signals, tmp_path, number):
     with monkeypatch.context() as patch:
-        at_step(patch, 2, lambda stage: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(patch, 2, lambda stage: os.kill(os.getpid(), number))
         with pytest.raises(
             KeyboardInterrupt, match=r"interrupted after iteration 3 and saved; go on with: .* --resume"
         ):
             train(small("cut", **SHORT))
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(number) is signal.SIG_DFL
     assert load_state(tmp_path / "cut/checkpoints/last.pt").iteration == 3
     assert_equal(train(small("cut", **SHORT), resume=True).path, whole)
+
+
+def test_under_nohup_a_closing_terminal_is_nothing(default_signals):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not interrupt.asked
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_an_interrupt_ends_an_evaluation_between_two_images(small, whole, monkeypatch, default_signals, tmp_path):

@@ -119,6 +119,14 @@ def test_losses_and_gradients_are_those_of_a_loss_written_sample_by_sample(head)
         )
 
 
+@pytest.mark.parametrize("other", [-1, CLASSES, 254])
+def test_labels_of_no_class_are_refused(head, other):
+    features, labels = draw()
+    labels[1, 3, 4] = other
+    with pytest.raises(IndexError, match=f"labels are 0 to {CLASSES - 1}, or 255"):
+        head.loss(features, labels)
+
+
 def test_every_weight_learns_under_autocast(head):
     features, labels = draw()
     head.float()

@@ -150,6 +150,24 @@ def test_an_image_that_goes_before_its_turn_stops_no_other(images, segmenter, tm
         next(predicted)
 
 
+@pytest.mark.parametrize(("method", "number"), [("open", errno.EACCES), ("is_file", errno.EIO)])
+def test_an_image_that_the_system_refuses_stops_no_other(images, segmenter, tmp_path, monkeypatch, method, number):
+    found, call = find_images([str(images)]), getattr(Path, method)
+
+    def refuse(self, *args, **kwargs):
+        if self.name == "b.tif":
+            raise OSError(number, os.strerror(number), str(self))
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, method, refuse)
+    predicted = predict_files(segmenter, plan_outputs(found, tmp_path / "out"))
+    assert [written.mask.name for written in islice(predicted, 2)] == ["a.png", "c.png"]
+    with pytest.raises(
+        DataError, match=rf"1 of 3 images have no mask: .*b\.tif cannot be read \({os.strerror(number)}"
+    ):
+        next(predicted)
+
+
 @pytest.mark.parametrize(
     ("error", "why"),
     [

@@ -107,6 +107,20 @@ def test_both_one_or_the_other(model, scene):
     assert torch.equal(pixels[:3], missing[:3])
 
 
+def test_a_missing_image_is_missing_beyond_a_small_raster_too(model):
+    """As in a crop of training that lost it; an image that is there ends at its edge."""
+    heights = np.random.default_rng(0).uniform(0, 9, (1, 10, 12)).astype(np.float32)
+    crop = torch.full((1, 4, 16, 16), torch.nan)
+    crop[0, 3, :10, :12] = torch.from_numpy((heights[0] - heights.min()) / np.ptp(heights))
+    for image in (None, np.full((3, 10, 12), 90, np.uint8)):
+        if image is not None:
+            crop[:, :3] = 0
+            crop[0, :3, :10, :12] = model.normalise(image)[:3]
+        with torch.no_grad():
+            expected = model(crop)[0, :, :10, :12].softmax(0).numpy()
+        np.testing.assert_allclose(model.predict_proba(image, second=heights), expected, rtol=0, atol=1e-6)
+
+
 def test_both_are_read_ahead_as_they_are_in_turn(model, scene, in_turn, monkeypatch):
     monkeypatch.setattr(mosaic, "PIXELS_ON_CPU", 2 * 16**2)  # so that there are several strips
     image, dsm = scene
