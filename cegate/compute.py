@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -56,3 +56,15 @@ def precision_of(name: str, device: torch.device) -> tuple[str, Precision]:
     if name == "fp32":
         return name, nullcontext
     return name, partial(torch.autocast, device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[name])
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Inside, a GPU rounds what float32 products multiply to TF32, 10 bits of mantissa, as its convolutions do anyway;
+    without it they leave the tensor cores idle."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

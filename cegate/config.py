@@ -67,8 +67,9 @@ class RunConfig:
     precision: Precision = "auto"
     """auto is bf16 on a GPU that has it and fp32 elsewhere."""
     speed: Literal["auto", "eager"] = "eager"
-    """eager runs every operation of a step as it is written; auto records a step on a GPU as one graph, where that is
-    safe, and says so where it is not (not yet measured on a GPU)."""
+    """eager runs every operation of a step as it is written. auto, on a GPU, records a step as one graph where that is
+    safe, else its backbone, and says so; it fuses sums with norms, and lets the float32 products of bf16 and fp16 steps
+    round to TF32 (not yet measured on a GPU)."""
     log: list[Literal["jsonl", "tensorboard"]] = field(default_factory=lambda: ["jsonl"])
     """Where numbers go beside the terminal: metrics.jsonl, always, and TensorBoard's files."""
 

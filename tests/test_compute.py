@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from cegate.compute import pick_device, precision_of
+from cegate.compute import pick_device, precision_of, tf32
 from cegate.errors import ConfigError
 
 
@@ -44,3 +44,18 @@ def test_the_cpu_computes_in_float32_unless_told_otherwise():
     assert precision_of("auto", torch.device("cpu")) == ("fp32", nullcontext)
     with precision_of("bf16", torch.device("cpu"))[1]():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+
+
+def test_tf32_ends_with_its_context_whatever_happens():
+    assert not torch.backends.cuda.matmul.allow_tf32
+    allowed = []
+
+    def fail() -> None:
+        with tf32():
+            allowed.append(torch.backends.cuda.matmul.allow_tf32)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
+    assert allowed == [True]
+    assert not torch.backends.cuda.matmul.allow_tf32

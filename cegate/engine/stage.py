@@ -19,7 +19,7 @@ from cegate.adapters import misfits
 from cegate.backbone.frozen import Cast, cast_frozen
 from cegate.backbone.stream import fused
 from cegate.checkpoint import State, load_trained, restore, trained_weights
-from cegate.compute import Precision
+from cegate.compute import Precision, tf32
 from cegate.config import IGNORE, Config
 from cegate.data.stream import Batch
 from cegate.engine.gating import Gate, Round
@@ -159,10 +159,17 @@ class Stage:
         return self.losses.last
 
     def _forward_backward(self, data: StepData) -> Found:
+        if not self._is_fast():
+            return self._as_written(data)
+        # who asks for half precision does not ask for more in what autocast leaves alone
+        with fused(), nullcontext() if self.numerics.name == "fp32" else tf32():
+            return self._as_written(data)
+
+    def _as_written(self, data: StepData) -> Found:
         run, slots = self.config.run, self.stream.source.slots
         encode = None if self.encoder is None else self.encoder.of_a_step()
         step = Step(self.iteration, data.source, self.network, run.seed, data.drawn, slots, run=encode)
-        with self.numerics.precision(), fused() if self._is_fast() else nullcontext():
+        with self.numerics.precision():
             for task in self.tasks:
                 task.prepare(step)
             step.encode()

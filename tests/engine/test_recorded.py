@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cegate.backbone import stream
 from cegate.checkpoint import load_state
 from cegate.engine import stage as stage_module
 from cegate.engine.sets import open_sets
@@ -225,6 +226,25 @@ def test_a_backbone_that_cannot_be_recorded_is_said_once(small, caplog, monkeypa
     with caplog.at_level(logging.WARNING):
         assert_same(eager, train(small("failed", **changes)).path)
     assert caplog.text.count("recording one failed: operation not permitted when stream is capturing") == 1
+
+
+@pytest.mark.parametrize(("precision", "narrow"), [("bf16", True), ("fp32", False)])
+def test_only_steps_of_half_precision_round_products_to_tf32_and_only_where_speed_is_auto(
+    precision, narrow, small, monkeypatch
+):
+    seen, written = [], Stage._as_written
+
+    def look(self, data):
+        seen.append((torch.backends.cuda.matmul.allow_tf32, stream._FUSED.get()))
+        return written(self, data)
+
+    monkeypatch.setattr(Stage, "_as_written", look)
+    changes = {"train__iterations": 1, "train__baseline": False, "run__precision": precision}
+    train(small("eager", **changes))
+    in_part(monkeypatch)
+    monkeypatch.setattr(Stage, "_records", lambda self: False)
+    train(small("auto", **changes))
+    assert seen == [(False, False), (narrow, True)]
 
 
 def records(caplog, *tasks: Task, speed="auto", device="cuda", scales=False) -> bool:
