@@ -21,8 +21,8 @@ from side_by_side import note
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from cegate import ops
 from cegate.backbone.frozen import cast_frozen, reading
-from cegate.backbone.stream import fused
 from cegate.kernels import _support, frequency_adapter, low_pass, low_rank, residual_norm, sum_squared_gradients
 
 RATE, PEAK = 2.94e12, 754e12
@@ -55,7 +55,7 @@ def traffic_of(model: nn.Module, fast: bool) -> Traffic:
             if hasattr(room, "is_traced"):
                 enter(patch.object(room, "is_traced", lambda x: False))
         if fast:
-            enter(fused())
+            enter(ops.fused())
             enter(reading(cast_frozen(model.vit, torch.bfloat16)))
         launch = lambda *args, **options: None  # noqa: E731
         step()

@@ -33,7 +33,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from cegate import ops
 from cegate.backbone.frozen import cast_frozen
-from cegate.backbone.stream import fused
 from cegate.compute import tf32
 from cegate.data.stream import Batch
 from cegate.engine.recorded import CudaGraph, Encoder, Pass
@@ -122,7 +121,7 @@ def fast_step(model: Segmenter, images: Tensor, labels: Tensor, device: str) -> 
         if device == "cuda" and not whole:
             encode = encoder.of_a_step()
             model.encode = lambda images, circuit=None: encode(images)
-        with fused(), tf32():
+        with ops.fused(), tf32():
             with mixed_precision(device):
                 loss = model.loss(data.source.image, data.source.label).mean()
             loss.backward()

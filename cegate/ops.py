@@ -12,8 +12,9 @@ means no axis A, and on for every sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from itertools import groupby
 from typing import Literal
 
@@ -23,6 +24,8 @@ from torch import Tensor
 from cegate import native
 from cegate.errors import BackendError
 from cegate.kernels._support import KernelUnavailableError, compute_dtype
+from cegate.kernels.deformable import deformable_attention as _deformable_attention
+from cegate.kernels.deformable import level_table as level_table
 from cegate.kernels.frequency_adapter import Factors
 from cegate.kernels.frequency_adapter import frequency_adapter as _frequency_adapter
 from cegate.kernels.frequency_adapter import frequency_adapter_factors as _frequency_adapter_factors
@@ -41,6 +44,23 @@ Grid = tuple[int, int]
 
 BACKENDS = ("auto", "torch", "triton", "cpp")
 TAU = 0.5
+_FUSED: ContextVar[bool] = ContextVar("fused", default=False)
+
+
+@contextmanager
+def fused() -> Iterator[None]:
+    """Inside, and in this thread alone, models call `residual_norm` and `deformable_attention` where they otherwise run
+    PyTorch's own operators, which on a GPU differ by rounding: kernels that no GPU has run yet."""
+    token = _FUSED.set(True)
+    try:
+        yield
+    finally:
+        _FUSED.reset(token)
+
+
+def is_fused() -> bool:
+    """Whether this is inside `fused`."""
+    return _FUSED.get()
 
 
 def _runs_in_cpp(op: str, backend: str, tensors: dict[str, Tensor], limits: Sequence[str] = ()) -> bool:
@@ -357,6 +377,38 @@ def residual_norm(
     """
     chosen = _no_cpp("residual_norm", backend)
     return _kernel(_residual_norm, x, branch, scale, weight, bias, eps, backend=chosen)
+
+
+def deformable_attention(
+    values: Tensor,
+    places: Tensor,
+    weights: Tensor,
+    sizes: Sequence[Grid],
+    *,
+    table: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Sum over levels and points of weight times the value at a place, bilinear between pixels, 0 outside the map.
+
+    Args:
+        values: [B, M, heads, d], the pixels of all levels one behind the other, row by row.
+        places: [B, N, heads, L, P, 2] x and y, -1..1 across the image.
+        weights: [B, N, heads, L, P].
+        sizes: (height, width) of the L levels.
+        table: `level_table` of the sizes, on the device, where it is at hand.
+        backend: see the module; there is no C++ form.
+
+    Returns:
+        [B, N, heads, d].
+
+    Raises:
+        ValueError: M is not the number of pixels of all levels.
+        BackendError: the named backend cannot run.
+
+    Source: Deformable DETR, Zhu et al., ICLR 2021.
+    """
+    chosen = _no_cpp("deformable_attention", backend)
+    return _kernel(_deformable_attention, values, places, weights, sizes, table=table, backend=chosen)
 
 
 def _factors_run_in_cpp(op: str, x: Tensor, dy: Tensor, down: Tensor, limits: Sequence[str] = ()) -> bool:

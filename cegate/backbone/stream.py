@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,20 +10,8 @@ from torch import Tensor
 
 from cegate import ops
 
-_FUSED: ContextVar[bool] = ContextVar("fused", default=False)
 Pair = tuple[Tensor | None, Tensor | None]
 """Weight and bias."""
-
-
-@contextmanager
-def fused() -> Iterator[None]:
-    """Inside, and in this thread alone, a GPU adds a branch and normalises the sum in one kernel. The sum stays what it
-    was; the norm differs by rounding."""
-    token = _FUSED.set(True)
-    try:
-        yield
-    finally:
-        _FUSED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -63,7 +48,7 @@ class Stream(NamedTuple):
 
     def normed(self, norm: NormForm, weights: Pair) -> tuple[Tensor, Tensor]:
         """The sum, and its norm."""
-        if _FUSED.get() and norm.kind == "layer":
+        if ops.is_fused() and norm.kind == "layer":
             return ops.residual_norm(*self, *weights, norm.eps)
         x = self.total()
         return x, norm(x, weights)

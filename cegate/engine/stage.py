@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cegate import ops
 from cegate.adapters import misfits
 from cegate.backbone.frozen import Cast, cast_frozen
-from cegate.backbone.stream import fused
 from cegate.checkpoint import State, load_trained, restore, trained_weights
 from cegate.compute import Precision, tf32
 from cegate.config import IGNORE, Config
@@ -162,7 +162,7 @@ class Stage:
         if not self._is_fast():
             return self._as_written(data)
         # who asks for half precision does not ask for more in what autocast leaves alone
-        with fused(), nullcontext() if self.numerics.name == "fp32" else tf32():
+        with ops.fused(), nullcontext() if self.numerics.name == "fp32" else tf32():
             return self._as_written(data)
 
     def _as_written(self, data: StepData) -> Found:

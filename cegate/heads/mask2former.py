@@ -26,6 +26,7 @@ from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerTransformerModule,
 )
 
+from cegate import ops
 from cegate.config import IGNORE
 from cegate.errors import ConfigError
 from cegate.heads.head import FEATURES, Head
@@ -252,6 +253,8 @@ class _Places(NamedTuple):
     """[N, 1, 1, 1, 2] x and y of the tokens of all levels, -1..1 across the image."""
     pixel: Tensor
     """[levels, 1, 2] width and height of a token of each level, in the same unit."""
+    table: Tensor
+    """`level_table` of the sizes."""
 
 
 @lru_cache(maxsize=4)
@@ -262,7 +265,8 @@ def _places(sizes: tuple[tuple[int, int], ...], width: int, device: torch.device
     positions = [embed((1, width, *size), device, dtype)[0].flatten(1).T.contiguous() for size in sizes]
     centres = torch.cat([_centres(*size, device, dtype) for size in sizes])
     pixel = torch.tensor([[2 / w, 2 / h] for h, w in sizes], device=device, dtype=dtype)
-    return _Places(sizes, positions, centres[:, None, None, None], pixel[:, None])
+    table = ops.level_table(sizes, device)
+    return _Places(sizes, positions, centres[:, None, None, None], pixel[:, None], table)
 
 
 def _centres(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -277,16 +281,12 @@ def _attend_to_points(part: nn.Module, x: Tensor, queries: Tensor, places: _Plac
     heads, levels = part.n_heads, len(places.sizes)
     shape = batch, tokens, heads, levels, part.n_points
     offsets = part.sampling_offsets(queries).view(*shape, 2)
-    # levels first, heads beside samples, and points before tokens: a sum over a last axis of four is slow
-    grid = torch.addcmul(places.centres, offsets, places.pixel).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)
+    at = torch.addcmul(places.centres, offsets, places.pixel)
     weights = part.attention_weights(queries).view(batch, tokens, heads, -1).softmax(-1).view(shape)
-    weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2).unsqueeze(2)  # [levels, B heads, 1, points, N]
-    values = part.value_proj(x).mT.reshape(batch * heads, -1, tokens).split([h * w for h, w in places.sizes], dim=2)
-    found = [
-        (F.grid_sample(v.unflatten(2, size), at, align_corners=False) * weight).sum(2)  # [B heads, C / heads, N]
-        for v, size, at, weight in zip(values, places.sizes, grid, weights, strict=True)
-    ]
-    return part.output_proj(sum(found[1:], found[0]).view(batch, -1, tokens).mT)
+    values = part.value_proj(x).view(batch, tokens, heads, -1)
+    backend = "auto" if ops.is_fused() else "torch"
+    found = ops.deformable_attention(values, at, weights, places.sizes, table=places.table, backend=backend)
+    return part.output_proj(found.flatten(2))
 
 
 def _attend_across(part: nn.MultiheadAttention, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor) -> Tensor:

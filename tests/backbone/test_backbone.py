@@ -16,7 +16,7 @@ from cegate import ops
 from cegate.backbone.backbone import Backbone
 from cegate.backbone.blocks import read_weights, run_block
 from cegate.backbone.ports import PORTS, Circuit, Plug, Tokens
-from cegate.backbone.stream import Stream, fused
+from cegate.backbone.stream import Stream
 from cegate.config import FrequencyConfig, SemanticConfig, SpatialConfig, ToolboxConfig
 from cegate.errors import BackboneError
 from cegate.gate import GatePlan
@@ -160,7 +160,7 @@ def test_fused_sums_and_norms_give_the_numbers_of_a_pass_as_written(name, monkey
 
     monkeypatch.setattr(ops, "_residual_norm", by_triton)
     found = []
-    for context in (nullcontext(), fused()):
+    for context in (nullcontext(), ops.fused()):
         with context:
             maps = backbone.run(images, [1], Circuit(toolbox.plugs())).maps
         learning = [images, *toolbox.parameters(active_only=True)]

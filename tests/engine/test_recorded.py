@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cegate.backbone import stream
+from cegate import ops
 from cegate.checkpoint import load_state
 from cegate.engine import stage as stage_module
 from cegate.engine.sets import open_sets
@@ -235,7 +235,7 @@ def test_only_steps_of_half_precision_round_products_to_tf32_and_only_where_spee
     seen, written = [], Stage._as_written
 
     def look(self, data):
-        seen.append((torch.backends.cuda.matmul.allow_tf32, stream._FUSED.get()))
+        seen.append((torch.backends.cuda.matmul.allow_tf32, ops.is_fused()))
         return written(self, data)
 
     monkeypatch.setattr(Stage, "_as_written", look)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +11,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cegate import ops
 from cegate.heads.mask2former import Mask2FormerHead, _corners, _pyramid
+from cegate.kernels._support import HAS_TRITON, is_interpreted
+from cegate.kernels.deformable import deformable_attention
 
 CHANNELS, CLASSES = 8, 4
 WAITS = ("cpu", "tolist", "item", "numpy", "nonzero", "unique", "__int__", "__float__", "__bool__", "__index__")
@@ -145,6 +149,30 @@ class _Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.counts[func.name().split("::")[1].split(".")[0]] += 1
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not (HAS_TRITON and is_interpreted()), reason="Triton is not installed, or its interpreter is off")
+def test_deformable_attention_by_its_kernel_gives_the_same_predictions_and_gradients(head, monkeypatch):
+    head.float()
+    features = [torch.randn(1, CHANNELS, 2, 3, requires_grad=True) for _ in range(4)]  # few: the interpreter is slow
+    probe, calls = torch.randn(1, CLASSES, 24, 12), []
+
+    def by_triton(*args, table, backend):
+        calls.append(backend)
+        chosen = {"auto": "triton"}.get(backend, backend)
+        return deformable_attention(*args, table=table, backend=chosen)
+
+    monkeypatch.setattr(ops, "_deformable_attention", by_triton)
+    found = []
+    for context in (nullcontext(), ops.fused()):
+        with context:
+            logits = head(features, (24, 12))
+        weights = [weight for weight in head.decoder.pixel_decoder.parameters() if weight.requires_grad]
+        found.append([logits, *torch.autograd.grad((logits * probe).sum(), [*features, *weights], allow_unused=True)])
+    assert calls == ["torch", "torch", "auto", "auto"]
+    largest = max(gradient.abs().max().item() for gradient in found[1][1:] if gradient is not None)
+    for mine, other in zip(*found, strict=True):  # some are zero but for rounding: a norm follows
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5 * largest)
 
 
 def waits_of_a_loss(head: Mask2FormerHead, batch: int, monkeypatch) -> tuple[Counter[str], Counter[str]]:

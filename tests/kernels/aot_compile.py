@@ -24,9 +24,9 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from cegate.kernels import _frequency_kernels, low_pass, low_rank, residual_norm, sum_squared_gradients
+from cegate.kernels import _frequency_kernels, deformable, low_pass, low_rank, residual_norm, sum_squared_gradients
 
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+_TYPES = {torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 NUMBER = "fp32"  # how a Python float arrives; from a compiler it may be fp64
 _launches: dict[tuple, tuple] = {}
 
@@ -88,6 +88,12 @@ def _run_launchers(dtype: torch.dtype, every: bool) -> None:
         branch, gradients = stream.to(dtype), (stream, stream.to(dtype))
         residual_norm._forward(stream, branch, weight, weight, weight, 1e-6, dtype)
         residual_norm._backward(stream, *gradients, weight, weight, 1e-6, dtype, True, True)
+    for heads, d in ((8, 32), (3, 20)) if every else ((8, 32),):
+        values = torch.empty(2, 84, heads, d, device="meta")
+        places = torch.empty(2, 84, heads, 3, 4, 2, device="meta")
+        table = torch.empty(3, 3, dtype=torch.int32, device="meta")
+        deformable._forward(values, places, places[..., 0].contiguous(), table)
+        deformable._backward(values, places, places[..., 0].contiguous(), table, values)
     for reduce in (False, True):
         sum_squared_gradients._sum_squared_triton(empty(16, 1025, 1024), empty(16, 1025, 64), reduce)
 

@@ -35,7 +35,7 @@ def test_every_kernel_compiles_and_fits_shared_memory_and_registers(capability, 
         pytest.skip("a compiler pass of this Triton (seen with 3.6) fails for sm_100")
     assert done.returncode == 0, done.stderr[-2000:]
     reports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len({report["kernel"] for report in reports}) == 12
+    assert len({report["kernel"] for report in reports}) == 14
     for report in reports:
         assert report["shared"] <= SHARED_MEMORY[capability], report
         assert report["spilled"] <= MOST_SPILLED, report
