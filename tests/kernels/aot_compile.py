@@ -24,7 +24,14 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from cegate.kernels import _frequency_kernels, deformable, low_pass, low_rank, residual_norm, sum_squared_gradients
+from cegate.kernels import (
+    _frequency_kernels,
+    _low_rank_kernels,
+    deformable,
+    low_pass,
+    residual_norm,
+    sum_squared_gradients,
+)
 
 _TYPES = {torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 NUMBER = "fp32"  # how a Python float arrives; from a compiler it may be fp64
@@ -76,13 +83,13 @@ def _run_launchers(dtype: torch.dtype, every: bool) -> None:
     for rank, activation, out in maps:
         down, up, base, dy = empty(rank, 1024), empty(out, rank), empty(4100, 3 * out)[:, :out], empty(4100, out)
         biases = (None, None) if activation is None else (empty(rank), empty(out))
-        _, pre = low_rank._forward_triton(x, down, up, base, *biases, activation, 0.5)
+        _, pre = _low_rank_kernels.forward(x, down, up, base, *biases, activation, 0.5)
         dtypes = torch.float32, torch.float32
-        low_rank._backward_triton(x, pre, down, up, dy, activation, 0.5, dtypes, True, True, True)
+        _low_rank_kernels.backward(x, pre, down, up, dy, activation, 0.5, dtypes, True, True, True)
         if activation is None:
             down, up, qkv = empty(2 * rank, 1024), empty(2, out, rank), empty(4100, 3 * out)
-            pre = low_rank._launch_forward(x, down, up, qkv, None, None, qkv, None, 0.5, 2 * out)
-            low_rank._qv_backward_triton(x, pre, down, up, qkv, 0.5, torch.float32, True, True, True)
+            pre = _low_rank_kernels.forward_qv(x, down, up, qkv, 0.5)
+            _low_rank_kernels.backward_qv(x, pre, down, up, qkv, 0.5, torch.float32, True, True, True)
     for channels in (1024, 192, 4096) if every else (1024,):
         stream, weight = torch.empty(4100, channels, device="meta"), torch.empty(channels, device="meta")
         branch, gradients = stream.to(dtype), (stream, stream.to(dtype))
