@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import logging
-import platform
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import rasterio
-import timm
-import torch
-import yaml
-
-from cegate import __version__, ops
 from cegate.adapter_folder import save_adapter
 from cegate.checkpoint import (
     STAGES,
@@ -28,10 +20,10 @@ from cegate.checkpoint import (
     save_state,
 )
 from cegate.config import Config
-from cegate.configfile import SOURCE_DOMAIN, changed_values, domain_title, read_config, to_yaml
-from cegate.data.sets import SegmentationSet
+from cegate.configfile import SOURCE_DOMAIN, domain_title, to_yaml
 from cegate.engine import evaluator, results
 from cegate.engine.board import Board
+from cegate.engine.environment import environment_of, refuse_changes
 from cegate.engine.evaluator import Evaluation, percent
 from cegate.engine.gating import Round
 from cegate.engine.results import Result, stage_title
@@ -42,7 +34,7 @@ from cegate.engine.step_losses import NotFiniteError
 from cegate.errors import CheckpointError, TrainingError
 from cegate.figures import headline
 from cegate.gate import GatePlan
-from cegate.runfolder import FREE_ON_RESUME, RunFolder, read_record, write_json
+from cegate.runfolder import RunFolder, read_record, write_json
 from cegate.segmenter import Segmenter
 
 log = logging.getLogger(__name__)
@@ -80,14 +72,15 @@ class Recorder:
             CheckpointError: the state is damaged, or of other data, another configuration, seed or precision; or it is
                 gone, and the journal tells of iterations that it held.
         """
-        path, environment = self.run.path / "env.json", self._environment()
+        path = self.run.path / "env.json"
+        environment = environment_of(self.config, self.sets, self.numerics, self.backbone_sha256)
         state = load_state(self.run.last) if self.run.last.is_file() else None
         with self.run.writing():
             if state is None:
                 self._refuse_lost_state()
                 write_json(path, environment)
             else:
-                self._refuse_changes(state, read_record(path), environment)
+                refuse_changes(self.run, self.config, self.sets, state, read_record(path), environment)
                 self.peak_memory, self.elapsed_before = state.peak_memory_bytes, state.elapsed_seconds
                 title = stage_title(state.stage, self.config.run.method)
                 log.info("going on from iteration %d of stage %s", state.iteration, title)
@@ -125,67 +118,6 @@ class Recorder:
 
     def _numbered(self, iteration: int) -> Path:
         return self.run.checkpoints / f"iter_{iteration}.pt"
-
-    def _environment(self) -> dict[str, Any]:
-        device = self.numerics.device
-        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        return {
-            "versions": {
-                "cegate": __version__,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "numpy": np.__version__,
-                "rasterio": rasterio.__version__,
-            },
-            "platform": platform.platform(),
-            "device": str(device),
-            "gpu": gpu,
-            "threads": torch.get_num_threads(),
-            "precision": self.numerics.name,
-            "seed": self.config.run.seed,
-            "backends": ops.backends(),
-            "backbone_sha256": self.backbone_sha256,
-            "data": {
-                name: {"images": len(data), "fingerprint": data.fingerprint()} for name, data in self._data().items()
-            },
-        }
-
-    def _data(self) -> dict[str, SegmentationSet]:
-        sets = {"train": self.sets.source, **{data.name: data for data in self.sets.evaluated}}
-        if self.sets.unlabelled is not None:
-            sets[self.sets.unlabelled.name] = self.sets.unlabelled
-        return sets
-
-    def _refuse_changes(self, state: State, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        path, recorded = self.run.path, before.get("data", {})
-        changed = [
-            name
-            for name, data in self._data().items()
-            if name in recorded and not data.has_fingerprint(recorded[name]["fingerprint"])
-        ]
-        if changed:
-            raise CheckpointError(
-                f"the data of {', '.join(map(domain_title, changed))} is not what {path} was started with; put the "
-                "files back or start a run of another name"
-            )
-        if before["precision"] != now["precision"]:
-            raise CheckpointError(
-                f"{path} was started with {before['precision']} on {before['gpu'] or before['device']}; "
-                f"here run.precision={self.config.run.precision} is {now['precision']}, which gives other numbers: "
-                "go on on such a device, or start a run of another name"
-            )
-        if other := _changed_keys(state, self.config):
-            raise CheckpointError(
-                f"{self.run.last} is of a run with other values of {', '.join(other)}; put back the checkpoint of this "
-                "run, or start a run of another name"
-            )
-        if now["gpu"] is None and before.get("threads", now["threads"]) != now["threads"]:
-            log.warning(
-                "the run was started with %d threads and goes on with %d: sums come out in another order, so last "
-                "digits differ; set OMP_NUM_THREADS=%d for the same numbers",
-                *(before["threads"], now["threads"], before["threads"]),
-            )
 
     # while it trains ------------------------------------------------------------------------------------------------
 
@@ -367,12 +299,3 @@ def _learned(network: Segmenter) -> dict[str, int]:
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in network.learning_modules().items()}
     sites = network.toolbox.counts()
     return counts | {"toolbox": sum(sites[site] for site in network.toolbox.plan.on)}
-
-
-def _changed_keys(state: State, config: Config) -> list[str]:
-    """Keys whose values are not those that a state was made with, but for those that a resume may change."""
-    if not state.config:
-        return []
-    return [
-        key for key in changed_values(read_config(yaml.safe_load(state.config)), config) if key not in FREE_ON_RESUME
-    ]

@@ -31,6 +31,12 @@ class Sets:
         """Validation set (domain ``source``), then targets."""
         return [*([self.validation] if self.validation is not None else []), *self.targets]
 
+    @property
+    def by_name(self) -> dict[str, SegmentationSet]:
+        """All of them, the source as ``train``."""
+        sets = {"train": self.source, **{data.name: data for data in self.evaluated}}
+        return sets if self.unlabelled is None else sets | {self.unlabelled.name: self.unlabelled}
+
 
 def open_sets(config: Config) -> tuple[Config, Sets]:
     """Open every set and look at its files; classes and palette that only the source knows enter the configuration.
