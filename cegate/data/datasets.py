@@ -8,9 +8,9 @@ from pathlib import Path
 from cegate.config import SecondConfig, SetConfig
 from cegate.configfile import is_list
 from cegate.data import climates, prepared
+from cegate.data.label_map import LabelMap
 from cegate.data.pairs import find_pairs, is_vector, read_names
 from cegate.data.published.catalogue import find_published
-from cegate.data.rasters import LabelMap
 from cegate.data.scale import ValueRange
 from cegate.data.sets import FileSet, GeneratedSet, SegmentationSet, Unlabelled
 from cegate.data.vector import ShapeLabels

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from cegate.config import IGNORE
-from cegate.data.rasters import LabelMap, Window, read_codes, read_mask
+from cegate.data.label_map import LabelMap
+from cegate.data.rasters import Window, read_codes, read_mask
 from cegate.errors import DataError
 
 log = logging.getLogger(__name__)

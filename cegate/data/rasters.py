@@ -1,4 +1,4 @@
-"""Images and masks on disk, through rasterio: PNG, JPEG, TIFF and GeoTIFF, any number of bands, 8 or 16 bit or float.
+"""Reads images and masks, through rasterio: PNG, JPEG, TIFF and GeoTIFF, any number of bands, 8 or 16 bit or float.
 
 Nodata tags are never applied to masks: a set whose background happens to carry the nodata value would lose that class.
 Pixels of an image are read as they are stored; `OpenImage.without_data` tells where the file says that there are none.
@@ -8,38 +8,32 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import rasterio
 from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.env import get_gdal_config
-from rasterio.errors import NotGeoreferencedWarning, RasterioError
-from rasterio.io import MemoryFile
+from rasterio.errors import RasterioError
 from rasterio.warp import transform
 from rasterio.windows import Window as RasterWindow
 
 from cegate.config import IGNORE
-from cegate.cores import usable_cores
 from cegate.data.door import open_raster
-from cegate.data.encoders import PngWriter, Tag, TiffWriter, Writer, read_tags
-from cegate.errors import ConfigError, DataError, bytes_text, nearest
+from cegate.data.label_map import LabelMap, unmapped_message
+from cegate.data.writing import write_image as write_image
+from cegate.data.writing import write_mask as write_mask
+from cegate.errors import DataError, bytes_text
 
 SUFFIXES: tuple[str, ...] = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".jp2", ".bmp", ".webp")
 """Files that a bare ``*`` takes for rasters."""
 DEFAULT_BANDS = (1, 2, 3)
 """Of an image, where nobody chose others."""
-MASK_SUFFIXES = (".png", ".tif", ".tiff")
-"""Files that a mask can be written as."""
-_UNMAPPED = 254
-_SHOWN = 6
 _SAMPLE_PX, _SAMPLE_CACHE = 2**20, 2**26  # pixels read at once, and bytes that GDAL may keep, while sampling a file
 _SCAN_CACHE = 1 << 25  # bytes
 _BLOCK_ROWS = 1024  # of the files behind a VRT, whose blocks it does not tell
@@ -148,24 +142,6 @@ def refuse_hollow(path: str | Path, header: Header) -> None:
             f"{path} is {header.width}x{header.height} pixels by its header, {bytes_text(promised)}, but the file "
             f"holds {bytes_text(held)}: nearly all of it was never written; cut out the part that has pixels"
         )
-
-
-def is_georeferenced(path: str | Path) -> bool:
-    """Whether a raster knows where it lies: a coordinate system, a transform or ground control points.
-
-    Raises:
-        DataError: the file is missing or unreadable.
-    """
-    with open_raster(path) as src:
-        return bool(_georeference(src))
-
-
-def _georeference(src: rasterio.DatasetReader) -> dict[str, Any]:
-    """What a copy of a file's place is written with; empty where it has none."""
-    if src.crs is not None or not src.transform.is_identity:
-        return {"crs": src.crs, "transform": src.transform}
-    points, system = src.gcps
-    return {"crs": system, "gcps": points} if points else {}
 
 
 def misplacement(image: Header, mask: Header) -> float:
@@ -330,100 +306,6 @@ def _raster_window(window: Window | None) -> RasterWindow | None:
     return None if window is None else RasterWindow(window.left, window.top, window.width, window.height)
 
 
-@dataclass(frozen=True)
-class LabelMap:
-    """How the values or colours of a mask become class indices."""
-
-    codes: tuple[tuple[int, int], ...]
-    """Pairs of mask value (or 0xRRGGBB) and class index (255: ignored)."""
-    colours: bool
-    """The codes are colours."""
-    given: bool = True
-    """False: values are class indices, for nobody said otherwise."""
-
-    @classmethod
-    def parse(
-        cls, mapping: Mapping[str | int, str | int] | None, classes: Sequence[str], ignore: int = IGNORE
-    ) -> LabelMap:
-        """Check a label map against the classes.
-
-        Args:
-            mapping: mask value or "#RRGGBB" (any case) -> class name, class index or "ignore". None: mask values are
-                class indices.
-            classes: class names in the order of their indices.
-            ignore: a further mask value that is ignored; no meaning for colours.
-
-        Raises:
-            ConfigError: a key or value means nothing, or values and colours are mixed; all problems at once.
-        """
-        if mapping is None:
-            table = {index: index for index in range(len(classes))}
-            return cls(tuple(({ignore: IGNORE} | table | {ignore: IGNORE}).items()), colours=False, given=False)
-        problems: list[str] = []
-        table = {}
-        keys = [str(key).strip() for key in mapping]
-        colours = any(key.startswith("#") for key in keys)
-        for key, meaning in zip(keys, mapping.values(), strict=True):
-            code = _code(key, colours)
-            index = _class_index(str(meaning), classes)
-            if code is None:
-                accepted = "'#RRGGBB' in a map of colours" if colours else "an integer or '#RRGGBB'"
-                problems.append(f"key {key!r} is not {accepted}")
-            elif index is None:
-                problems.append(f"{key!r}: {meaning!r} is no class{nearest(str(meaning), [*classes, 'ignore'])}")
-            elif code in table:
-                problems.append(f"{key!r} is given twice")
-            else:
-                table[code] = index
-        if problems:
-            names = ", ".join(classes) or "none given"
-            raise ConfigError(f"label_map: {'; '.join(problems)}; use a class ({names}), its index or 'ignore'")
-        if not colours:
-            table.setdefault(ignore, IGNORE)
-        return cls(tuple(table.items()), colours)
-
-    def apply(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Class indices uint8 of mask codes of any shape, and True where a code is outside the map."""
-        if codes.dtype == np.uint8:
-            lut = np.full(256, _UNMAPPED, np.uint8)
-            for code, index in self.codes:
-                if 0 <= code < 256:
-                    lut[code] = index
-            label = lut[codes]
-        else:
-            label = np.full(codes.shape, _UNMAPPED, np.uint8)
-            for code, index in self.codes:
-                label[codes == code] = index
-        return label, label == _UNMAPPED
-
-    def describe(self) -> str:
-        """The codes it knows, for messages."""
-        return ", ".join(_spell(code, self.colours) for code, _ in self.codes)
-
-
-def _code(key: str, colours: bool) -> int | None:
-    if colours:
-        digits = key.removeprefix("#")
-        valid = key.startswith("#") and len(digits) == 6 and all(c in "0123456789abcdefABCDEF" for c in digits)
-        return int(digits, 16) if valid else None
-    try:
-        return int(key)
-    except ValueError:
-        return None
-
-
-def _class_index(meaning: str, classes: Sequence[str]) -> int | None:
-    if meaning in classes:
-        return list(classes).index(meaning)
-    if meaning == "ignore":
-        return IGNORE
-    return int(meaning) if meaning.isdecimal() and int(meaning) < len(classes) else None
-
-
-def _spell(code: float, colours: bool) -> str:
-    return f"#{int(code):06X}" if colours else f"{code:g}"
-
-
 def read_mask(
     path: str | Path,
     label_map: LabelMap | Mapping[str | int, str | int] | None = None,
@@ -455,7 +337,7 @@ def read_mask(
     codes = read_codes(path, colours=labels.colours, window=window)
     label, unmapped = labels.apply(codes)
     if unmapped.any():
-        raise DataError(_unmapped_message(path, codes[unmapped], labels))
+        raise DataError(unmapped_message(path, codes[unmapped], labels))
     return label
 
 
@@ -512,126 +394,3 @@ def _value_codes(path: str | Path, pixels: np.ndarray) -> np.ndarray:
     if len(pixels) >= 3 and not ((pixels[0] == pixels[1]).all() and (pixels[0] == pixels[2]).all()):
         raise DataError(f"{path}: the mask has {len(pixels)} bands of colour; give a label_map with '#RRGGBB' keys")
     return pixels[0]
-
-
-def _unmapped_message(path: str | Path, codes: np.ndarray, labels: LabelMap) -> str:
-    values, counts = np.unique(codes, return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    shown = ", ".join(f"{_spell(values[k], labels.colours)} ({counts[k]} px)" for k in order[:_SHOWN])
-    more = f" and {len(order) - _SHOWN} more" if len(order) > _SHOWN else ""
-    kind = "colours" if labels.colours else "values"
-    advice = "add them to label_map, as a class or as 'ignore'"
-    if not labels.colours and not (values == np.rint(values)).all():
-        advice = "a label_map takes integers: write the masks anew, with an integer that is ignored where there is none"
-    return f"{path}: mask {kind} outside the label map: {shown}{more}; known are {labels.describe()}; {advice}"
-
-
-def write_mask(
-    path: str | Path, mask: np.ndarray, *, like: str | Path | None = None, palette: Sequence[str] | None = None
-) -> None:
-    """Write class indices as a single-band PNG or (compressed) TIFF; see `open_mask`.
-
-    Args:
-        path: target; its suffix decides the format: .png, .tif or .tiff.
-        mask: [H, W] uint8.
-        like, palette: see `open_mask`.
-
-    Raises:
-        DataError: another suffix, dtype or shape, or a size that differs from that of `like`.
-        OSError: the file cannot be written, as on a full disk.
-    """
-    if mask.dtype != np.uint8 or mask.ndim != 2:
-        raise DataError(f"{path}: a mask is [H, W] uint8, not {list(mask.shape)} {mask.dtype}")
-    with open_mask(path, mask.shape, like=like, palette=palette) as writer:
-        writer.write(mask)
-
-
-@contextmanager
-def open_mask(
-    path: str | Path,
-    size: tuple[int, int],
-    *,
-    like: str | Path | None = None,
-    palette: Sequence[str] | None = None,
-) -> Iterator[Writer]:
-    """Write a mask from top to bottom; a tile's height of it is held.
-
-    Args:
-        path: target; its suffix decides the format: .png, .tif or .tiff.
-        size: (H, W).
-        like: a raster of that size whose coordinate system and transform, or ground control points, a TIFF takes over;
-            a PNG has no place for them.
-        palette: "#RRGGBB" per class, stored as colour table; 255, which a TIFF calls nodata, is black.
-
-    Yields:
-        What takes the rows, all of them before the block ends.
-
-    Raises:
-        DataError: another suffix, or a size that differs from that of `like`.
-        OSError: the file cannot be written, as on a full disk.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in MASK_SUFFIXES:
-        raise DataError(
-            f"{path}: a mask cannot be written as {path.suffix or 'a file without suffix'}; use .png or .tif"
-        )
-    place = {}
-    if like is not None:
-        with open_raster(like) as src:
-            if src.shape != tuple(size):
-                given = f"{size[1]}x{size[0]}"
-                raise DataError(f"{path}: the mask is {given}, but {like} is {src.width}x{src.height} pixels")
-            place = _georeference(src)
-    colours = None if palette is None else {k: _triple(c) for k, c in enumerate(palette)} | {IGNORE: (0, 0, 0)}
-    with ExitStack() as stack:
-        file = stack.enter_context(path.open("wb"))
-        if path.suffix.lower() == ".png":
-            table = colours and b"".join(bytes(colours.get(value, (0, 0, 0))) for value in range(256))
-            writer = PngWriter(file, size, table)
-        else:
-            threads = stack.enter_context(ThreadPoolExecutor(usable_cores(), "deflate"))
-            writer = TiffWriter(file, size, _tiff_tags(place, colours), threads.map)
-        yield writer
-        writer.close()
-
-
-def _tiff_tags(place: Mapping[str, Any], colours: Mapping[int, tuple[int, ...]] | None) -> dict[int, Tag]:
-    """The fields of a mask's TIFF that say what it is and where it lies, as GDAL writes them."""
-    profile = {"driver": "GTiff", "height": 1, "width": 1, "count": 1, "dtype": "uint8", "nodata": IGNORE}
-    with warnings.catch_warnings(), MemoryFile() as memory:
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with memory.open(**profile, compress="deflate", endianness="little", bigtiff="no", **place) as dst:
-            if colours is not None:
-                dst.write_colormap(1, colours)
-        return read_tags(bytes(memory.getbuffer()))
-
-
-def write_image(path: str | Path, image: np.ndarray) -> None:
-    """Write an image as PNG or (compressed) TIFF, byte for byte the same for the same pixels.
-
-    Args:
-        path: target; its suffix decides the format: .png or .tif.
-        image: [C, H, W]; a PNG takes uint8 with 1 to 4 bands.
-
-    Raises:
-        DataError: another suffix, dtype, shape or number of bands.
-        OSError: the file cannot be written, as on a full disk.
-    """
-    path = Path(path)
-    is_tiff = path.suffix.lower() == ".tif" and image.ndim == 3
-    if not is_tiff and (
-        path.suffix.lower() != ".png" or image.dtype != np.uint8 or image.ndim != 3 or not 1 <= len(image) <= 4
-    ):
-        raise DataError(f"{path}: a PNG takes [1..4, H, W] uint8, not {list(image.shape)} {image.dtype}")
-    count, height, width = image.shape
-    profile = {"driver": "GTiff", "compress": "deflate", "bigtiff": "if_safer"} if is_tiff else {"driver": "PNG"}
-    # encoded in memory: GDAL says nothing when a disk is full, Python raises OSError
-    with warnings.catch_warnings(), MemoryFile() as memory:
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        with memory.open(**profile, height=height, width=width, count=count, dtype=str(image.dtype)) as dst:
-            dst.write(image)
-        path.write_bytes(memory.getbuffer())
-
-
-def _triple(colour: str) -> tuple[int, int, int]:
-    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

@@ -6,9 +6,6 @@ more than `LARGE_PX` pixels are never held: the part asked for is read from the 
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -21,16 +18,17 @@ import numpy as np
 
 from cegate.config import IGNORE, SecondConfig, SetConfig
 from cegate.data import climates, generator
+from cegate.data.fingerprint import FINGERPRINT, digest, facts_of
 from cegate.data.holdout import boxes_of, hold_out
+from cegate.data.label_map import LabelMap
 from cegate.data.pairs import Pair
+from cegate.data.percentiles import percentiles
 from cegate.data.preflight import check_labels
 from cegate.data.rasters import (
     DEFAULT_BANDS,
     Header,
-    LabelMap,
     Window,
     misplacement,
-    open_image,
     read_header,
     read_image,
     read_mask,
@@ -43,7 +41,6 @@ from cegate.data.scale import (
     check_depth,
     check_scale,
     has_doubtful_scale,
-    is_measured,
     to_unit,
 )
 from cegate.data.second import SecondRasters, scaled
@@ -54,13 +51,8 @@ log = logging.getLogger(__name__)
 
 CACHE_BYTES = 256 * 2**20
 LARGE_PX = 2**24
-FINGERPRINT = 3
-"""Version of the fingerprints that runs record."""
 UNLABELLED = 254
 """Label of a pixel of a set that was opened without labels."""
-_FACT_BYTES, _FACT_PARTS, _FACT_WHOLE = 2**13, 16, 2**18  # of a file's parts; a small file counts whole
-_RANGE_FILES, _RANGE_PX = 32, 2**16  # the subsample that percentiles are taken of
-_FEW = 256  # pixels that tell whether a band has more than a few values
 
 
 @dataclass(frozen=True)
@@ -394,12 +386,12 @@ class FileSet(SegmentationSet):
 
     def fingerprint(self, version: int = FINGERPRINT) -> str:
         facts = [
-            [p.name, *(fact for file in (p.image, p.mask) if file for fact in _facts(file, version))]
+            [p.name, *(fact for file in (p.image, p.mask) if file for fact in facts_of(file, version))]
             for p in self._pairs
         ]
-        second = [self._rasters.facts(lambda file: _facts(file, version))] if self._rasters else []
+        second = [self._rasters.facts(lambda file: facts_of(file, version))] if self._rasters else []
         codes = (self._shapes or self._labels).codes
-        return _digest(version, facts, codes, self.classes, self.bands, self.value_range, *second)
+        return digest(version, facts, codes, self.classes, self.bands, self.value_range, *second)
 
     def _whole(self, index: int) -> bool:
         height, width = self.size(index)
@@ -439,62 +431,9 @@ class FileSet(SegmentationSet):
         check_scale(part, self.value_range, what, "give the set a value_range of its own")
 
     def _own_range(self) -> tuple[tuple[float, float], ...]:
-        return super()._own_range() if self._dtype == "uint8" else self._percentiles()
-
-    def _percentiles(self) -> tuple[tuple[float, float], ...]:
-        """1st and 99th percentile of each band, of evenly spread pixels of evenly spread files.
-
-        Pixels of the value that a file's tag calls nodata do not count, unless the band has no others.
-        """
-        chosen = np.unique(np.linspace(0, len(self) - 1, _RANGE_FILES).round().astype(int))
-        samples, kept = [], []
-        for index in chosen:
-            tags = self._header(index).nodata
-            height, width = self.size(index)
-            with open_image(self._pairs[index].image) as image:
-                pixels = image.every_nth(-(-height * width // _RANGE_PX), self.bands)
-            pixels = pixels[:, np.isfinite(pixels).all(0)]
-            samples.append(pixels.astype(np.float64))
-            differ = (_differs(row, tags[band - 1]) for row, band in zip(pixels, self.bands, strict=True))
-            kept.append(np.stack(list(differ)) & is_measured(pixels))
-        values, counts = np.concatenate(samples, axis=1), np.concatenate(kept, axis=1)
-        if not values.size:
-            raise DataError(f"{self._describe(0)}: no finite pixel in bands {list(self.bands)}; set value_range")
-        rows = [row[mask] if mask.any() else row for row, mask in zip(values, counts, strict=True)]
-        ends = tuple(tuple(np.percentile(row, (1, 99)).tolist()) for row in rows)
-        self._look_at_ends(rows, ends)
-        return ends
-
-    def _look_at_ends(self, rows: Sequence[np.ndarray], ends: Sequence[tuple[float, float]]) -> None:
-        """Say where an end of a band's range is a value that stands apart, as what means no data without a tag does."""
-        apart = {}
-        for band, row, low_high in zip(self.bands, rows, ends, strict=True):
-            for end in filter(functools.partial(_stands_apart, row), low_high):
-                apart[band] = row, end
-        if not apart:
-            return
-        row, end = next(iter(apart.values()))
-        log.warning(
-            "set %r: %.1f %% of the pixels are %g, far from all others (band%s %s); if that stands for no data, tag it "
-            "(gdal_edit.py -a_nodata %g), or set value_range",
-            *(self.name, 100 * (row == end).mean(), end, "s" * (len(apart) > 1), ", ".join(map(str, apart)), end),
-        )
-
-
-def _stands_apart(values: np.ndarray, end: float) -> bool:
-    """Whether a value lies farther from all others than these lie from each other, and they are more than a few."""
-    others = values[values != end]
-    if not 0 < others.size < values.size:
-        return False
-    low, high = others.min(), others.max()
-    few = np.unique(others[:: max(1, others.size // _FEW)]).size < _FEW // 8
-    return bool(max(low - end, end - high) > high - low) and not few
-
-
-def _differs(values: np.ndarray, tag: float | None) -> np.ndarray:
-    """Where values are not the nodata tag, compared in their own dtype: GDAL prints a float32 with too many digits."""
-    with np.errstate(over="ignore"):
-        return np.ones(values.shape, bool) if tag is None else values != tag
+        if self._dtype == "uint8":
+            return super()._own_range()
+        return percentiles([pair.image for pair in self._pairs], self._header, self.bands, self.name)
 
 
 class GeneratedSet(SegmentationSet):
@@ -525,7 +464,7 @@ class GeneratedSet(SegmentationSet):
     def fingerprint(self, version: int = FINGERPRINT) -> str:
         recipe = (repr(self.climate), self._first, self._count, self._side)
         second = [] if self._heights is None else [self._heights.scale, self._heights.value_range]
-        return _digest(version, recipe, self._labels.codes, self.classes, self.bands, self.value_range, *second)
+        return digest(version, recipe, self._labels.codes, self.classes, self.bands, self.value_range, *second)
 
     def _scene(self, index: int) -> np.ndarray:
         """[4, H, W] uint8: the image's bands and the label."""
@@ -593,28 +532,3 @@ class Unlabelled(SegmentationSet):
         """Which pixels there are; nothing is read."""
         size = self.size(index) if window is None else (window.height, window.width)
         return np.full(size, UNLABELLED, np.uint8)
-
-
-def _facts(file: Path, version: int) -> list:
-    """Name, size and, of the content, all of a small file and parts of a large one; the end is among them, where
-    compressed files keep their checksums."""
-    size = file.stat().st_size
-    if version == 1:
-        return [file.name, size]
-    last = max(0, size - _FACT_BYTES)
-    starts = [max(0, size // 2 - _FACT_BYTES // 2), last]
-    if version > 2:
-        starts = [last * part // (_FACT_PARTS - 1) for part in range(_FACT_PARTS)]
-    with file.open("rb") as content:
-        if version > 2 and size <= _FACT_WHOLE:
-            return [file.name, size, hashlib.sha256(content.read()).hexdigest()]
-        parts = []
-        for start in starts:
-            content.seek(start)
-            parts.append(content.read(_FACT_BYTES))
-    return [file.name, size, hashlib.sha256(b"".join(parts)).hexdigest()]
-
-
-def _digest(version: int, *facts: object) -> str:
-    prefix = "" if version == 1 else f"{version}:"
-    return prefix + hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()

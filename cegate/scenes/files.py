@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from cegate.data.rasters import MASK_SUFFIXES, SUFFIXES, is_georeferenced
+from cegate.data.rasters import SUFFIXES
+from cegate.data.writing import MASK_SUFFIXES, is_georeferenced
 from cegate.errors import DataError
 from cegate.recipe import Recipe
 from cegate.runfolder import writable_folder

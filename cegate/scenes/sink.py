@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cegate.config import IGNORE
 from cegate.data.encoders import Writer
-from cegate.data.rasters import open_mask
+from cegate.data.writing import open_mask
 from cegate.runfolder import written_aside
 
 
@@ -122,7 +122,7 @@ def open_mask_file(
     path: Path, size: tuple[int, int], *, like: str | Path | None = None, palette: Sequence[str] | None = None
 ) -> Iterator[MaskFile]:
     """Write a .png or .tif file that is whole when the block ends well, and else absent; see
-    `cegate.data.rasters.open_mask`.
+    `cegate.data.writing.open_mask`.
 
     Raises:
         DataError: another suffix, or a size that differs from that of `like`.

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cegate.data.rasters import write_image
+from cegate.data.writing import write_image
 from cegate.errors import DataError
 from cegate.masks import BlockMask
 from cegate.style.injection import EarthStyleInjection, Region

@@ -34,7 +34,8 @@ from cegate.data.prepared import (
 from cegate.data.published.catalogue import plan_of
 from cegate.data.published.downloads import list_members
 from cegate.data.published.plan import Box, Options, Piece, Plan, Published, crop_boxes
-from cegate.data.rasters import read_header, write_image, write_mask
+from cegate.data.rasters import read_header
+from cegate.data.writing import write_image, write_mask
 from cegate.errors import DataError
 
 ASIDE = ".unfinished"
