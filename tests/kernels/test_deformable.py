@@ -75,9 +75,10 @@ def test_values_of_other_levels_and_second_derivatives_are_refused(device):
 
 def test_where_order_matters_it_does_not_run(device):
     tensors = make(*SHAPES[0], device)
-    torch.use_deterministic_algorithms(True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="no fixed order"):
             op("triton")(*tensors)
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode(before)
