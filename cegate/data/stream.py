@@ -293,6 +293,7 @@ class _Patience:
             yield
         except Exception as error:
             if self.is_over:
+                self._one_ended()  # torch's word of it comes within, not in the middle of what follows
                 raise _lost(f"gave nothing for {self.waited:.0f} s") from error
             if (lost := worker_lost(error)) is not None:
                 raise lost from error
@@ -312,8 +313,13 @@ class _Patience:
             return worker_lost(error) is not None
 
     def end(self) -> None:
-        """Nothing is waited for any more."""
-        self._done.set()
+        """Nothing is waited for any more; torch's word of a worker's end, which may come now, says nothing new."""
+        try:
+            self._done.set()
+        except RuntimeError as error:
+            if worker_lost(error) is None:
+                raise
+            self._done.set()
 
 
 def fetch(
