@@ -118,6 +118,7 @@ def fast_step(model: Segmenter, images: Tensor, labels: Tensor, device: str) -> 
     encoder = Encoder(model.encode, partial(list, learning), CudaGraph, cast)
 
     def work(data: StepData) -> Tensor:
+        optimiser.zero_grad(set_to_none=True)
         if device == "cuda" and not whole:
             encode = encoder.of_a_step()
             model.encode = lambda images, circuit=None: encode(images)
@@ -133,8 +134,6 @@ def fast_step(model: Segmenter, images: Tensor, labels: Tensor, device: str) -> 
     def step() -> Tensor:
         loss = run(data)
         optimiser.step()
-        if not run.is_recorded:
-            optimiser.zero_grad(set_to_none=True)
         return loss.clone()
 
     return step

@@ -159,6 +159,8 @@ class Stage:
         return self.losses.last
 
     def _forward_backward(self, data: StepData) -> Found:
+        # of the last played step, or the stage before, or a recording that failed half way
+        self.optimizer.zero_grad(set_to_none=True)
         if not self._is_fast():
             return self._as_written(data)
         # who asks for half precision does not ask for more in what autocast leaves alone
