@@ -44,7 +44,9 @@ class CudaGraph:
 
     def record(self, work: Callable[[], T]) -> T:
         # threads that pin memory, or watch NCCL, go on meanwhile
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+        # around it, for one that fails leaves its own stream the current one
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             return work()
 
     def play(self) -> None:

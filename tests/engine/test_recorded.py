@@ -16,7 +16,7 @@ from cegate import ops
 from cegate.backbone.backbone import Features
 from cegate.checkpoint import load_state
 from cegate.engine import stage as stage_module
-from cegate.engine.recorded import Encoder
+from cegate.engine.recorded import CudaGraph, Encoder
 from cegate.engine.sets import open_sets
 from cegate.engine.stage import Stage
 from cegate.engine.step_losses import Found
@@ -182,6 +182,38 @@ def test_gradients_of_the_stage_before_are_in_no_step_of_the_next_one(small, req
         assert (eager / name).read_bytes() == (recorded / name).read_bytes(), name
 
 
+def test_a_capture_that_fails_does_not_leave_its_stream_the_current_one(monkeypatch):
+    current = ["default"]
+
+    class Within:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before, current[0] = current[0], self.stream
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    class Failing:
+        def capture_begin(self, *_, **__):
+            pass
+
+        def capture_end(self):
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    for name, stub in (("stream", Within), ("current_stream", lambda: current[0]), ("Stream", lambda: "of captures")):
+        monkeypatch.setattr(torch.cuda, name, stub)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Failing)
+    with pytest.raises(RuntimeError, match="previous error"):
+        CudaGraph().record(lambda: current.append(current[0]))
+    assert current == ["default", "of captures"]
+
+
 # the backbone alone ---------------------------------------------------------------------------------------------------
 
 
@@ -320,7 +352,7 @@ def test_a_head_that_matches_on_the_host_is_not_recorded(small):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_recorded_steps_on_a_gpu_equal_steps_as_written(small):
+def test_recorded_steps_on_a_gpu_equal_steps_as_written(small, caplog):
     """50 steps: equal gates, and losses within the noise of bfloat16."""
     changes = {"run__device": "cuda", "train__iterations": 50, "gate__interval": 10, "train__log_every": 1}
     changes |= {"train__eval_every": 50, "train__checkpoint_every": 50}
@@ -331,5 +363,40 @@ def test_recorded_steps_on_a_gpu_equal_steps_as_written(small):
         gates = [json.loads(line)["active"] for line in (path / "gates.jsonl").read_text().splitlines()]
         found.append(([line["loss"] for line in lines if "loss" in line], gates))
     (a, gates_a), (b, gates_b) = found
+    assert "recording one failed" not in caplog.text
     assert gates_a == gates_b
     torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", PARTLY)
+def test_a_recorded_backbone_on_a_gpu_gives_the_losses_of_steps_as_written(kind, small, caplog, request):
+    changes = {"run__device": "cuda", "train__iterations": 8, "gate__interval": 4, "train__log_every": 1}
+    changes |= {"train__lr": 1e-4, "train__eval_every": 8, "train__checkpoint_every": 8} | PARTLY[kind]
+    if kind == "mask2former":
+        request.getfixturevalue("little_mask2former")
+    found = []
+    for speed in ("eager", "auto"):
+        path = train(small(speed, run__speed=speed, **changes)).path
+        lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        found.append(torch.tensor([line["loss"] for line in lines if "loss" in line]))
+    assert "recording one failed" not in caplog.text
+    torch.testing.assert_close(*found, rtol=5e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_capture_that_fails_leaves_the_device_as_it_was():
+    before, images = torch.cuda.current_stream(), torch.ones(2, 1, device="cuda")
+
+    def encode(images: torch.Tensor, *, plain: bool) -> Features:
+        return Features([images * images.sum().item() + torch.rand(1, device="cuda") * 0], (1, 1))
+
+    encoder = Encoder(encode, list, CudaGraph)
+    for _ in range(3):
+        (found,) = encoder.of_a_step()(images).maps
+        assert found.tolist() == [[2], [2]]
+        torch.manual_seed(0)
+    assert encoder.fails and torch.cuda.current_stream() == before
+    torch.cuda.empty_cache()
