@@ -140,6 +140,7 @@ class Encoder:
     def forget(self) -> None:
         """Before another plan: the next passes run as they are written."""
         self._passes: dict[tuple, _Encoded | None] = {}
+        self._cast: Cast | None = None
 
     def of_a_step(self) -> Callable[..., Features]:
         """``encode`` for the passes of one step, in their order."""
@@ -161,7 +162,7 @@ class Encoder:
     def _record(self, key: tuple, images: Tensor) -> bool:
         learning = [w for w in self.weights() if w.requires_grad]
         try:
-            cast = self.cast()
+            self._cast = cast = self.cast() if self._cast is None else self._cast  # one for all passes
             with reading(cast), _uncached_casts():
                 self._passes[key] = _Encoded(
                     lambda still: self.encode(still, plain=key[-1]), images, learning, self.graph

@@ -180,6 +180,13 @@ class Stage:
         self.scaler.scale(loss).backward()
         return Found(loss.detach(), terms)
 
+    def forget_passes(self) -> None:
+        """Give back what recorded passes hold: before another plan, and where the stage ends."""
+        self.passes.forget()
+        if self.encoder is not None:
+            self.encoder.forget()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _is_fast(self) -> bool:
         """Whether steps may run in another way than they are written."""
         return self.config.run.speed == "auto" and self.numerics.device.type == "cuda"
@@ -238,10 +245,7 @@ class Stage:
         """
         started = time.perf_counter()
         self.losses.read()
-        self.passes.forget()
-        if self.encoder is not None:
-            self.encoder.forget()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_passes()
         mass = self.measure(progress) if self.config.gate.method == "fisher" else {}
         self.is_whole = False
         chosen = self.gate.choose(self.iteration, mass)

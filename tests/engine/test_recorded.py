@@ -173,11 +173,20 @@ def test_a_recording_that_fails_half_way_leaves_no_gradient_and_no_process_alone
     assert max(reads) > 1  # still together: reading is a sum over the team, in which nothing may have failed elsewhere
 
 
-def test_gradients_of_the_stage_before_are_in_no_step_of_the_next_one(small, request):
+def test_gradients_and_memory_of_the_stage_before_are_not_in_the_next_one(small, monkeypatch, request):
     changes = {"train__iterations": 3, "train__baseline": True, "gate__method": "all"}  # nothing is scored
     eager = train(small("eager", **changes)).path
     request.getfixturevalue("recording")
+    stages, begin = [], Stage.__init__
+
+    def note(self, *args):
+        stages.append(self)
+        assert StandIn.recorded == len(stages) - 1 and not any(stage.passes.is_recorded for stage in stages[:-1])
+        begin(self, *args)
+
+    monkeypatch.setattr(Stage, "__init__", note)
     recorded = train(small("recorded", **changes)).path
+    assert len(stages) == 2
     for name in (SAME[0], SAME[2]):
         assert (eager / name).read_bytes() == (recorded / name).read_bytes(), name
 
@@ -294,13 +303,14 @@ def test_where_recording_a_pass_fails_the_others_give_their_memory_back():
             raise RuntimeError("CUDA out of memory")
         return Features([images * 2], (1, 1))
 
-    fails, encoder = False, Encoder(encode, list, PartStandIn)
+    casts: list[int] = []
+    fails, encoder = False, Encoder(encode, list, PartStandIn, lambda: casts.append(0) or {})
     for batch, held in ((1, 0), (1, 1), (2, 1), (2, 0), (1, 0)):
         fails = (batch, held) == (2, 0) and not encoder.fails and encoder._passes[(0, (2, 1), False, False)] is None
         with contextlib.suppress(RuntimeError):  # as written it fails too, here
             encoder.of_a_step()(torch.ones(batch, 1))
         assert sum(known is not None for known in encoder._passes.values()) == held
-    assert encoder.fails
+    assert encoder.fails and len(casts) == 1
 
 
 @pytest.mark.parametrize(("precision", "narrow"), [("bf16", True), ("fp32", False)])
