@@ -160,7 +160,9 @@ def deformable_attention(
     if values.shape[1] != sum(h * w for h, w in sizes):
         raise ValueError(f"deformable_attention: {values.shape[1]} values for levels of {sizes}")
     tensors = {"values": values, "places": places, "weights": weights}
-    chosen = pick_backend("deformable_attention", backend, (torch.float32,), **tensors)
+    is_strict = torch.get_deterministic_debug_mode() == 2  # an error, not a warning
+    limits = ["deterministic algorithms are on, and gradients of values are summed in no fixed order"] * is_strict
+    chosen = pick_backend("deformable_attention", backend, (torch.float32,), limits, **tensors)
     if chosen == "torch" or is_traced(values) or not weights.numel():
         return _plain(values, places, weights, sizes)
     table = level_table(sizes, values.device) if table is None else table

@@ -215,9 +215,14 @@ def test_build_takes_a_dict_and_names_an_unknown_key():
         ({"gate": GateConfig(method="fixed")}, ConfigError, "gate.sites"),
         ({"data": replace(CONFIG.data, classes=["only"])}, ConfigError, "at least two classes"),
         ({"data": replace(CONFIG.data, palette=["#FFFFFF"])}, ConfigError, "1 colours for 3 classes"),
+        (
+            {"data": replace(CONFIG.data, crop=7)},
+            BackboneError,
+            r"7 px are less than a patch of 8",
+        ),
         ({"data": replace(CONFIG.data, crop=60)}, BackboneError, r"data\.crop=60 is no multiple of .* 8; use 56 or 64"),
     ],
-    ids=["k", "site", "no-sites", "classes", "palette", "crop"],
+    ids=["k", "site", "no-sites", "classes", "palette", "little", "crop"],
 )
 def test_what_does_not_fit_is_named(change, error, message):
     with pytest.raises(error, match=message):

@@ -64,7 +64,8 @@ def build_vit(
     """
     plain = resample == "plain" and weights == "auto" and name != TINY
     vit = _create(name, weights == "auto" and not plain, image_size, patch_size, in_chans)
-    Backbone(vit)
+    if image_size < (patch := Backbone(vit).patch):
+        raise BackboneError(f"{image_size} px are less than a patch of {patch}; use a larger data.crop")
     if weights == "none":
         log.warning("backbone %s has RANDOM weights (model.weights=none)", name)
     elif name == TINY and weights == "auto":

@@ -13,7 +13,7 @@ from torch import nn
 
 from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import STAGES, trained_weights
-from cegate.compute import precision_of
+from cegate.compute import pick_device, precision_of
 from cegate.config import Config
 from cegate.configfile import domain_title
 from cegate.data.sets import SegmentationSet
@@ -124,7 +124,12 @@ def describe(config: Config) -> str:
     config, sets = open_sets(config)
     segmenter = build(config)
     path = folder_of(config)
-    return "\n".join([f"run folder: {path}{' (exists)' if path.exists() else ''}", *facts_of(config, sets, segmenter)])
+    lines = [f"run folder: {path}{' (exists)' if path.exists() else ''}", *facts_of(config, sets, segmenter)]
+    try:
+        pick_device(config.run.device)
+    except ConfigError as error:  # a job may be described where it does not run
+        lines.append(f"not on this machine: {error}")
+    return "\n".join(lines)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------

@@ -158,6 +158,13 @@ def test_bf16_trains(small, no_figures):
     assert json.loads((result.path / "env.json").read_text())["precision"] == "bf16"
 
 
+def test_describe_says_that_a_device_is_not_here(small):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    lines = describe(small(run__device="cuda")).splitlines()
+    assert lines[-1].startswith("not on this machine: device 'cuda' is not there; this machine has 0 GPUs")
+
+
 def test_describe_says_what_a_run_would_do_and_writes_nothing(small, tmp_path):
     text = describe(small())
     assert all(word in text for word in ("4 images", "arid", "24 sites", "5 best", "7 iterations", str(tmp_path)))

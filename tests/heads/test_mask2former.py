@@ -152,8 +152,8 @@ class _Calls(TorchDispatchMode):
 
 
 @pytest.mark.skipif(not (HAS_TRITON and is_interpreted()), reason="Triton is not installed, or its interpreter is off")
-def test_deformable_attention_by_its_kernel_gives_the_same_predictions_and_gradients(head, monkeypatch):
-    head.float()
+def test_deformable_attention_by_its_kernel_gives_the_same_predictions_and_gradients(monkeypatch):
+    head = Mask2FormerHead(CHANNELS, CLASSES, queries=7, width=32, encoder_layers=1, decoder_layers=2)
     features = [torch.randn(1, CHANNELS, 2, 3, requires_grad=True) for _ in range(4)]  # few: the interpreter is slow
     probe, calls = torch.randn(1, CLASSES, 24, 12), []
 
@@ -169,7 +169,7 @@ def test_deformable_attention_by_its_kernel_gives_the_same_predictions_and_gradi
             logits = head(features, (24, 12))
         weights = [weight for weight in head.decoder.pixel_decoder.parameters() if weight.requires_grad]
         found.append([logits, *torch.autograd.grad((logits * probe).sum(), [*features, *weights], allow_unused=True)])
-    assert calls == ["torch", "torch", "auto", "auto"]
+    assert calls == ["torch", "auto"]
     largest = max(gradient.abs().max().item() for gradient in found[1][1:] if gradient is not None)
     for mine, other in zip(*found, strict=True):  # some are zero but for rounding: a norm follows
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5 * largest)

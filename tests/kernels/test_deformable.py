@@ -71,3 +71,14 @@ def test_values_of_other_levels_and_second_derivatives_are_refused(device):
     found = op("triton")(values.requires_grad_(), places, weights)
     with pytest.raises(NotImplementedError, match="deformable_attention"):
         torch.autograd.grad(found.square().sum(), values, create_graph=True)
+
+
+def test_where_order_matters_it_does_not_run(device):
+    tensors = make(*SHAPES[0], device)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="no fixed order"):
+            op("triton")(*tensors)
+    finally:
+        torch.set_deterministic_debug_mode(before)
