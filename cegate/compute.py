@@ -61,10 +61,16 @@ def precision_of(name: str, device: torch.device) -> tuple[str, Precision]:
 @contextmanager
 def tf32() -> Iterator[None]:
     """Inside, a GPU rounds what float32 products multiply to TF32, 10 bits of mantissa, as its convolutions do anyway;
-    without it they leave the tensor cores idle."""
-    before = torch.backends.cuda.matmul.allow_tf32
+    without it they leave the tensor cores idle. What a program has said of it by torch's newer settings stays."""
+    try:
+        chosen = torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:  # by `fp32_precision`, beside which torch refuses this one
+        chosen = True
+    if chosen:
+        yield
+        return
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+        torch.backends.cuda.matmul.allow_tf32 = False

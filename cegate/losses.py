@@ -53,7 +53,8 @@ class PixelLoss:
         if self == PixelLoss():
             return pixel_cross_entropy(logits, labels, weights)
         logits = at_least_float32(logits)
-        factors = logits.new_tensor(self.class_weights or [1.0] * logits.shape[1])  # [K]
+        # filled on the device: a CUDA graph cannot record a copy from the host
+        factors = torch.stack([logits.new_full((), w) for w in self.class_weights or [1.0] * logits.shape[1]])  # [K]
         true = labels.where(labels != IGNORE, 0)
         weighed = factors[true] if weights is None else factors[true] * weights
         per_pixel = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")  # [B, H, W]

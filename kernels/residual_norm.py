@@ -162,8 +162,8 @@ def residual_norm(
         chosen = pick_backend("residual_norm", backend, branch=branch)
     if chosen == "torch" or is_traced(x) or not x.numel():  # a compiler fuses the formula by itself
         return _plain(x, branch, scale, weight, bias, eps)
-    x, branch = x.contiguous(), None if branch is None else branch.contiguous()
-    return _ResidualNorm.apply(x, branch, scale, weight, bias, float(eps), compute_dtype(x))
+    given = (None if t is None else t.contiguous() for t in (x, branch, scale, weight, bias))
+    return _ResidualNorm.apply(*given, float(eps), compute_dtype(x))
 
 
 def _plain(x, branch, scale, weight, bias, eps) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import nullcontext
 
 import pytest
@@ -44,6 +46,18 @@ def test_the_cpu_computes_in_float32_unless_told_otherwise():
     assert precision_of("auto", torch.device("cpu")) == ("fp32", nullcontext)
     with precision_of("bf16", torch.device("cpu"))[1]():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    "setting", ["backends.cuda.matmul.fp32_precision = 'tf32'", "set_float32_matmul_precision('medium')"]
+)
+def test_tf32_leaves_alone_what_the_program_has_set(setting):
+    look = "print(torch.backends.cuda.matmul.fp32_precision)"
+    if "medium" in setting:
+        look = "print(torch.get_float32_matmul_precision())"
+    code = f"import torch\nfrom cegate.compute import tf32\ntorch.{setting}\n{look}\nwith tf32(): {look}\n{look}"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert len(found) == 3 and len(set(found)) == 1
 
 
 def test_tf32_ends_with_its_context_whatever_happens():

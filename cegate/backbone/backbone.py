@@ -55,7 +55,9 @@ class Rotary:
     form = staticmethod(blocks.read_form)
 
     def stem(self, vit: nn.Module, images: Tensor) -> tuple[Tensor, tuple[int, int], object]:
-        x, rope = vit._pos_embed(vit.patch_embed(images))
+        x = vit.patch_embed(images)
+        with images.device:  # timm makes DINOv3's places where it names no device; no copy from there can be recorded
+            x, rope = vit._pos_embed(x)
         return vit.norm_pre(x), vit.patch_embed.dynamic_feat_size(images.shape[-2:]), (rope, vit)
 
     def run(self, form, block, layer, stream, beside, ports, tokens):

@@ -271,7 +271,7 @@ def _with_padding(q: Tensor, k: Tensor, v: Tensor, side: tuple[int, int], cut: C
     q = torch.cat([q[..., :-1], logit[..., None].to(q.dtype)], -1)
     key, value = k.new_zeros(2, k.shape[1], d) if padding is None else padding.to(k.dtype)
     rest = k.shape[-1] - d
-    key = torch.cat([key, F.one_hot(torch.tensor(rest - 1), rest).to(key).expand(len(key), -1)], -1)
+    key = F.pad(F.pad(key, (0, rest - 1)), (0, 1), value=1)
     every = (len(k), -1, -1, -1)
     k = torch.cat([k, key[:, None].expand(every)], 2)
     return q, k, torch.cat([v, F.pad(value, (0, rest))[:, None].expand(every)], 2)

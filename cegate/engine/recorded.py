@@ -44,7 +44,9 @@ class CudaGraph:
 
     def record(self, work: Callable[[], T]) -> T:
         # threads that pin memory, or watch NCCL, go on meanwhile
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        capture = torch.cuda.graph(self._graph, capture_error_mode="thread_local")
+        # around it, for one that fails leaves its own stream the current one
+        with torch.cuda.stream(torch.cuda.current_stream()), capture:
             return work()
 
     def play(self) -> None:
@@ -59,7 +61,7 @@ class Pass:
     play overwrites them.
 
     Args:
-        work: what a step needs, on the device -> what it gives; leaves the gradients on the weights.
+        work: what a step needs, on the device -> what it gives; leaves its gradients on the weights, and no others.
         graph: makes a graph; None: nothing is recorded.
         cast: what a recorded pass reads in place of frozen weights.
     """
@@ -71,12 +73,9 @@ class Pass:
         cast: Callable[[], Cast] = dict,
     ) -> None:
         self.work, self.graph, self.cast = work, graph, cast
+        self.records = graph is not None
+        """Whether passes are meant to be recorded: the same in every process of a team, though one of them may fail."""
         self.forget()
-
-    @property
-    def records(self) -> bool:
-        """Whether passes are recorded at all."""
-        return self.graph is not None
 
     @property
     def is_recorded(self) -> bool:
@@ -88,25 +87,29 @@ class Pass:
         self._has_run, self._played = False, None
 
     def __call__(self, data: StepData) -> T:
-        """Gradients of a step. Those of the weights must be None before, unless the last pass was played."""
+        """What the work gives, and its gradients on the weights."""
         if self.graph is None or not self._has_run:
             self._has_run = True
             return self.work(data)
-        if self._played is None:
-            still = replace(data, source=data.source.clone())
-            graph, cast = self.graph(), self.cast()
-            try:
-                with reading(cast):
-                    found = graph.record(lambda: self.work(still))
-            except RuntimeError as error:
-                log.warning("run.speed=auto: steps go on as they are written, for recording one failed: %s", error)
-                self.graph = None
-                return self.work(data)
-            self._played = graph, still, found, cast  # cast lives as long as the graph that reads it
+        if self._played is None and not self._record(data):
+            return self.work(data)  # not inside `except`: there the error holds what recording has allocated
         graph, still, found, _ = self._played
         still.source.fill(data.source)
         graph.play()
         return found
+
+    def _record(self, data: StepData) -> bool:
+        still = replace(data, source=data.source.clone())
+        try:
+            graph, cast = self.graph(), self.cast()
+            with reading(cast):
+                found = graph.record(lambda: self.work(still))
+        except RuntimeError as error:
+            log.warning("run.speed=auto: steps go on as they are written, for recording one failed: %s", error)
+            self.graph = None
+            return False
+        self._played = graph, still, found, cast  # cast lives as long as the graph that reads it
+        return True
 
 
 class Encoder:
@@ -137,6 +140,7 @@ class Encoder:
     def forget(self) -> None:
         """Before another plan: the next passes run as they are written."""
         self._passes: dict[tuple, _Encoded | None] = {}
+        self._cast: Cast | None = None
 
     def of_a_step(self) -> Callable[..., Features]:
         """``encode`` for the passes of one step, in their order."""
@@ -156,8 +160,9 @@ class Encoder:
         return encode
 
     def _record(self, key: tuple, images: Tensor) -> bool:
-        learning, cast = [w for w in self.weights() if w.requires_grad], self.cast()
+        learning = [w for w in self.weights() if w.requires_grad]
         try:
+            self._cast = cast = self.cast() if self._cast is None else self._cast  # one for all passes
             with reading(cast), _uncached_casts():
                 self._passes[key] = _Encoded(
                     lambda still: self.encode(still, plain=key[-1]), images, learning, self.graph
@@ -165,6 +170,7 @@ class Encoder:
         except RuntimeError as error:
             log.warning("run.speed=auto: steps go on as they are written, for recording one failed: %s", error)
             self.fails = True
+            self.forget()  # what the others hold may be what was lacking
             return False
         self._passes[key].cast = cast  # lives as long as the graphs that read it
         return True

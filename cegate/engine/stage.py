@@ -159,6 +159,8 @@ class Stage:
         return self.losses.last
 
     def _forward_backward(self, data: StepData) -> Found:
+        # of the last played step, or the stage before, or a recording that failed half way
+        self.optimizer.zero_grad(set_to_none=True)
         if not self._is_fast():
             return self._as_written(data)
         # who asks for half precision does not ask for more in what autocast leaves alone
@@ -177,6 +179,13 @@ class Stage:
         loss = torch.stack([term.weight * term.losses.float().mean() for term in terms]).sum()
         self.scaler.scale(loss).backward()
         return Found(loss.detach(), terms)
+
+    def forget_passes(self) -> None:
+        """Give back what recorded passes hold: before another plan, and where the stage ends."""
+        self.passes.forget()
+        if self.encoder is not None:
+            self.encoder.forget()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _is_fast(self) -> bool:
         """Whether steps may run in another way than they are written."""
@@ -236,10 +245,7 @@ class Stage:
         """
         started = time.perf_counter()
         self.losses.read()
-        self.passes.forget()
-        if self.encoder is not None:
-            self.encoder.forget()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.forget_passes()
         mass = self.measure(progress) if self.config.gate.method == "fisher" else {}
         self.is_whole = False
         chosen = self.gate.choose(self.iteration, mass)

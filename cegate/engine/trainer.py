@@ -161,6 +161,7 @@ def _train(
                     recorder.plan(network.toolbox.plan)
                 reporter.begin(name, stage.iteration)
                 _Loop(stage, recorder, reporter, interrupt, _go_on(run)).run(resumes)
+                stage.forget_passes()  # a stage refers to itself, so it may stay for long
         result = recorder.finish(stage)
         if team.is_writer:
             _draw(run, stage, recorder)

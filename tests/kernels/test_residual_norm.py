@@ -80,6 +80,13 @@ def test_frozen_inputs_want_no_gradient_and_a_weight_that_learns_gets_one(device
         residual_norm(x, branch, scale, weight, bias, EPS, backend="triton")
 
 
+def test_weights_may_have_any_strides(device):
+    x, branch, *weights = make((4, 40), torch.float32, PARTS[0], device)
+    sparse = [torch.stack([w, torch.full_like(w, 9)], 1)[:, 0] for w in weights]
+    found = [residual_norm(x, branch, *given, EPS, backend="triton") for given in (weights, sparse)]
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def test_second_derivatives_are_refused(device):
     x, branch, *weights = make((4, 40), torch.float32, PARTS[0], device)
     _, h = residual_norm(x, branch, *weights, EPS, backend="triton")
