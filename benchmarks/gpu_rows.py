@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -32,10 +33,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from cegate import ops
-from cegate.backbone.frozen import cast_frozen
-from cegate.compute import tf32
+from cegate.backbone.backbone import Features
+from cegate.compute import Numerics
 from cegate.data.stream import Batch
-from cegate.engine.recorded import CudaGraph, Encoder, Pass
+from cegate.engine.passes import Passes
+from cegate.engine.step_losses import Found
 from cegate.fisher import measure_fisher
 from cegate.gate import GatePlan
 from cegate.kernels.frequency_adapter import frequency_adapter_fft
@@ -110,34 +112,29 @@ def line(what: str, found: Measured, tflop: float | None = None, note: str = "")
 # training steps -----------------------------------------------------------------------------------------------------
 
 
-def fast_step(model: Segmenter, images: Tensor, labels: Tensor, device: str) -> Callable[[], Tensor]:
-    """As training with run.speed=auto makes it: the pass recorded whole, or its backbone; the optimiser behind it."""
-    learning = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(learning, lr=1e-4, fused=True)
-    cast, whole = partial(cast_frozen, model.vit, torch.bfloat16), model.head.recordable
-    encoder = Encoder(model.encode, partial(list, learning), CudaGraph, cast)
+def fast_step(model: Segmenter, images: Tensor, labels: Tensor, device: str) -> tuple[Callable[[], Tensor], Passes]:
+    """As training with run.speed=auto makes it, the optimiser behind it; and what says whether it was recorded."""
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    run, batch = model.encode, Batch(images, labels, [str(k) for k in range(len(images))])
 
-    def work(data: StepData) -> Tensor:
+    def work(data: StepData, encode: Callable[..., Features] | None) -> Found:
         optimiser.zero_grad(set_to_none=True)
-        if device == "cuda" and not whole:
-            encode = encoder.of_a_step()
-            model.encode = lambda images, circuit=None: encode(images)
-        with ops.fused(), tf32():
-            with mixed_precision(device):
-                loss = model.loss(data.source.image, data.source.label).mean()
-            loss.backward()
-        return loss.detach()
+        with mixed_precision(device):
+            features = model.neck((encode or run)(data.source.image), data.source.image)
+            loss = model.loss_of(features, data.source.label).mean()
+        loss.backward()
+        return Found(loss.detach(), [])
 
-    run = Pass(work, CudaGraph if device == "cuda" and whole else None, cast)
-    data = StepData(Batch(images, labels, [str(k) for k in range(len(images))]), {}, torch.empty(0))
+    numerics = Numerics(torch.device(device), "bf16", partial(mixed_precision, device))
+    task = SimpleNamespace(name="segmentation", recordable=model.head.recordable)
+    passes, data = Passes(work, "auto", numerics, model, [task]), StepData(batch, {}, torch.empty(0))
 
     def step() -> Tensor:
-        loss = run(data)
+        loss = passes(data).loss.clone()
         optimiser.step()
-        return loss.clone()
+        return loss
 
-    step.fails = lambda: not run.is_recorded if whole else encoder.fails
-    return step
+    return step, passes
 
 
 def compiled_lora() -> nn.Module:
@@ -160,22 +157,23 @@ def training_step(name: str, builder: Callable[[], nn.Module], passes: float, ou
         torch.manual_seed(0)
         model = builder()
         began = time.perf_counter()
-        step = fast_step(model, *batch, device) if way == "auto" else steps.make_step(model, *batch)
+        fast = way == "auto"
+        step, passes_of = fast_step(model, *batch, device) if fast else (steps.make_step(model, *batch), None)
         losses[way] = [step().item() for _ in range(4)]
         note = f"first four steps {time.perf_counter() - began:.1f} s"
         off = max(abs(a - b) / abs(a) for a, b in zip(losses["as written"], losses[way], strict=True))
         note += "" if way == "as written" else f"; losses off by {off:.1e} at most"
-        if way == "auto" and device == "cuda" and step.fails():
+        if fast and device == "cuda" and not passes_of.is_played:
             note += "; **recording failed, as written**"
         if off > LOSS_TOLERANCE:
             note = f"**WRONG: losses {losses}**"
         yield line(f"{name}, {way}", measure(step), FORWARD_TFLOP * passes, note)
-        del model, step
+        del model, step, passes_of
 
 
 def largest_kernels(device: str) -> Iterator[str]:
     """The twenty that a step with 18 sites spends most time in."""
-    step = fast_step(steps.gated(steps.SITES), *make_batch(steps.SIZE, device=device), device)
+    step, _ = fast_step(steps.gated(steps.SITES), *make_batch(steps.SIZE, device=device), device)
     for _ in range(4):
         step()
     yield f"\n| kernel of a step with run.speed=auto and {steps.SITES} sites | ms | launches |\n|---|--:|--:|"

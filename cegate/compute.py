@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,17 @@ from cegate.kernels._support import MIN_CAPABILITY
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the autocast context of a forward pass."""
+
+
+@dataclass(frozen=True)
+class Numerics:
+    """How a run computes."""
+
+    device: torch.device
+    name: str
+    """fp32, bf16 or fp16."""
+    precision: Precision
+    """Makes the autocast context of a forward pass."""
 
 
 _DEVICES = "use auto, cpu, cuda or cuda:<index>"

@@ -142,6 +142,11 @@ class Encoder:
         self._passes: dict[tuple, _Encoded | None] = {}
         self._cast: Cast | None = None
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a pass is recorded."""
+        return any(self._passes.values())
+
     def of_a_step(self) -> Callable[..., Features]:
         """``encode`` for the passes of one step, in their order."""
         count = 0

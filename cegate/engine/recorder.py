@@ -19,6 +19,7 @@ from cegate.checkpoint import (
     restore,
     save_state,
 )
+from cegate.compute import Numerics
 from cegate.config import Config
 from cegate.configfile import SOURCE_DOMAIN, domain_title, to_yaml
 from cegate.engine import evaluator, results
@@ -29,7 +30,7 @@ from cegate.engine.gating import Round
 from cegate.engine.results import Result, stage_title
 from cegate.engine.runtime import peak_memory
 from cegate.engine.sets import Sets
-from cegate.engine.stage import Numerics, Stage
+from cegate.engine.stage import Stage
 from cegate.engine.step_losses import NotFiniteError
 from cegate.errors import CheckpointError, TrainingError
 from cegate.figures import headline

@@ -6,8 +6,6 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cegate import ops
 from cegate.adapters import misfits
-from cegate.backbone.frozen import Cast, cast_frozen
+from cegate.backbone.backbone import Features
 from cegate.checkpoint import State, load_trained, restore, trained_weights
-from cegate.compute import Precision, tf32
+from cegate.compute import Numerics
 from cegate.config import IGNORE, Config
 from cegate.data.stream import Batch
 from cegate.engine.gating import Gate, Round
-from cegate.engine.recorded import CudaGraph, Encoder, Pass
+from cegate.engine.passes import Passes
 from cegate.engine.runtime import seed_everything
 from cegate.engine.schedule import learning_rate, make_optimizer
 from cegate.engine.sets import Sets
@@ -45,17 +42,6 @@ FISHER_LOSS_SCALE = 1024.0
 MOST_UNREAD = 100
 # a set that has shown no label in so many iterations has none
 UNLABELLED_AFTER = 100
-
-
-@dataclass(frozen=True)
-class Numerics:
-    """How a run computes."""
-
-    device: torch.device
-    name: str
-    """fp32, bf16 or fp16."""
-    precision: Precision
-    """Makes the autocast context of a forward pass."""
 
 
 class Stage:
@@ -103,11 +89,7 @@ class Stage:
         """False from a scoring, or the begin of a step, to the step's end: a state would be half old, half new."""
         self.class_pixels = torch.zeros(256, dtype=torch.int64)
         self.losses = StepLosses(team)
-        whole = self._records()
-        self.passes = Pass(self._forward_backward, CudaGraph if whole else None, self._cast)
-        self.encoder = None
-        if self._is_fast() and not whole:
-            self.encoder = Encoder(network.encode, self._weights_of_features, CudaGraph, self._cast)
+        self.passes = Passes(self._forward_backward, config.run.speed, numerics, network, self.tasks)
         self.step_seconds: list[float] = []
         self.score_seconds: list[float] = []
 
@@ -158,18 +140,10 @@ class Stage:
         self._refuse_no_labels()
         return self.losses.last
 
-    def _forward_backward(self, data: StepData) -> Found:
+    def _forward_backward(self, data: StepData, encode: Callable[..., Features] | None) -> Found:
         # of the last played step, or the stage before, or a recording that failed half way
         self.optimizer.zero_grad(set_to_none=True)
-        if not self._is_fast():
-            return self._as_written(data)
-        # who asks for half precision does not ask for more in what autocast leaves alone
-        with ops.fused(), nullcontext() if self.numerics.name == "fp32" else tf32():
-            return self._as_written(data)
-
-    def _as_written(self, data: StepData) -> Found:
         run, slots = self.config.run, self.stream.source.slots
-        encode = None if self.encoder is None else self.encoder.of_a_step()
         step = Step(self.iteration, data.source, self.network, run.seed, data.drawn, slots, run=encode)
         with self.numerics.precision():
             for task in self.tasks:
@@ -183,30 +157,7 @@ class Stage:
     def forget_passes(self) -> None:
         """Give back what recorded passes hold: before another plan, and where the stage ends."""
         self.passes.forget()
-        if self.encoder is not None:
-            self.encoder.forget()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _is_fast(self) -> bool:
-        """Whether steps may run in another way than they are written."""
-        return self.config.run.speed == "auto" and self.numerics.device.type == "cuda"
-
-    def _records(self) -> bool:
-        """Whether whole steps are recorded; says why not, where they were meant to be."""
-        if not self._is_fast():
-            return False
-        hindrances = [f"the task {task.name}" for task in self.tasks if not task.recordable]
-        hindrances += ["run.precision=fp16"] if self.scaler.is_enabled() else []
-        if hindrances:
-            log.info("run.speed=auto: of a step the backbone alone is recorded, because of %s", ", ".join(hindrances))
-        return not hindrances
-
-    def _weights_of_features(self) -> list[nn.Parameter]:
-        return [w for name, m in self.network.learning_modules().items() if name != "head" for w in m.parameters()]
-
-    def _cast(self) -> Cast:
-        half = {"bf16": torch.bfloat16}.get(self.numerics.name)
-        return {} if half is None else cast_frozen(self.network.vit, half)
 
     def _refuse_no_labels(self) -> None:
         done, train = self.iteration, self.config.train

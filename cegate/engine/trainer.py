@@ -13,7 +13,7 @@ from torch import nn
 
 from cegate.backbone.vit import weight_hash
 from cegate.checkpoint import STAGES, trained_weights
-from cegate.compute import pick_device, precision_of
+from cegate.compute import Numerics, pick_device, precision_of
 from cegate.config import Config
 from cegate.configfile import domain_title
 from cegate.data.sets import SegmentationSet
@@ -27,7 +27,7 @@ from cegate.engine.recorder import Recorder, Silent
 from cegate.engine.results import Result, stage_title
 from cegate.engine.runtime import Interrupt, deterministic
 from cegate.engine.sets import Sets, open_sets, value_range_of
-from cegate.engine.stage import Numerics, Stage
+from cegate.engine.stage import Stage
 from cegate.engine.step_losses import NotFiniteError
 from cegate.engine.team import Team, open_team
 from cegate.errors import ConfigError

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cegate.checkpoint import trained_weights
-from cegate.compute import pick_device, precision_of
+from cegate.compute import Numerics, pick_device, precision_of
 from cegate.config import Config
 from cegate.configfile import domain_title
 from cegate.data.sets import Item, SegmentationSet
@@ -23,7 +23,7 @@ from cegate.engine.evaluator import evaluate, percent, windows_of
 from cegate.engine.progress import Reporter
 from cegate.engine.runtime import deterministic
 from cegate.engine.sets import Sets, open_sets, value_range_of
-from cegate.engine.stage import Numerics, Stage
+from cegate.engine.stage import Stage
 from cegate.engine.step_losses import NotFiniteError
 from cegate.engine.team import Team
 from cegate.errors import CheckpointError, ConfigError, rate_text

@@ -12,9 +12,9 @@ import torch
 
 from cegate.adapter_folder import load_adapter
 from cegate.checkpoint import load_checkpoint, load_state, trained_weights
-from cegate.compute import precision_of
+from cegate.compute import Numerics, precision_of
 from cegate.engine.sets import open_sets
-from cegate.engine.stage import Numerics, Stage
+from cegate.engine.stage import Stage
 from cegate.engine.team import Team
 from cegate.engine.trainer import describe, train
 from cegate.errors import CheckpointError, ConfigError

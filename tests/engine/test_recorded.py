@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ import torch
 from cegate import ops
 from cegate.backbone.backbone import Features
 from cegate.checkpoint import load_state
+from cegate.compute import Numerics
+from cegate.engine import passes
 from cegate.engine import stage as stage_module
 from cegate.engine.recorded import CudaGraph, Encoder
 from cegate.engine.sets import open_sets
@@ -67,14 +70,17 @@ def _tensors(found: Found) -> list[torch.Tensor]:
 def recording(monkeypatch):
     """Let every stage record, on the CPU."""
 
-    def records(self: Stage) -> bool:
-        StandIn.weights = tuple(p for group in self.optimizer.param_groups for p in group["params"])
-        return all(task.recordable for task in self.tasks)
+    begin = passes.Passes.__init__
+
+    def note(self, work, *rest):
+        StandIn.weights = tuple(p for group in work.__self__.optimizer.param_groups for p in group["params"])
+        begin(self, work, *rest)
 
     monkeypatch.setattr(StandIn, "recorded", 0)
     monkeypatch.setattr(StandIn, "played", 0)
-    monkeypatch.setattr(stage_module, "CudaGraph", StandIn)
-    monkeypatch.setattr(Stage, "_records", records)
+    monkeypatch.setattr(passes, "CudaGraph", StandIn)
+    monkeypatch.setattr(passes, "is_fast", lambda speed, device: True)
+    monkeypatch.setattr(passes.Passes, "__init__", note)
 
 
 CHANGES = {"train__iterations": 9, "train__baseline": True, "gate__inactive": "frozen", "train__clip": 1.0}
@@ -125,7 +131,7 @@ def test_a_loss_that_is_not_finite_is_found_late_with_its_batch_and_nothing_of_i
     small, monkeypatch, recording
 ):
     config = small("nan", train__iterations=9, train__log_every=4, train__checkpoint_every=4, gate__interval=100)
-    names, run = [], stage_module.Pass.__call__
+    names, run = [], passes.Pass.__call__
 
     def call(self, data):
         names.append(data.source.names)
@@ -135,7 +141,7 @@ def test_a_loss_that_is_not_finite_is_found_late_with_its_batch_and_nothing_of_i
             found.loss.fill_(math.nan)
         return found
 
-    monkeypatch.setattr(stage_module.Pass, "__call__", call)
+    monkeypatch.setattr(passes.Pass, "__call__", call)
     with pytest.raises(TrainingError, match=r"the loss of iteration 5 is not finite for ") as error:
         train(config)
     assert names[5][0] in str(error.value)
@@ -249,8 +255,8 @@ class PartStandIn:
 
 def in_part(monkeypatch):
     """Let stages that record no whole step record the backbone, on the CPU."""
-    monkeypatch.setattr(Stage, "_is_fast", lambda self: True)
-    monkeypatch.setattr(stage_module, "CudaGraph", PartStandIn)
+    monkeypatch.setattr(passes, "is_fast", lambda speed, device: True)
+    monkeypatch.setattr(passes, "CudaGraph", PartStandIn)
     monkeypatch.setattr(PartStandIn, "plays", 0)
 
 
@@ -317,31 +323,25 @@ def test_where_recording_a_pass_fails_the_others_give_their_memory_back():
 def test_only_steps_of_half_precision_round_products_to_tf32_and_only_where_speed_is_auto(
     precision, narrow, small, monkeypatch
 ):
-    seen, written = [], Stage._as_written
+    seen, work = [], Stage._forward_backward
 
-    def look(self, data):
+    def look(self, data, encode):
         seen.append((torch.backends.cuda.matmul.allow_tf32, ops.is_fused()))
-        return written(self, data)
+        return work(self, data, encode)
 
-    monkeypatch.setattr(Stage, "_as_written", look)
+    monkeypatch.setattr(Stage, "_forward_backward", look)
     changes = {"train__iterations": 1, "train__baseline": False, "run__precision": precision}
     train(small("eager", **changes))
     in_part(monkeypatch)
-    monkeypatch.setattr(Stage, "_records", lambda self: False)
     train(small("auto", **changes))
     assert seen == [(False, False), (narrow, True)]
 
 
 def records(caplog, *tasks: Task, speed="auto", device="cuda", scales=False) -> bool:
-    stage = SimpleNamespace(
-        config=SimpleNamespace(run=SimpleNamespace(speed=speed)),
-        tasks=tasks,
-        numerics=SimpleNamespace(device=torch.device(device)),
-        scaler=SimpleNamespace(is_enabled=lambda: scales),
-    )
-    stage._is_fast = lambda: Stage._is_fast(stage)
+    numerics = Numerics(torch.device(device), "fp16" if scales else "bf16", nullcontext)
+    network = SimpleNamespace(encode=None)
     with caplog.at_level(logging.INFO):
-        return Stage._records(stage)
+        return passes.Passes(None, speed, numerics, network, tasks).records
 
 
 def test_what_cannot_be_recorded_runs_as_written_and_says_why(caplog):
