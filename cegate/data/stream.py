@@ -11,7 +11,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -281,36 +280,36 @@ class _Patience:
                     worker.kill()
                 return
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Within, the workers are waited for.
+    def next(self, batches: Iterator[Any]) -> Any:
+        """What the workers give next.
 
         Raises:
             WorkerLostError: for whatever torch raises where one of them has gone.
         """
         self.since = time.monotonic()
         try:
-            yield
+            try:
+                return next(batches)
+            except (EOFError, OSError) as error:
+                # a socket closes a moment before its worker has ended, and torch's word of that may come here, too
+                if self._one_ended():
+                    raise _lost("was killed") from error
+                raise
         except Exception as error:
+            lost = error if isinstance(error, WorkerLostError) else worker_lost(error)
             if self.is_over:
-                self._one_ended()  # torch's word of it comes within, not in the middle of what follows
-                raise _lost(f"gave nothing for {self.waited:.0f} s") from error
-            if (lost := worker_lost(error)) is not None:
-                raise lost from error
-            if isinstance(error, EOFError | OSError) and self._one_ended():
-                raise _lost("was killed") from error
-            raise
+                self._one_ended()
+                lost = _lost(f"gave nothing for {self.waited:.0f} s")
+            if lost is None:
+                raise
+            raise lost from error
         finally:
             self.since = None
 
     def _one_ended(self) -> bool:
-        """A worker's socket closes a moment before it has ended, and torch's word of it may come in between."""
-        try:
-            for worker in self.workers:
-                worker.join(1 / len(self.workers))
-            return not all(worker.is_alive() for worker in self.workers)
-        except RuntimeError as error:
-            return worker_lost(error) is not None
+        for worker in self.workers:
+            worker.join(1 / len(self.workers))
+        return not all(worker.is_alive() for worker in self.workers)
 
     def end(self) -> None:
         """Nothing is waited for any more; torch's word of a worker's end, which may come now, says nothing new."""
@@ -353,8 +352,7 @@ def fetch(
     patience = _Patience(batches._workers)
     try:
         for _ in iterations:
-            with patience.waiting():
-                ready = next(batches)
+            ready = patience.next(batches)
             if isinstance(ready, CegateError):
                 raise ready
             yield ready
