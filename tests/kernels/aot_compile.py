@@ -34,7 +34,7 @@ from cegate.kernels import (
 )
 
 _TYPES = {torch.int32: "*i32", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-NUMBER = "fp32"  # how a Python float arrives; from a compiler it may be fp64
+NUMBER = "fp32"  # how a Python float arrives; see main
 _launches: dict[tuple, tuple] = {}
 
 
@@ -126,16 +126,13 @@ def main() -> None:
     parser.add_argument("capability", type=int)
     parser.add_argument("dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--all", action="store_true", help="also the unusual grids, widths and ranks")
-    parser.add_argument("--only", default="", help="kernels whose name contains this")
-    parser.add_argument("--number", default=NUMBER, help="type of what is no tensor and no integer")
+    parser.add_argument("--number", default=NUMBER, help="how a Python float arrives: fp32, from a compiler also fp64")
     options = parser.parse_args()
     globals()["NUMBER"] = options.number
     JITFunction.run = _record
     _run_launchers(getattr(torch, options.dtype), options.all)
     target = GPUTarget("cuda", options.capability, 32)
     for function, signature, constants, aligned, flags in _launches.values():
-        if options.only not in function.__name__:
-            continue
         attributes = {(position,): [["tt.divisibility", 16]] for position in aligned}
         source = ASTSource(function, signature, constants, attributes)
         compiled = triton.compile(source, target=target, options=flags)
