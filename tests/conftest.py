@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -121,3 +122,53 @@ def little_mask2former(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, less in {"queries": 5, "width": 32, "encoder_layers": 1, "decoder_layers": 2, "points": 64}.items():
         monkeypatch.setitem(Mask2FormerHead.__init__.__kwdefaults__, name, less)
+
+
+@pytest.fixture(scope="session")
+def forked() -> Callable[[int, Callable[[int], Any]], list[Any]]:
+    """Gives what ``work(rank)`` gives, or ends with, in each of so many processes that begin as copies of this one."""
+    context = multiprocessing.get_context("fork")
+
+    def call(size: int, work: Callable[[int], Any]) -> list[Any]:
+        answers = context.Queue()
+
+        def run(rank: int) -> None:
+            try:
+                answers.put((rank, work(rank)))
+            except BaseException as error:  # an interrupt, too: the parent asserts what each process ended with
+                answers.put((rank, error))
+
+        processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(size)]
+        for process in processes:
+            process.start()
+        try:
+            return [answer for _, answer in sorted((answers.get(timeout=60) for _ in processes), key=lambda a: a[0])]
+        finally:
+            for process in processes:
+                process.join(10)
+                process.kill()
+
+    return call
+
+
+@pytest.fixture
+def in_a_group(forked, tmp_path: Path) -> Callable[[int, Callable[[int], Any]], list[Any]]:
+    """As `forked`, of processes that are one group of torch.distributed; their errors are raised."""
+
+    def call(size: int, work: Callable[[int], Any]) -> list[Any]:
+        def run(rank: int) -> Any:
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{tmp_path / 'group'}", rank=rank, world_size=size
+            )
+            try:
+                return work(rank)
+            finally:
+                torch.distributed.destroy_process_group()
+
+        answers = forked(size, run)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    return call

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -187,40 +184,19 @@ def test_scoring_leaves_gradients_modes_plan_flags_and_random_state_as_found(hea
             assert torch.equal(parameter.grad, grads[name]), name
 
 
-IN_A_PROCESS = """
-import json, sys, runpy, torch
-from cegate.errors import TrainingError
-from cegate.fisher import measure_fisher
-rank, rendezvous, this_file, probe_file = int(sys.argv[1]), *sys.argv[2:]
-test = runpy.run_path(this_file)
-torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
-torch.manual_seed(0)
-model = test["make_model"]()
-image, label = torch.load(probe_file)
-part = slice(0, 1) if rank == 0 else slice(1, 3)
-own = test["Probe"](image[part], label[part])
-scores = [measure_fisher(model, model.toolbox, [own], estimator=e) for e in ("per_sample", "batch")]
-diagonal = measure_fisher(model, model.toolbox, [own], diagonal=True)
-print(json.dumps([*scores, {name: float(value.sum()) for name, value in diagonal.items()}]))
-try:
-    measure_fisher(model, model.toolbox, [own] if rank else [])
-except TrainingError as error:
-    assert "empty" in str(error)
-else:
-    raise AssertionError("one process had no samples")
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_every_process_gets_the_scores_of_all_samples(tmp_path):
+def test_every_process_gets_the_scores_of_all_samples(in_a_group):
     torch.manual_seed(0)
     model, probe = make_model(), make_probe()
-    torch.save((probe.image, probe.label), tmp_path / "probe.pt")
-    command = [sys.executable, "-c", IN_A_PROCESS]
-    common = [f"file://{tmp_path}/rendezvous", __file__, str(tmp_path / "probe.pt")]
-    processes = [subprocess.Popen([*command, str(rank), *common], stdout=subprocess.PIPE) for rank in (0, 1)]
-    first, second = (json.loads(process.communicate(timeout=120)[0]) for process in processes)
-    assert [process.returncode for process in processes] == [0, 0]
+    parts = [Probe(probe.image[part], probe.label[part]) for part in (slice(0, 1), slice(1, 3))]
+
+    def measure(rank):
+        scores = [measure_fisher(model, model.toolbox, [parts[rank]], estimator=e) for e in ("per_sample", "batch")]
+        diagonal = measure_fisher(model, model.toolbox, [parts[rank]], diagonal=True)
+        with pytest.raises(TrainingError, match="empty"):
+            measure_fisher(model, model.toolbox, [parts[rank]] if rank else [])
+        return [*scores, {name: float(value.sum()) for name, value in diagonal.items()}]
+
+    first, second = in_a_group(2, measure)
     assert first == second
     *scores, diagonal = first
     for found, estimator in zip(scores, ("per_sample", "batch"), strict=True):

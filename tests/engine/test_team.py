@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
@@ -33,30 +31,32 @@ from cegate.network import Network
 from cegate.tasks.stream import crops_of
 
 
-def together(size: int, work: Callable[[Processes], Any], folder: Path) -> list[Any]:
-    """What ``work(team)`` gives in each of so many processes."""
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-
-    def run(rank: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'group'}", rank=rank, world_size=size)
-        try:
-            answers.put((rank, work(Processes(torch.device("cpu")))))
-        finally:
-            dist.destroy_process_group()
-
-    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for process in processes:
-        process.start()
-    try:
-        return [answer for _, answer in sorted(answers.get(timeout=60) for _ in processes)]
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
+@pytest.fixture
+def together(in_a_group):
+    """Gives what ``work(team)`` gives in each of so many processes."""
+    return lambda size, work: in_a_group(size, lambda rank: work(Processes(torch.device("cpu"))))
 
 
-def test_gradients_are_the_mean_and_what_has_none_anywhere_keeps_none(tmp_path):
+@pytest.fixture
+def trained_together(forked):
+    """Gives what each of so many processes, started as torchrun does, gives or ends with; they share one machine."""
+
+    def call(size: int, work: Callable[[], Any]) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+
+        def run(rank: int) -> Any:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="localhost")
+            return work()
+
+        return forked(size, run)
+
+    return call
+
+
+def test_gradients_are_the_mean_and_what_has_none_anywhere_keeps_none(together):
     def work(team):
         with_all, of_one, of_none, still = (nn.Parameter(torch.zeros(2, 3)) for _ in range(4))
         double = nn.Parameter(torch.zeros(2, dtype=torch.float64))
@@ -68,12 +68,12 @@ def test_gradients_are_the_mean_and_what_has_none_anywhere_keeps_none(tmp_path):
         team.average_gradients([with_all, double, of_one, of_none, still])
         return [None if p.grad is None else p.grad.tolist() for p in (with_all, double, of_one, of_none, still)]
 
-    for answer in together(2, work, tmp_path):
+    for answer in together(2, work):
         assert answer[0] == [[1.5] * 3] * 2 and answer[1] == pytest.approx([1.5e-12] * 2, rel=1e-15)
         assert answer[2] == [[0.0, 0.5, 1.0], [1.5, 2.0, 2.5]] and answer[3:] == [None, None]
 
 
-def test_sums_minima_and_objects(tmp_path):
+def test_sums_minima_and_objects(together):
     def work(team):
         column = torch.arange(6.0).view(2, 3).T  # not contiguous
         return (
@@ -86,7 +86,7 @@ def test_sums_minima_and_objects(tmp_path):
         )
 
     sums = (6 * torch.arange(6.0).view(2, 3).T).tolist()  # 1 + 2 + 3 times
-    for rank, answer in enumerate(together(3, work, tmp_path)):
+    for rank, answer in enumerate(together(3, work)):
         assert answer == ((rank, 3, rank == 0), sums, 1.5, 5, {"rank": 0}, ["of 0", "of 1", "of 2"])
 
 
@@ -136,41 +136,14 @@ def test_a_batch_of_unequal_shares_is_refused():
         team.check(4)
 
 
-def trained_together(size: int, work: Callable[[], Any], folder: Path) -> list[Any]:
-    """What each of so many processes, started as torchrun does, gives or ends with; they share one machine."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    answers = context.Queue()
-
-    def run(rank: int) -> None:
-        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="localhost")
-        try:
-            answers.put((rank, work()))
-        except BaseException as error:  # an interrupt, too: the parent asserts what each process ended with
-            answers.put((rank, error))
-
-    processes = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(size)]
-    for process in processes:
-        process.start()
-    try:
-        return [answer for _, answer in sorted((answers.get(timeout=60) for _ in processes), key=lambda a: a[0])]
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-
-
 def journal(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-def test_two_processes_train_as_one_does(small, no_figures, tmp_path):
+def test_two_processes_train_as_one_does(trained_together, small, no_figures, tmp_path):
     changes = {"data__targets": "{arid: {kind: generated, split: arid, limit: 3, tile: 40}}", "train__clip": 1.0}
     alone = train(small("alone", **changes))
-    first, second = trained_together(2, lambda: train(small("both", **changes)), tmp_path)
+    first, second = trained_together(2, lambda: train(small("both", **changes)))
     assert second is None and first.path == tmp_path / "both" and not os.environ.get("RANK")
     gates, losses = ([journal(run.path, name) for run in (alone, first)] for name in ("gates.jsonl", "metrics.jsonl"))
     assert [line["active"] for line in gates[0]] == [line["active"] for line in gates[1]]
@@ -190,7 +163,7 @@ def test_two_processes_train_as_one_does(small, no_figures, tmp_path):
     assert per_step and all(4e-6 * weights < found < 0.5 for found in per_step)
 
 
-def test_a_process_that_dies_ends_the_others_and_each_says_why(small, no_figures, monkeypatch, tmp_path):
+def test_a_process_that_dies_ends_the_others_and_each_says_why(trained_together, small, no_figures, monkeypatch):
     step = Stage.step
 
     def step_or_die(self, data):
@@ -199,12 +172,14 @@ def test_a_process_that_dies_ends_the_others_and_each_says_why(small, no_figures
         return step(self, data)
 
     monkeypatch.setattr(Stage, "step", step_or_die)
-    other, dead = trained_together(2, lambda: train(small()), tmp_path)
+    other, dead = trained_together(2, lambda: train(small()))
     assert str(dead) == "the disk of process 1 is on fire"
     assert isinstance(other, TrainingError) and "process 0 of 2 ends because another one has" in str(other)
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_its_name(small, no_figures, monkeypatch, tmp_path):
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_its_name(
+    trained_together, small, no_figures, monkeypatch, tmp_path
+):
     loss = Network.loss_of
 
     def bad_in_the_second(self, *args):
@@ -212,14 +187,16 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all_with_its_name(small,
         return loss(self, *args) * (float("nan") if nan else 1.0)
 
     monkeypatch.setattr(Network, "loss_of", bad_in_the_second)
-    errors = trained_together(2, lambda: train(small()), tmp_path)
+    errors = trained_together(2, lambda: train(small()))
     assert all(isinstance(error, TrainingError) for error in errors)
     saved = json.loads((tmp_path / "run" / "nan_batch.json").read_text())
     assert len(saved["names"]) == 2 and saved["not_finite"] == saved["names"][1:]
     assert saved["not_finite"][0] in str(errors[0]) and saved["not_finite"][0] in str(errors[1])
 
 
-def test_an_interrupt_of_one_process_is_granted_by_all_and_the_run_goes_on(small, no_figures, monkeypatch, tmp_path):
+def test_an_interrupt_of_one_process_is_granted_by_all_and_the_run_goes_on(
+    trained_together, small, no_figures, monkeypatch
+):
     step = Stage.step
 
     def step_and_signal(self, data):
@@ -228,19 +205,19 @@ def test_an_interrupt_of_one_process_is_granted_by_all_and_the_run_goes_on(small
         return step(self, data)
 
     monkeypatch.setattr(Stage, "step", step_and_signal)
-    both = trained_together(2, lambda: train(small()), tmp_path)
+    both = trained_together(2, lambda: train(small()))
     assert all(isinstance(error, KeyboardInterrupt) and "after iteration 4" in str(error) for error in both)
     monkeypatch.setenv("GO_ON", "1")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    first, _ = trained_together(2, lambda: train(small()), tmp_path)  # as torchrun starts them again
+    first, _ = trained_together(2, lambda: train(small()))  # as torchrun starts them again
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
-    whole, _ = trained_together(2, lambda: train(small("whole")), tmp_path)
+    whole, _ = trained_together(2, lambda: train(small("whole")))
     assert [(first.path / name).read_text() for name in ("metrics.jsonl", "gates.jsonl")] == [
         (whole.path / name).read_text() for name in ("metrics.jsonl", "gates.jsonl")
     ]
 
 
-def test_what_differs_between_processes_is_refused(tmp_path):
+def test_what_differs_between_processes_is_refused(together):
     def work(team):
         team.agree("same", "the plan")
         try:
@@ -248,11 +225,11 @@ def test_what_differs_between_processes_is_refused(tmp_path):
         except TrainingError as error:
             return str(error)
 
-    for answer in together(3, work, tmp_path):
+    for answer in together(3, work):
         assert answer.startswith("the plan of process 1 is not that of process 0; give all the same data")
 
 
-def test_the_error_of_the_writer_is_that_of_all(tmp_path):
+def test_the_error_of_the_writer_is_that_of_all(together):
     def work(team):
         assert team.of_writer(lambda: team.rank) == 0
         try:
@@ -263,7 +240,7 @@ def test_the_error_of_the_writer_is_that_of_all(tmp_path):
     def refuse():
         raise ConfigError("taken")
 
-    assert together(2, work, tmp_path) == ["taken"] * 2
+    assert together(2, work) == ["taken"] * 2
 
 
 def test_several_processes_are_started_by_torchrun_alone(small, monkeypatch, tmp_path):
@@ -292,14 +269,14 @@ def test_several_processes_are_started_by_torchrun_alone(small, monkeypatch, tmp
         ),
     ],
 )
-def test_means_over_a_batch_are_refused_in_several_processes(small, tmp_path, keys, why):
+def test_means_over_a_batch_are_refused_in_several_processes(trained_together, small, tmp_path, keys, why):
     config = small(**keys)
-    for error in trained_together(2, lambda: train(config), tmp_path):
+    for error in trained_together(2, lambda: train(config)):
         assert isinstance(error, ConfigError) and why in str(error)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_plan_is_shared_and_an_error_waits_for_the_others(tmp_path):
+def test_a_plan_is_shared_and_an_error_waits_for_the_others(together, tmp_path):
     def work(team: Processes) -> tuple[list[str], str, float]:
         mine, error = team.mine({name: name.upper() for name in "abcde"}), ""
         try:
@@ -312,10 +289,10 @@ def test_a_plan_is_shared_and_an_error_waits_for_the_others(tmp_path):
             error = str(problem)
         return sorted(mine.values()), error, (tmp_path / "written").exists()
 
-    assert together(2, work, tmp_path) == [(["A", "B"], "a is damaged", True), (["C", "D", "E"], "", True)]
+    assert together(2, work) == [(["A", "B"], "a is damaged", True), (["C", "D", "E"], "", True)]
 
 
-def test_processes_of_torchrun_share_the_images_to_predict(small, no_figures, tmp_path, capfd):
+def test_processes_of_torchrun_share_the_images_to_predict(trained_together, small, no_figures, tmp_path, capfd):
     run = train(small(train__iterations=1, gate__samples=1)).path
     (tmp_path / "in").mkdir()
     for number in range(3):
@@ -323,7 +300,7 @@ def test_processes_of_torchrun_share_the_images_to_predict(small, no_figures, tm
         Image.fromarray(pixels).save(tmp_path / f"in/{number}.png")
     (tmp_path / "in/0.png").write_bytes(b"damaged")
     command = ["--run", str(run), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    codes = trained_together(2, lambda: predict.main(command), tmp_path)
+    codes = trained_together(2, lambda: predict.main(command))
     assert codes == [1, 0]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["1.png", "2.png"]
     assert "0.png" in capfd.readouterr().err
