@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -48,16 +46,24 @@ def test_the_cpu_computes_in_float32_unless_told_otherwise():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16 and torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize(
-    "setting", ["backends.cuda.matmul.fp32_precision = 'tf32'", "set_float32_matmul_precision('medium')"]
-)
-def test_tf32_leaves_alone_what_the_program_has_set(setting):
-    look = "print(torch.backends.cuda.matmul.fp32_precision)"
-    if "medium" in setting:
-        look = "print(torch.get_float32_matmul_precision())"
-    code = f"import torch\nfrom cegate.compute import tf32\ntorch.{setting}\n{look}\nwith tf32(): {look}\n{look}"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert len(found) == 3 and len(set(found)) == 1
+@pytest.mark.parametrize("by", ["the backend", "the whole program"])
+def test_tf32_leaves_alone_what_the_program_has_set(forked, by):
+    def look() -> str:
+        matmul = torch.backends.cuda.matmul
+        return matmul.fp32_precision if by == "the backend" else torch.get_float32_matmul_precision()
+
+    def looks(rank: int) -> list[str]:
+        if by == "the backend":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("medium")
+        before = look()
+        with tf32():
+            return [before, look()]
+
+    # in another process: torch takes no such setting back
+    ((before, within),) = forked(1, looks)
+    assert before == within != ("none" if by == "the backend" else "highest")
 
 
 def test_tf32_ends_with_its_context_whatever_happens():
