@@ -401,10 +401,10 @@ def test_sigterm_unwinds_a_command_as_ctrl_c_does(capsys, monkeypatch, number):
     @cli.command
     def main(argv):
         try:
-            if not os.fork():  # what a command forks ends at once
+            if not (child := os.fork()):  # what a command forks ends at once
                 os.kill(os.getpid(), number)
                 os._exit(0)
-            assert os.WTERMSIG(os.wait()[1]) == number
+            assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
             os.kill(os.getpid(), number)
             time.sleep(5)
         finally:
