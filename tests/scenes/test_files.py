@@ -15,6 +15,7 @@ import pytest
 import rasterio
 import torch
 from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
 from cegate import cli, predict
@@ -317,6 +318,23 @@ def test_ground_control_points_are_kept(images, segmenter, tmp_path):
         found, crs = mask.gcps
     assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
     assert crs == "EPSG:4326"
+
+
+def test_a_place_in_a_side_file_is_kept_and_one_that_a_geotiff_cannot_hold_is_told(images, segmenter, tmp_path, caplog):
+    for name in ("a.png", "c.tif"):
+        (images / f"{name}.aux.xml").write_text(
+            f"<PAMDataset><SRS>{CRS.from_epsg(32633).to_wkt()}</SRS>"
+            "<GeoTransform>5e5, 0.5, 0, 5e6, 0, -0.5</GeoTransform></PAMDataset>"
+        )
+    with rasterio.open(images / "b.tif", "r+") as image:
+        image.crs = "+proj=isea"
+    list(predict_files(segmenter, plan_outputs(find_images([str(images)]), tmp_path / "out")))
+    for name in ("a.tif", "b.tif", "c.tif"):
+        with rasterio.open(tmp_path / "out" / name) as mask:
+            assert mask.transform == from_origin(500000, 5000000, 0.5, 0.5)
+            assert mask.crs == (None if name == "b.tif" else "EPSG:32633")
+    told = [record.getMessage() for record in caplog.records if "keys for its coordinate system" in record.message]
+    assert len(told) == 1 and told[0].startswith(f"{images / 'b.tif'}: GeoTIFF has no keys")
 
 
 @pytest.mark.parametrize(("rows", "columns", "share"), [(15, 44, "50.0 %"), (30, 44, "100.0 %"), (1, 1, "under 0.1 %")])
