@@ -312,6 +312,12 @@ def test_absurd_values_are_one_line(key, text, message):
     assert message in line and len(line) < 400 and line.isprintable()
 
 
+@pytest.mark.parametrize("text", ["", "''"])
+def test_weights_without_a_name_are_told_what_they_may_be(text):
+    with pytest.raises(ConfigError, match=r"^model\.weights='' must be auto, none, or the path of a \.pth or \.safe"):
+        read_config({}, [("model.weights", text)])
+
+
 def test_a_number_that_python_cannot_write_is_named():
     with pytest.raises(ConfigError, match=r"gate\.k=an integer of 16610 bits is out of range"):
         read_config({"gate": {"k": 10**5000}})
