@@ -47,7 +47,7 @@ from cegate.config import (
     Tune,
 )
 from cegate.configfile import MOST_BYTES, find_problems, read_config
-from cegate.errors import CheckpointError, ConfigError, shown
+from cegate.errors import CheckpointError, ConfigError, refuse_unreadable, shown
 from cegate.fields import Pattern, read_fields
 from cegate.gate import GatePlan
 from cegate.recipe import Recipe
@@ -222,6 +222,7 @@ def read_description(folder: Path) -> tuple[Description, Recipe]:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
+    refuse_unreadable(path, CheckpointError)
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
@@ -272,6 +273,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS_FILE
     if not file.is_file():  # a pipe would be waited for
         raise CheckpointError(f"{folder} has no file {WEIGHTS_FILE}; copy the adapter folder again")
+    refuse_unreadable(file, CheckpointError)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - no dict

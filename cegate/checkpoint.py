@@ -20,7 +20,7 @@ from cegate import __version__
 from cegate.adapters import misfits
 from cegate.backbone.vit import weight_hash
 from cegate.config import Config
-from cegate.errors import CheckpointError, nearest
+from cegate.errors import CheckpointError, nearest, refuse_unreadable
 from cegate.fields import is_union
 from cegate.gate import GatePlan
 from cegate.runfolder import RunFolder, written_aside
@@ -106,6 +106,7 @@ def load_state(path: Path) -> State:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}")
+    refuse_unreadable(path, CheckpointError)
     try:
         signed = _verify(path)
         values = torch.load(path, map_location="cpu", weights_only=True)

@@ -197,7 +197,7 @@ class ModelConfig:
 
     backbone: str = "tiny"
     """Name of a timm vision transformer, or tiny (ships with cegate)."""
-    weights: str = "auto"
+    weights: Annotated[str, Meets(bool, "auto, none, or the path of a .pth or .safetensors file")] = "auto"
     """auto (timm's hub, or the shipped file for tiny), none (random), or the path of a .pth or .safetensors file."""
     image_size: Side | None = None
     """Side in pixels that fixes the position grid; default data.crop."""

@@ -12,7 +12,7 @@ import difflib
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def _read_on_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in readers:
         raise ConfigError(f"{path} is its own base; remove it from the key base")
-    mapping = _read_yaml(path)
+    empty: set[tuple[str, ...]] = set()
+    mapping = _read_yaml(path, empty)
     bases = mapping.pop("base", None)
     merged: dict[str, Any] = {}
     for base in bases if isinstance(bases, list) else [bases] if bases is not None else []:
@@ -255,24 +256,34 @@ def _read_on_base(path: Path, readers: tuple[Path, ...]) -> dict[str, Any]:
         except ConfigError as error:
             raise ConfigError(f"{path}: base: {error}") from error
         merged = _merged(merged, _read_on_base(found, (*readers, path.resolve())))
-    return _merged(merged, _without_empty(Config, mapping))
+    return _merged(merged, _without_empty(Config, mapping, empty))
 
 
-def _without_empty(hint: Any, value: Any, prefix: str = "") -> Any:
-    """Nested mappings without their empty values (``name:``) where null is none of the key's values: such a key is one
-    left out, so that the base's or the default counts; said aloud. An empty number stays, and is refused: who leaves
-    ``iterations:`` open forgot it, and 20,000 would be as far from what was meant as any."""
+def _without_empty(hint: Any, value: Any, empty: Collection[tuple[str, ...]] = (), path: tuple[str, ...] = ()) -> Any:
+    """Nested mappings without their empty values (``name:``): such a key is one left out, so that the base's or the
+    default counts; said aloud. Who means null writes it. An empty number stays where null is none of the key's values,
+    and is refused: who leaves ``iterations:`` open forgot it, and 20,000 would be as far from what was meant as any.
+
+    Args:
+        hint: what the value should be.
+        value: as read.
+        empty: keys with nothing behind them; the others that are None are null, which is the same where null is none of
+            their values.
+        path: the value's key.
+    """
     cls, named, _ = section_of(hint)
     if cls is None or not isinstance(value, Mapping):
         return value
     if named:
-        return {name: _without_empty(cls, item, f"{prefix}{shown(name)}.") for name, item in value.items()}
+        return {name: _without_empty(cls, item, empty, (*path, name)) for name, item in value.items()}
     hints, kept = hints_of(cls), {}
     for name, item in value.items():
-        if item is None and name in hints and not takes_null(hints[name]) and not holds_number(hints[name]):
-            log.warning("%s%s is empty, as if it were left out", prefix, name)
+        key = (*path, name)
+        is_left = name in hints and (key in empty if takes_null(hints[name]) else not holds_number(hints[name]))
+        if item is None and is_left:
+            log.warning("%s is empty, as if it were left out", ".".join(map(shown, key)))
         else:
-            kept[name] = _without_empty(hints.get(name), item, f"{prefix}{shown(name)}.")
+            kept[name] = _without_empty(hints.get(name), item, empty, key)
     return kept
 
 
@@ -286,13 +297,13 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
     return {**below, **above, **both}
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, empty: set[tuple[str, ...]]) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(MOST_BYTES + 1)
         if len(data) > MOST_BYTES:
             raise ConfigError(f"{path} holds more than {MOST_BYTES} bytes; a configuration is a short text")
-        mapping = parse_yaml(data.decode("utf-8-sig"))
+        mapping = parse_yaml(data.decode("utf-8-sig"), empty)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     except yaml.YAMLError as error:

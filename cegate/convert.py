@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cegate import cli
-from cegate.errors import CheckpointError, ConfigError
+from cegate.errors import CheckpointError, ConfigError, refuse_unreadable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,6 +185,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     if not file.is_file():
         raise CheckpointError(f"there is no {file}; give a .pth or .safetensors file")
+    refuse_unreadable(file, CheckpointError)
     try:
         if file.suffix == ".safetensors":
             return safetensors.torch.load_file(file), {}

@@ -6,6 +6,7 @@ import difflib
 import unicodedata
 from collections.abc import Iterable, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 LONGEST = 80
@@ -38,6 +39,15 @@ class BackendError(CegateError, RuntimeError):
 
 class TrainingError(CegateError, RuntimeError):
     """Training cannot go on."""
+
+
+def refuse_unreadable(path: Path, kind: type[CegateError]) -> None:
+    """Raise an error of that kind where the system does not let a file be read: libraries that read weights give such a
+    file another reason, safetensors that it does not exist."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise kind(f"{path} cannot be read ({error.strerror}); see that it can be read") from error
 
 
 def nearest(name: str, accepted: Iterable[str]) -> str:

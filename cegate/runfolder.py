@@ -11,7 +11,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,15 +45,19 @@ FREE_ON_RESUME = (
 
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def written_aside(path: Path, *, make_folder: bool = True) -> Iterator[Path]:
     """Give a path to write to that takes the place of ``path`` when the block ends well, and is removed when it fails.
 
-    Data reaches the disk before the name does, so that a power cut leaves the old file or the new one.
+    Data reaches the disk before the name does, so that a power cut leaves the old file or the new one. What a process
+    leaves that is killed meanwhile, `remove_leftovers` knows.
+
+    Args:
+        path: the file.
+        make_folder: make its folder if needed.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    aside = Path(name)
+    if make_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    aside, handle = _locked_aside(path)
     try:
         yield aside
         with aside.open("rb+") as file:
@@ -62,6 +66,31 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked_aside(path: Path) -> tuple[Path, int]:
+    """A new empty file beside another, and what holds a lock on it until it is closed, where there are locks."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:  # else `remove_leftovers` of another process was here before the lock
+            return Path(name), handle
+        os.close(handle)
+
+
+def remove_leftovers(paths: Iterable[Path]) -> None:
+    """Remove what `written_aside` has left beside these files in processes that were killed; what a living one writes
+    is locked, and stays, as does all where there are no locks."""
+    wanted = set(paths)
+    for folder in {path.parent for path in wanted}:
+        for aside in folder.glob(".*"):
+            name = _ASIDE.fullmatch(aside.name)
+            if name and folder / (name["stem"] + name["suffix"]) in wanted:
+                with contextlib.suppress(OSError), aside.open("rb+") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    aside.unlink()
 
 
 def writable_folder(path: Path, option: str) -> Path:

@@ -21,8 +21,12 @@ class Text(str):
     __slots__ = ()
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, empty: set[tuple[str, ...]] | None = None) -> Any:
     """Mappings with text keys, lists, texts (`Text` where plain, str where quoted) and None (empty or null).
+
+    Args:
+        text: YAML.
+        empty: takes the keys, from the outermost on, behind which nothing stands, not even null.
 
     Raises:
         ConfigError: a key is given twice, or values are nested or grow through aliases beyond measure; lines are named.
@@ -31,7 +35,7 @@ def parse_yaml(text: str) -> Any:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
-        return None if node is None else _plain(node)
+        return None if node is None else _plain(node, set() if empty is None else empty)
     finally:
         loader.dispose()
 
@@ -62,15 +66,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _plain(node: yaml.Node) -> Any:
+def _plain(node: yaml.Node, empty: set[tuple[str, ...]], path: tuple[str, ...] = ()) -> Any:
     if node.tag not in _TAGS:
         raise yaml.YAMLError(f"the tag {node.tag} in line {_line(node)} is not accepted; leave it out")
     if isinstance(node, yaml.ScalarNode):
         if node.style is not None:
             return node.value
+        if not node.value:
+            empty.add(path)
         return None if node.value in NULLS else Text(node.value)
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(item) for item in node.value]
+        return [_plain(item, empty, (*path, "")) for item in node.value]
     values: dict[str, Any] = {}
     merged: dict[str, Any] = {}
     lines: dict[str, int] = {}
@@ -81,13 +87,13 @@ def _plain(node: yaml.Node) -> Any:
             for other in item.value if isinstance(item, yaml.SequenceNode) else [item]:
                 if not isinstance(other, yaml.MappingNode):
                     raise yaml.YAMLError(f"line {_line(item)}: << takes a mapping")
-                merged = {**_plain(other), **merged}
+                merged = {**_plain(other, empty, path), **merged}
         elif key.value in lines:
             first, second = lines[key.value], _line(key)
             where = f"in line {first}" if first == second else f"in lines {first} and {second}"
             raise ConfigError(f"key {shown(key.value)!r} is given twice, {where}; keep one")
         else:
-            values[key.value], lines[key.value] = _plain(item), _line(key)
+            values[key.value], lines[key.value] = _plain(item, empty, (*path, key.value)), _line(key)
     return {**merged, **values}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import shutil
@@ -20,12 +21,15 @@ from PIL import Image
 import cegate
 from cegate import segmenter as segmenter_module
 from cegate.adapter_folder import load_adapter, save_adapter
-from cegate.backbone.vit import tiny_vit, weight_hash
+from cegate.backbone.vit import build_vit, tiny_vit, weight_hash
+from cegate.checkpoint import load_state
 from cegate.config import InjectorConfig, ModalConfig, ModelConfig, RefinerConfig, SecondConfig
+from cegate.convert import read_checkpoint
 from cegate.errors import BackboneError, CegateError, CheckpointError
 from cegate.fields import choices, hints_of
 from cegate.inspect import main as inspect_command
 from cegate.predict import main as predict_command
+from cegate.style.networks import read_weights as read_style_weights
 
 SITES = ("spatial.1", "semantic.0", "frequency.7")
 
@@ -123,6 +127,33 @@ def test_damaged_files_are_named(folder):
         load_adapter(folder, "cpu")
     with pytest.raises(CheckpointError, match="neither a run nor an adapter folder"):
         load_adapter(folder / "nowhere", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("read", "name"),
+    [
+        (load_adapter, "adapter_model.safetensors"),
+        (load_adapter, "adapter_config.json"),
+        (lambda folder: build_vit("tiny", weights=str(folder / "vit.safetensors"), image_size=32), "vit.safetensors"),
+        (lambda folder: load_state(folder / "last.pt"), "last.pt"),
+        (lambda folder: read_checkpoint(folder / "rein.safetensors"), "rein.safetensors"),
+        (lambda folder: read_style_weights(folder / "style.safetensors"), "style.safetensors"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_the_system_does_not_let_us_read_is_not_called_missing(folder, monkeypatch, read, name):
+    (folder / name).touch()
+    opened = Path.open
+
+    def refuse(self, *args, **kwargs):  # root may read all, and so may tests
+        if self.name == name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CegateError) as error:
+        read(folder)
+    assert str(error.value) == f"{folder / name} cannot be read (Permission denied); see that it can be read"
 
 
 # --- backbone files -------------------------------------------------------------------------------------------------

@@ -145,6 +145,19 @@ def test_an_empty_value_does_not_hide_that_of_the_base(tmp_path):
         read_config(tmp_path / "top.yaml")
 
 
+@pytest.mark.parametrize("text", ["", "~", "null"])
+def test_a_key_left_empty_is_told_where_null_is_none(tmp_path, caplog, text):
+    (tmp_path / "base.yaml").write_text("data: {stride: 64, validation: {root: there}}\nrun: {work_dir: mine}")
+    (tmp_path / "top.yaml").write_text(
+        f"base: base.yaml\ndata:\n  stride: {text}\n  validation: {text}\nrun: {{work_dir: {text}}}\n"
+    )
+    config = read_config(tmp_path / "top.yaml")
+    values = config.data.stride, config.data.validation and config.data.validation.root, config.run.work_dir
+    keys = ("data.stride", "data.validation", "run.work_dir")
+    told = [f"{key} is empty, as if it were left out" for key in keys]
+    assert (values, caplog.messages) == ((None, None, None), []) if text else ((64, "there", "mine"), told)
+
+
 # --- YAML that means something else, or too much --------------------------------------------------------------------
 
 
@@ -297,6 +310,12 @@ def test_absurd_values_are_one_line(key, text, message):
         read_config({}, [(key, text)])
     line = str(error.value)
     assert message in line and len(line) < 400 and line.isprintable()
+
+
+@pytest.mark.parametrize("text", ["", "''"])
+def test_weights_without_a_name_are_told_what_they_may_be(text):
+    with pytest.raises(ConfigError, match=r"^model\.weights='' must be auto, none, or the path of a \.pth or \.safe"):
+        read_config({}, [("model.weights", text)])
 
 
 def test_a_number_that_python_cannot_write_is_named():

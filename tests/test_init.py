@@ -201,6 +201,45 @@ def test_shapes(tmp_path, capsys):
     assert {*np.unique(sets.source.read(0).label)} <= {0, 1, 2}
 
 
+def test_links_to_nothing_are_named_and_left_out(tmp_path, capsys):
+    for k in range(3):
+        put(tmp_path / f"set/images/{k}.png", picture(k))
+        put(tmp_path / f"set/masks/{k}.png", mask(k).astype(np.uint8))
+    (tmp_path / "set/images/3.png").symlink_to("gone.png")
+    put(tmp_path / "set/masks/3.png", mask(3).astype(np.uint8))
+    out, _, sets = started(tmp_path / "set", capsys)
+    assert "1 links lead nowhere, first images/3.png" in out and "1 masks have no image, first masks/3.png" in out
+    assert (tmp_path / "mine.txt").read_text().split() == [f"images/{k}.png" for k in range(3)]
+    assert len(sets.source) + len(sets.validation) == 3
+    (tmp_path / "all/images").mkdir(parents=True)
+    (tmp_path / "all/images/a.png").symlink_to("gone.png")
+    assert init.main(["all"]) == cli.FAILED
+    assert "no image lies in it; 1 links lead nowhere, first images/a.png; usual are" in capsys.readouterr().err
+
+
+def test_a_few_images_without_a_system_are_named(tmp_path, capsys):
+    for k in range(3):
+        where = {"transform": from_origin(SIDE * k, 0, 1, 1)} | ({} if k == 1 else {"crs": "EPSG:32632"})
+        put(tmp_path / f"set/images/t{k}.tif", picture(k), **where)
+        put(tmp_path / f"set/masks/t{k}.tif", mask(k).astype(np.uint8), **where)
+    assert init.main(["set"]) == cli.GOOD
+    assert "1 of 3 images have no coordinate system, first t1" in capsys.readouterr().out
+    (tmp_path / "set/images/t1.tif").unlink()
+    assert init.main(["set", "--overwrite"]) == cli.GOOD and "no coordinate system" not in capsys.readouterr().out
+
+
+def test_a_guess_is_told_and_pictures_are_no_masks(tmp_path, capsys):
+    for k in range(2):
+        put(tmp_path / f"set/images/{k}.png", picture(k))
+        put(tmp_path / f"set/roads/{k}.png", mask(k).astype(np.uint8))
+        put(tmp_path / f"bands/images/{k}.png", picture(k))
+        put(tmp_path / f"bands/nir/{k}.png", picture(k, bands=1))
+    out, *_ = started(tmp_path / "set", capsys)
+    assert "nothing is called after masks; roads/* are taken for them" in " ".join(out.split())
+    assert init.main(["bands"]) == cli.FAILED
+    assert "4 images, but no masks of the same names" in capsys.readouterr().err
+
+
 def test_check_lists_what_is_there(tmp_path, capsys):
     for k in range(2):
         put(tmp_path / f"set/images/{k}.png", picture(k))

@@ -22,7 +22,7 @@ from cegate.backbone.backbone import Backbone
 from cegate.backbone.hub import quick_hub
 from cegate.backbone.resample import resample_plain
 from cegate.backbone.sam import create_sam, forget_relative_positions, from_sam_names
-from cegate.errors import BackboneError, nearest
+from cegate.errors import BackboneError, nearest, refuse_unreadable
 
 log = logging.getLogger(__name__)
 
@@ -207,10 +207,12 @@ def _load_state(vit: nn.Module, given: Mapping[str, object], path: Path | str, n
 def _read_weights(path: Path) -> dict[str, object]:
     """What a weight file holds, by name."""
     if not path.is_file():
+        is_what = "is no file" if path.exists() else "does not exist"
         raise BackboneError(
-            f"model.weights={path} does not exist; give a .pth or .safetensors file, 'auto' or 'none'; where the file "
-            "of the training lies elsewhere now: --weights FILE, or cegate.load(folder, weights=FILE)"
+            f"model.weights={path} {is_what}; give a .pth or .safetensors file, 'auto' or 'none'; where the file of "
+            "the training lies elsewhere now: --weights FILE, or cegate.load(folder, weights=FILE)"
         )
+    refuse_unreadable(path, BackboneError)
     try:
         return timm.models.load_state_dict(str(path), weights_only=True)  # a pickle could run anything
     except Exception as error:  # torch raises whatever the pickle or zip reader raises

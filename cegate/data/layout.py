@@ -10,16 +10,17 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath as Name
 
 from cegate.data.pairs import expression_of, is_vector, natural
 
 _WORDS = {
     "mask": "mask masks msk msks label labels lbl lbls gt gts ann anns annotation annotations truth groundtruth seg "
-    "segs segmentation segmentations lulc shapes polygons",
-    "image": "image images img imgs sat satellite rgb rgbs scene scenes ortho orthophoto tile tiles input inputs",
+    "segs segmentation segmentations lulc shapes polygons annot annots maske masken masque masques mascara mascaras",
+    "image": "image images img imgs sat satellite rgb rgbs scene scenes ortho orthophoto tile tiles input inputs "
+    "bild bilder imagen imagenes",
 }
 _MASK_WORDS, _IMAGE_WORDS = (frozenset(words.split()) for words in _WORDS.values())
 _STAGES = {
@@ -49,6 +50,8 @@ class Part:
     """The globs find the pairs and nothing else."""
     stage: str | None = None
     """train, val or test, where a folder says so."""
+    is_guess: bool = False
+    """Nothing is called after masks; these lie in a folder beside that of the images, under the same names."""
 
 
 @dataclass
@@ -73,11 +76,23 @@ def find_parts(files: Sequence[Name]) -> list[Part]:
 
     Returns:
         For each kind of images and of masks that have names in common: a part, or one for each of train, val and test.
+        Where nothing is called after masks, guesses: other folders beside one that is called after images.
     """
     kinds = list(_kinds(files))
+    images, masks = ([kind for kind in kinds if (kind.role == "mask") == is_mask] for is_mask in (False, True))
+    by_name = _parts_of(files, itertools.product(images, masks))
+    if by_name:
+        return by_name
+    called = [kind for kind in images if kind.role == "image"]
+    others = [kind for kind in images if kind.role == "other" and kind.folder is not None]
+    return [replace(part, is_guess=True) for part in _parts_of(files, itertools.product(called, others))]
+
+
+def _parts_of(files: Sequence[Name], pairings: Iterable[tuple[_Kind, _Kind]]) -> list[Part]:
+    """Parts of (images, masks) that may belong together, the one with most pairs first."""
     found: list[tuple[int, bool, bool, list[Part]]] = []
-    for images, masks in itertools.product(kinds, kinds):
-        if images.role == "mask" or masks.role != "mask" or images.vector:
+    for images, masks in pairings:
+        if images.vector:
             continue
         if _stage([images.folder or ""]) != _stage([masks.folder or ""]):
             continue
@@ -107,6 +122,11 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z]+|[0-9]+", text.lower())
 
 
+def _words_of_folder(name: str) -> list[str]:
+    """With those that capitals tell apart: gtFine, JPEGImages."""
+    return [*_words(name), *map(str.lower, re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name))]
+
+
 def _role(words: Sequence[str]) -> str | None:
     if _MASK_WORDS & set(words):
         return "mask"
@@ -132,9 +152,9 @@ def _kinds(files: Sequence[Name]) -> Iterator[_Kind]:
         kind.stems.setdefault(slot, {})[file.stem] = file
 
     for parts, inside in by_folder.items():
-        places = [k for k, part in enumerate(parts) if _role(_words(part))]
+        places = [k for k, part in enumerate(parts) if _role(_words_of_folder(part))]
         place = places[-1] if places else None
-        role = "other" if place is None else _role(_words(parts[place]))
+        role = "other" if place is None else _role(_words_of_folder(parts[place]))
         if role == "mask":
             for file in inside:
                 add("mask", place, parts, file)

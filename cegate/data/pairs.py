@@ -41,7 +41,7 @@ def find_pairs(root: Path, images: str, masks: str | None, name: str, only: Sequ
         images, masks: globs below it.
         name: the set's, for messages.
         only: names of the images that count, see `read_names`: the pair's, or the file's, with its folders or without,
-            with its suffix or without. Other files need no partner.
+            with its suffix or without. Other files need no partner, and may be links to nothing.
 
     Returns:
         Pairs sorted by name, numbers in their natural order.
@@ -52,15 +52,16 @@ def find_pairs(root: Path, images: str, masks: str | None, name: str, only: Sequ
             no image has.
     """
     dead: set[Path] = set()
+    lost: set[Path] | None = None if only is None else set()
     if masks is None or (is_vector(masks) and not _wildcards(masks)):
-        found = _find(root, images, "images", name, dead)
+        found = _find(root, images, "images", name, dead, lost)
         _tell_dead(dead)
         mask = None if masks is None else root / masks
         if mask is not None and not mask.is_file():
             raise DataError(f"set {name!r}: no masks match {mask}; check root={str(root)!r} and masks={masks!r}")
         keys = sorted(found if only is None else _chosen(found, only, root, name), key=natural)
         return [Pair(_pair_name(key, found[key]), found[key], mask) for key in keys]
-    found = [_find(root, pattern, key, name, dead) for pattern, key in ((images, "images"), (masks, "masks"))]
+    found = [_find(root, pattern, key, name, dead, lost) for pattern, key in ((images, "images"), (masks, "masks"))]
     _tell_dead(dead)
     if _wildcards(images) != _wildcards(masks):
         raise ConfigError(
@@ -172,7 +173,9 @@ def _pair_name(key: tuple[str, ...], image: Path) -> str:
     return "/".join(filter(None, key)) or image.stem
 
 
-def find_files(root: Path, pattern: str, dead: set[Path] | None = None) -> Iterator[Path]:
+def find_files(
+    root: Path, pattern: str, dead: set[Path] | None = None, lost: set[Path] | None = None
+) -> Iterator[Path]:
     """Files below a folder that match a glob, in a fixed order. Links are followed, those to folders below ``**`` too.
 
     What hides (a leading dot, as in ``._x.png`` and ``.ipynb_checkpoints``) is left out, unless the glob spells the
@@ -182,9 +185,10 @@ def find_files(root: Path, pattern: str, dead: set[Path] | None = None) -> Itera
         root: the folder.
         pattern: ``*``, ``?``, ``[...]`` stand for a part of a name, ``**`` for folders at any depth.
         dead: takes links to nothing where a folder that matters might be; default: they are told in the log.
+        lost: takes links to nothing that match; default: they are refused.
 
     Raises:
-        DataError: what matches is a link to nothing.
+        DataError: what matches is a link to nothing, and `lost` is not given.
     """
     parts = _parts(pattern)
     fixed = next((k for k, part in enumerate(parts[:-1]) if _wildcards(part)), len(parts) - 1)
@@ -212,6 +216,9 @@ def find_files(root: Path, pattern: str, dead: set[Path] | None = None) -> Itera
                 if matches:
                     yield path
             elif path.is_symlink() and matches:
+                if lost is not None:
+                    lost.add(path)
+                    continue
                 raise DataError(f"{path} is a link to {path.readlink()}, which is not there; mend or remove the link")
             elif path.is_symlink() and (depth is None or len(here) < depth):
                 if dead is None:
@@ -234,13 +241,15 @@ def _parts(pattern: str) -> list[str]:
     return [part for part in pattern.split("/") if part not in ("", ".")]
 
 
-def _find(root: Path, pattern: str, key: str, name: str, dead: set[Path]) -> dict[tuple[str, ...], Path]:
+def _find(
+    root: Path, pattern: str, key: str, name: str, dead: set[Path], lost: set[Path] | None = None
+) -> dict[tuple[str, ...], Path]:
     """Files that match a glob, by the text of its wildcards."""
     if Path(pattern).is_absolute() or not _parts(pattern):
         raise ConfigError(f"set {name!r}: {key}={pattern!r} is not a glob below root {root}")
     expression = re.compile(expression_of("/".join(_parts(pattern))))
     files: dict[tuple[str, ...], Path] = {}
-    for path in find_files(root, pattern, dead):
+    for path in find_files(root, pattern, dead, lost):
         part = tuple(text or "" for text in expression.fullmatch(path.relative_to(root).as_posix()).groups())
         if pattern.endswith("*"):
             if path.suffix.lower() not in SUFFIXES:

@@ -9,7 +9,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -117,25 +117,32 @@ def survey(root: Path) -> Survey:
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the folder that holds images and masks")
+    lost: set[Path] = set()
     files = [
         PurePosixPath(path.relative_to(root).as_posix())
-        for path in find_files(root, "**/*")
+        for path in find_files(root, "**/*", lost=lost)
         if path.suffix.lower() in (*SUFFIXES, *VECTOR_SUFFIXES)
     ]
-    parts = find_parts(files)
+    odd = [f"{len(lost)} links lead nowhere, first {min(lost).relative_to(root)}"] if lost else []
+    # globs find links too, and training refuses those to nothing where no list of names leaves them out
+    parts = [replace(part, is_exact=part.is_exact and not lost) for part in find_parts(files)]
     if not parts:
-        raise DataError(f"{root}: {_describe_files(files)}; {_LAYOUTS}")
+        raise DataError(f"{root}: {'; '.join([_describe_files(files), *odd, _LAYOUTS])}")
     part, validation, test = _choose(root, parts)
-    odd: list[str] = []
     headers = _headers(root, part, odd)
     if not headers:
-        raise DataError(f"{root}: no pair can be used: {odd[0]}")
+        raise DataError(f"{root}: no pair can be used: {odd[-1]}")
     pairs = [(name, root / image, root / mask) for name, image, mask in part.pairs if name in headers]
     placed = [headers[name] for name, *_ in pairs]
     boxes = boxes_of(placed)
     names = [name for name, *_ in pairs]
     images = _look_at_images([image for _, image, _ in pairs], placed)
-    odd += _odd_files(part) + _odd_images(images) + _neighbours(names, [image for _, image, _ in pairs], placed, boxes)
+    odd += (
+        _odd_files(part)
+        + _odd_images(images)
+        + _unplaced(names, placed)
+        + _neighbours(names, [image for _, image, _ in pairs], placed, boxes)
+    )
     if (root / prepared.FILE).is_file():
         odd.append("this is a prepared set, whose classes are known: give kind: prepared and a split in place of globs")
     division = None
@@ -148,6 +155,11 @@ def survey(root: Path) -> Survey:
     all_of_it = len(headers) == len(part.pairs) and part.is_exact
     masks = [mask for _, _, mask in pairs]
     masks += [root / mask for beside in (validation, test) if beside is not None for _, _, mask in beside.pairs]
+    labels = _look_at_labels(masks)
+    if part.is_guess:
+        if labels.problem:
+            raise DataError(f"{root}: {_describe_files(files)}; {_LAYOUTS}")
+        odd.append(f"nothing is called after masks; {part.masks} are taken for them, by their names")
     return Survey(
         root=root,
         part=part,
@@ -155,7 +167,7 @@ def survey(root: Path) -> Survey:
         test=test,
         others=tuple(p for p in parts if p not in chosen),
         images=images,
-        labels=_look_at_labels(masks),
+        labels=labels,
         division=division,
         usable=None if all_of_it else tuple(image.as_posix() for name, image, _ in part.pairs if name in headers),
         odd=tuple(odd),
@@ -308,6 +320,14 @@ def _odd_images(images: Images) -> list[str]:
     if images.has_nan:
         lines.append("some pixels are NaN")
     return lines
+
+
+def _unplaced(names: Sequence[str], headers: Sequence[Header]) -> list[str]:
+    """Images without a coordinate system where others have one."""
+    without = [name for name, h in zip(names, headers, strict=True) if h.place is None or h.place[1] is None]
+    if not 0 < len(without) < len(names):
+        return []
+    return [f"{len(without)} of {len(names)} images have no coordinate system, first {without[0]}"]
 
 
 def _neighbours(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,8 +21,12 @@ from cegate.data.door import open_raster
 from cegate.data.encoders import PngWriter, Tag, TiffWriter, Writer, read_tags
 from cegate.errors import DataError
 
+log = logging.getLogger(__name__)
+
 MASK_SUFFIXES = (".png", ".tif", ".tiff")
 """Files that a mask can be written as."""
+_GEO_KEYS = 34735
+"""GeoTIFF's field of what the coordinate system is; GDAL leaves it out where it would need an .aux.xml beside."""
 
 
 def write_mask(
@@ -58,7 +63,7 @@ def open_mask(
         path: target; its suffix decides the format: .png, .tif or .tiff.
         size: (H, W).
         like: a raster of that size whose coordinate system and transform, or ground control points, a TIFF takes over;
-            a PNG has no place for them.
+            a PNG has no place for them. A system that GeoTIFF has no keys for is told in the log.
         palette: "#RRGGBB" per class, stored as colour table; 255, which a TIFF calls nodata, is black.
 
     Yields:
@@ -88,7 +93,14 @@ def open_mask(
             writer = PngWriter(file, size, table)
         else:
             threads = stack.enter_context(ThreadPoolExecutor(usable_cores(), "deflate"))
-            writer = TiffWriter(file, size, _tiff_tags(place, colours), threads.map)
+            tags = _tiff_tags(place, colours)
+            if place.get("crs") is not None and _GEO_KEYS not in tags:
+                log.warning(
+                    "%s: GeoTIFF has no keys for its coordinate system, so its mask says none; give it one with "
+                    "gdal_edit.py -a_srs, or warp the image to one with an EPSG code first",
+                    like,
+                )
+            writer = TiffWriter(file, size, tags, threads.map)
         yield writer
         writer.close()
 

@@ -17,7 +17,7 @@ from cegate.data.rasters import SUFFIXES
 from cegate.data.writing import MASK_SUFFIXES, is_georeferenced
 from cegate.errors import DataError
 from cegate.recipe import Recipe
-from cegate.runfolder import writable_folder
+from cegate.runfolder import remove_leftovers, writable_folder
 from cegate.scenes.predictor import Predictor
 from cegate.scenes.reader import check_rasters, open_reader
 from cegate.scenes.sink import open_mask_file
@@ -45,7 +45,8 @@ class Written(NamedTuple):
 
 
 def find_images(inputs: Sequence[str]) -> list[Path]:
-    """Image files that are named by files, folders (not below them) or globs, each once, in order.
+    """Image files that are named by files, folders (not below them) or globs, each once, in order: another way to one
+    file, as through ``..`` or a link, counts where it gives the file another name.
 
     Of a folder, files whose names begin with a dot are left out: what a killed process left, or a system's notes. A
     glob that ends in a wildcard takes raster files only, as those of sets do; none takes folders.
@@ -53,7 +54,7 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
     Raises:
         DataError: an input names no image.
     """
-    found: dict[Path, None] = {}
+    found: dict[tuple[Path, str], Path] = {}
     for name in inputs:
         if not name:  # as an unset variable of a shell gives it; it is not the working directory
             raise DataError("an input is empty; give a file, a folder or a glob")
@@ -68,8 +69,9 @@ def find_images(inputs: Sequence[str]) -> list[Path]:
                 images = [file for file in images if file.parent not in circles]
         if not images:
             raise DataError(f"{name} names no image; give a file, a folder with {', '.join(SUFFIXES)} files, or a glob")
-        found.update(dict.fromkeys(images))
-    return list(found)
+        for image in images:
+            found.setdefault((image.resolve(), image.stem), image)
+    return list(found.values())
 
 
 def pair_second(images: Sequence[Path], seconds: Sequence[Path]) -> dict[Path, Path]:
@@ -202,7 +204,7 @@ def predict_files(
 
     A georeferenced image's coordinate system and transform go into a .tif. Each mask is whole or absent, and is written
     while its image is read: what is held of either does not grow with its height. An image that cannot be used does not
-    stop the others.
+    stop the others. What an earlier call left beside these masks when it was killed is removed.
 
     Args:
         segmenter: the model.
@@ -218,13 +220,14 @@ def predict_files(
         Masks as they are written.
 
     Raises:
-        DataError: the model needs a raster that is not given, or a mask cannot be written: at once; masks before it
-            stay, and so does an older one in its place. Or, at the end: images that cannot be read, take more memory
-            than there is, or do not fit the model. Each is named with its reason in either.
+        DataError: the model needs a raster that is not given, or a mask cannot be written, as where its folder is gone:
+            at once; masks before it stay, and so does an older one in its place. Or, at the end: images that cannot be
+            read, take more memory than there is, or do not fit the model. Each is named with its reason in either.
         ConfigError: stride or blend does not fit.
     """
     predictor, recipe = segmenter.predictor(stride=stride, blend=blend, tta=tta), segmenter.recipe
     check_rasters(recipe, image=not alone, second=alone or bool(seconds))
+    remove_leftovers(masks.values())
     failed: list[str] = []
     for done, (image, mask) in enumerate(masks.items()):
         given = (None, image) if alone else (image, (seconds or {}).get(image))
@@ -241,6 +244,11 @@ def predict_files(
             continue
         except OSError as error:
             reason = f"{mask} cannot be written ({error.strerror or error}); give another --output"
+            if not mask.parent.is_dir():  # not made anew: what was written there before is gone
+                reason = (
+                    f"{mask.parent} was removed or moved while masks were written there; put it back and go on with "
+                    "--keep, or start again"
+                )
             raise DataError("; ".join([reason, *failed])) from error
         without_second = reader.lacking if seconds else 0.0
         yield Written(mask, image, sink.without_data, without_second, reader.unread)

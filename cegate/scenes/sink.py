@@ -122,11 +122,14 @@ def open_mask_file(
     path: Path, size: tuple[int, int], *, like: str | Path | None = None, palette: Sequence[str] | None = None
 ) -> Iterator[MaskFile]:
     """Write a .png or .tif file that is whole when the block ends well, and else absent; see
-    `cegate.data.writing.open_mask`.
+    `cegate.data.writing.open_mask`. Its folder is not made.
 
     Raises:
         DataError: another suffix, or a size that differs from that of `like`.
         OSError: the file cannot be written, as on a full disk.
     """
-    with written_aside(path) as aside, open_mask(aside, size, like=like, palette=palette) as writer:
+    with (
+        written_aside(path, make_folder=False) as aside,
+        open_mask(aside, size, like=like, palette=palette) as writer,
+    ):
         yield MaskFile(writer)

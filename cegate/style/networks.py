@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cegate.errors import CheckpointError, nearest
+from cegate.errors import CheckpointError, nearest, refuse_unreadable
 from cegate.style.predictor import DIM, LEAST_SIDE_PX, StylePredictor
 from cegate.style.transfer import STEP_PX, StyleTransfer
 
@@ -148,6 +148,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"style.weights: there is no {path}; give the folder with {PREDICTOR_FILE} and {TRANSFER_FILE}, or leave "
             "style.weights out for colour statistics"
         )
+    refuse_unreadable(path, CheckpointError)
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)

@@ -123,6 +123,8 @@ def test_misfits_of_a_weight_file_are_named(tmp_path):
 def test_a_missing_or_unreadable_weight_file_is_named(tmp_path):
     with pytest.raises(BackboneError, match=r"nowhere\.pth does not exist"):
         build_vit("tiny", weights="nowhere.pth", image_size=32)
+    with pytest.raises(BackboneError, match=r"model\.weights=.* is no file; give a \.pth"):
+        build_vit("tiny", weights=str(tmp_path), image_size=32)
     for name in ("bad.pth", "bad.py"):
         (tmp_path / name).write_text("import no_weights\n")
         with pytest.raises(BackboneError, match=rf"{name} is no weight file .*\(\w+Error\); give a \.pth") as error:

@@ -31,6 +31,8 @@ def parts_of(*names):
         (["a/7.jpg", "a/7.png", "b/7.jpg", "b/7.png"], ("*/*.jpg", "*/*.png"), ["a/7", "b/7"]),
         (["img1.png", "img2.png", "gt1.png", "gt2.png"], ("img*", "gt*"), ["1", "2"]),
         (["S2/x.tif", "LULC/x.tif", "S2/y.tif", "LULC/y.tif"], ("S2/*", "LULC/*"), ["x", "y"]),
+        (["Bilder/1.tif", "Masken/1.tif", "Bilder/2.tif", "Masken/2.tif"], ("Bilder/*", "Masken/*"), ["1", "2"]),
+        (["JPEGImages/1.jpg", "gtFine/1.png", "JPEGImages/2.jpg", "gtFine/2.png"], None, ["1", "2"]),
         (["images/1.tif", "images/2.tif", "roads.gpkg"], ("images/*", "roads.gpkg"), ["1", "2"]),
         (["images/1.tif", "images/2.tif", "labels/1.shp", "labels/2.shp"], ("images/*", "labels/*.shp"), ["1", "2"]),
     ],
@@ -49,6 +51,14 @@ def test_train_val_and_test_are_parts_of_their_own():
     assert {part.stage: part.images for part in parts_of(*names)} == {"train": "images/train/*", "val": "images/val/*"}
     names = [f"{stage}_{kind}/{k}.png" for kind in ("images", "labels") for stage in ("train", "val") for k in range(2)]
     assert {part.stage: part.masks for part in parts_of(*names)} == {"train": "train_labels/*", "val": "val_labels/*"}
+
+
+def test_what_lies_beside_images_is_guessed_to_be_masks_where_nothing_is_called_so():
+    names = ["images/1.png", "roads/1.png", "images/2.png", "roads/2.png"]
+    (part,) = parts_of(*names)
+    assert (part.images, part.masks, part.is_guess) == ("images/*", "roads/*", True)
+    assert not any(part.is_guess or "roads" in part.masks for part in parts_of(*names, "gt/1.png"))
+    assert parts_of("red/1.png", "roads/1.png") == parts_of("images/1.png", "roads/2.png") == []
 
 
 def test_files_without_a_partner_are_named():

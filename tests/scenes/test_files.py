@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from itertools import islice
@@ -13,6 +15,7 @@ import pytest
 import rasterio
 import torch
 from rasterio.control import GroundControlPoint
+from rasterio.crs import CRS
 from rasterio.transform import from_origin
 
 from cegate import cli, predict
@@ -20,6 +23,7 @@ from cegate.adapter_folder import save_adapter
 from cegate.backbone.vit import weight_hash
 from cegate.data.rasters import OpenImage
 from cegate.errors import DataError
+from cegate.runfolder import written_aside
 from cegate.scenes import sink
 from cegate.scenes.files import Written, find_images, plan_outputs, predict_files
 
@@ -84,6 +88,18 @@ def test_a_link_to_a_folder_above_gives_no_image_twice(images, tmp_path_factory)
     assert [str(file.relative_to(images)) for file in found] == ["a.png", "b.tif", "c.tif", "there/d.png"]
 
 
+def test_another_way_to_one_file_is_no_other_image(images, segmenter, tmp_path):
+    there, link = tmp_path / "there", images.parent / "c.tif"
+    there.symlink_to(images)
+    link.symlink_to(images / "c.tif")
+    (images / "d.tif").symlink_to("c.tif")  # another name, and so another mask
+    ways = [images / "c.tif", images / ".." / images.name / "c.tif", there / "c.tif", link, images / "d.tif"]
+    found = find_images([str(way) for way in ways])
+    assert found == [images / "c.tif", images / "d.tif"]
+    assert find_images([str(there), str(images)]) == [there / name for name in ("a.png", "b.tif", "c.tif", "d.tif")]
+    assert plan_outputs(find_images([str(way) for way in ways[:4]]), tmp_path / "mask.png")
+
+
 def test_an_empty_input_is_not_the_working_directory(images, monkeypatch):
     monkeypatch.chdir(images)
     with pytest.raises(DataError, match="an input is empty; give a file, a folder or a glob"):
@@ -114,6 +130,38 @@ def test_a_mask_that_cannot_be_written_leaves_the_older_one(images, segmenter, t
     with pytest.raises(DataError, match=r"out/b\.tif cannot be written \(No space left on device\).*aa_broken\.png"):
         list(predict_files(segmenter, masks))
     assert [path.read_bytes() for path in (tmp_path / "out").iterdir()] == [b"older"]
+
+
+def test_what_a_killed_process_left_beside_a_mask_goes_and_what_a_living_one_writes_stays(images, segmenter, tmp_path):
+    (tmp_path / "out").mkdir()
+    script = (
+        "import os, signal, sys; from pathlib import Path; from cegate.runfolder import written_aside\n"
+        "with written_aside(Path(sys.argv[1])): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    for name in ("b.tif", "other.tif"):
+        subprocess.run([sys.executable, "-c", script, tmp_path / "out" / name], check=False)
+    killed = {path.name.split(".")[1] for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out/.b.mine.tif").touch()
+    with written_aside(tmp_path / "out/b.tif") as alive:
+        list(predict_files(segmenter, plan_outputs([images / "b.tif"], tmp_path / "out")))
+        left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert killed == {"b", "other"} and len(left) == 4
+    assert {"b.tif", ".b.mine.tif", alive.name} < left and any(name.startswith(".other.") for name in left)
+
+
+@pytest.mark.parametrize("is_within", [False, True])
+def test_an_output_folder_that_goes_is_not_made_anew(images, segmenter, tmp_path, monkeypatch, is_within):
+    out = tmp_path / "out"
+    predicted = predict_files(segmenter, plan_outputs(find_images([str(images)]), out))
+    next(predicted)
+    if is_within:
+        write = sink.MaskFile.write
+        monkeypatch.setattr(sink.MaskFile, "write", lambda *args: (write(*args), shutil.rmtree(out)))
+    else:
+        out.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"out was removed or moved while masks were written there; put it back"):
+        next(predicted)
+    assert not out.exists()
 
 
 def test_images_of_one_name_are_told_apart(images, tmp_path):
@@ -270,6 +318,23 @@ def test_ground_control_points_are_kept(images, segmenter, tmp_path):
         found, crs = mask.gcps
     assert [(p.row, p.col, p.x, p.y) for p in found] == [(p.row, p.col, p.x, p.y) for p in points]
     assert crs == "EPSG:4326"
+
+
+def test_a_place_in_a_side_file_is_kept_and_one_that_a_geotiff_cannot_hold_is_told(images, segmenter, tmp_path, caplog):
+    for name in ("a.png", "c.tif"):
+        (images / f"{name}.aux.xml").write_text(
+            f"<PAMDataset><SRS>{CRS.from_epsg(32633).to_wkt()}</SRS>"
+            "<GeoTransform>5e5, 0.5, 0, 5e6, 0, -0.5</GeoTransform></PAMDataset>"
+        )
+    with rasterio.open(images / "b.tif", "r+") as image:
+        image.crs = "+proj=isea"
+    list(predict_files(segmenter, plan_outputs(find_images([str(images)]), tmp_path / "out")))
+    for name in ("a.tif", "b.tif", "c.tif"):
+        with rasterio.open(tmp_path / "out" / name) as mask:
+            assert mask.transform == from_origin(500000, 5000000, 0.5, 0.5)
+            assert mask.crs == (None if name == "b.tif" else "EPSG:32633")
+    told = [record.getMessage() for record in caplog.records if "keys for its coordinate system" in record.message]
+    assert len(told) == 1 and told[0].startswith(f"{images / 'b.tif'}: GeoTIFF has no keys")
 
 
 @pytest.mark.parametrize(("rows", "columns", "share"), [(15, 44, "50.0 %"), (30, 44, "100.0 %"), (1, 1, "under 0.1 %")])
