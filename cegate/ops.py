@@ -59,8 +59,8 @@ def fused() -> Iterator[None]:
 
 
 def is_fused() -> bool:
-    """Whether this is inside `fused`."""
-    return _FUSED.get()
+    """Whether this is inside `fused`. Not while a compiler traces: it fuses itself, and torch's of 2.11 cannot ask."""
+    return not torch.compiler.is_compiling() and _FUSED.get()
 
 
 def _runs_in_cpp(op: str, backend: str, tensors: dict[str, Tensor], limits: Sequence[str] = ()) -> bool:
