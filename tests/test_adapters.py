@@ -24,7 +24,7 @@ from cegate.checkpoint import trained_weights
 from cegate.errors import CheckpointError, ConfigError
 from cegate.gate import GatePlan
 from cegate.heads.build import build_head
-from cegate.kernels._support import HAS_TRITON
+from cegate.kernels._support import HAS_TRITON, is_interpreted
 
 KINDS = ("spatial", "semantic", "frequency")
 DEPTH = 8
@@ -441,7 +441,9 @@ def test_learnable_cutoffs_are_each_adapters_own(tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.skipif(
+    not HAS_TRITON or not (torch.cuda.is_available() or is_interpreted()), reason="Triton has no GPU nor an interpreter"
+)
 def test_the_triton_path_gives_the_same(model, device, monkeypatch):
     model, batch, names = model.to(device), images(4, (32, 32)).to(device), ["boreal", "arid", "boreal", "monsoon"]
     gates = torch.tensor([model.adapters[name].plan.matrix(DEPTH) for name in names])

@@ -346,7 +346,9 @@ def test_opcheck_passes_for_the_operators_of_kernels(backend, device):
 
 
 BOTH = ["torch", pytest.param("cpp", marks=needs_cpp)]
-needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+needs_triton = pytest.mark.skipif(
+    not HAS_TRITON or not (torch.cuda.is_available() or is_interpreted()), reason="Triton has no GPU nor an interpreter"
+)
 ALL = [*BOTH, pytest.param("triton", marks=needs_triton)]
 
 
