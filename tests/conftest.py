@@ -10,6 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+from hypothesis import settings
+
 if TYPE_CHECKING:
     from cegate.config import Config
     from cegate.segmenter import Segmenter
@@ -28,9 +31,6 @@ def _has_interpreter() -> bool:
 
 if not torch.cuda.is_available() and find_spec("triton") and _has_interpreter():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is decorated, so before cegate is imported
-
-import pytest
-from hypothesis import settings
 
 settings.register_profile("steady", deadline=None)  # a busy machine is no failure
 settings.load_profile("steady")
