@@ -68,7 +68,7 @@ struct Loops {
       int64_t outs, int64_t ins, int64_t width);
 };
 
-// The fastest set this CPU can run; CEGATE_CPU=portable|avx2|avx512|avx512_bf16 asks for a lesser one.
+// The fastest set this CPU can run; CEGATE_CPU=portable|avx2|avx512|avx512_bf16|amx asks for a lesser one.
 const Loops& loops();
 
 // Which of these it is.

@@ -1,13 +1,14 @@
 // What an operator does to the tokens of a batch, said once and run in one of two ways.
 //
-// Where there are tiles (float32 on AVX2 and AVX-512, bfloat16 on AVX512-BF16): one parallel region over blocks of rows,
-// every block through all steps before the next, the products in our own register tiles. All else: one step after the
-// other over whole runs of samples, the products in ATen's BLAS.
+// Where there are tiles (float32 on AVX2 and AVX-512, bfloat16 on AVX512-BF16 without AMX): one parallel region over
+// blocks of rows, every block through all steps before the next, the products in our own register tiles. All else: one
+// step after the other over whole runs of samples, the products in ATen's BLAS.
 //
 // Why not the BLAS for all: these products are narrow (8 to 128 on one side), so packing and threading weigh as much as
 // their arithmetic. And MKL, which torch ships, takes AVX2 on a processor that is not Intel's: in float32 104 GFLOP/s a
 // core of an EPYC 9005 on which a tile alone reaches 265; in bfloat16 it reaches 370 to 450 through AVX512-BF16, so there
-// the tiles gain where a call's own work weighs, at small sizes, and may cost a little at large ones.
+// the tiles gain where a call's own work weighs, at small sizes, and may cost a little at large ones. Where a processor
+// has AMX, the BLAS multiplies bfloat16 through it: with our tiles modules at ViT-L size took two to four times as long.
 // benchmarks/bench_dispatch.py shows every module beside its BLAS products alone. No result of ours depends on the number
 // of threads: every element is summed over blocks of the depth in order.
 #pragma once

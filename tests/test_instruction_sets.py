@@ -71,11 +71,17 @@ PROGRAM = """
     torch.save({"capability": native.EXTENSION.cpu_capability(), "threads": threads}, sys.argv[1])
 """
 # whose matrix products are a BLAS's, which may add up in another order where another thread begins
-WITH_BLAS = {"float32": ("portable",), "bfloat16": ("portable", "avx2", "avx512")}
+WITH_BLAS = {"float32": ("portable",), "bfloat16": ("portable", "avx2", "avx512", "amx")}
 
 
 # on several threads: the dtypes whose loops a set has of its own
-DTYPES = {"portable": ["float32"], "avx2": [], "avx512": ["float32", "bfloat16"], "avx512_bf16": ["bfloat16"]}
+DTYPES = {
+    "portable": ["float32"],
+    "avx2": [],
+    "avx512": ["float32", "bfloat16"],
+    "avx512_bf16": ["bfloat16"],
+    "amx": ["bfloat16"],
+}
 
 
 @pytest.mark.parametrize("isa", DTYPES)
