@@ -133,7 +133,7 @@ def parse_options(argv: Sequence[str], usage: Usage) -> dict[str, Any]:
         Option name -> text, list of texts (``many``), or bool (flags); ``None`` where not given.
 
     Raises:
-        ConfigError: unknown option or missing value; the nearest valid option is named.
+        ConfigError: unknown option, missing or empty value; the nearest valid option is named.
         SystemExit: after ``--help``.
     """
     _refuse_unknown_options(argv, usage)
@@ -146,6 +146,9 @@ def parse_options(argv: Sequence[str], usage: Usage) -> dict[str, Any]:
         values, rest = parser.parse_known_args(list(argv))
     except argparse.ArgumentError as error:
         raise ConfigError(str(error).removeprefix("argument ")) from error
+    for name, value in vars(values).items():
+        if value == "":
+            raise ConfigError(f"--{name} is empty, as an unset variable leaves it; give a value, or leave it out")
     if usage.sections:
         parse_overrides(argv, usage)  # the rest is theirs; it is refused here, before a missing option is
     elif rest:

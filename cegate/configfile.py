@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from cegate.config import Config, SetConfig
-from cegate.errors import LONGEST, ConfigError, nearest, shown
+from cegate.errors import LONGEST, ConfigError, nearest, quoted, shown
 from cegate.fields import Reader, hints_of, holds_number, loaded, section_of, takes_null
 from cegate.methods import METHODS, OF_TWO_RASTERS
 from cegate.sites import SiteId
@@ -120,7 +120,7 @@ def _build(mapping: Mapping[str, Any]) -> tuple[Config, list[str]]:
 def _typed(key: str, text: str) -> Text:
     """What was typed for a key on the command line."""
     if key.count(".") > MOST_DOTS:
-        raise ConfigError(f"unknown key {shown(key)!r}; no key has so many dots")
+        raise ConfigError(f"unknown key {quoted(key)}; no key has so many dots")
     try:
         loaded(Text(text))
     except ConfigError as error:
@@ -451,11 +451,11 @@ def _data_problems(config: Config, training: bool) -> Iterator[str]:
         yield from _class_problems(data.classes, data.palette)
     for name in config.evaluate.mean_classes:
         if data.classes and name not in data.classes:
-            yield f"evaluate.mean_classes: {shown(name)!r} is no class{nearest(name, data.classes)}"
+            yield f"evaluate.mean_classes: {quoted(name)} is no class{nearest(name, data.classes)}"
     for name in data.targets:
         if not re.fullmatch(r"[\w.\-]{1,80}", name) or name in (SOURCE_DOMAIN, ".", ".."):
             yield (
-                f"data.targets.{shown(name)}: {shown(name)!r} cannot name a target; use letters, digits, '_', '-' and "
+                f"data.targets.{shown(name)}: {quoted(name)} cannot name a target; use letters, digits, '_', '-' and "
                 "not 'source'"
             )
     if data.validation is not None and data.validation.val_fraction != data.source.val_fraction:
@@ -503,7 +503,7 @@ def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str], training
         known = name in classes or name == "ignore" or (name.isdecimal() and int(name) < max(len(classes), 1))
         if classes and not known:
             yield (
-                f"{prefix}.label_map.{shown(value)}={shown(name)!r} is no class{nearest(name, [*classes, 'ignore'])}"
+                f"{prefix}.label_map.{shown(value)}={quoted(name)} is no class{nearest(name, [*classes, 'ignore'])}"
             )
 
 

@@ -62,6 +62,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
+def quoted(text: str) -> str:
+    """A text in quotes, for a message: one printable line of some 80 characters at most."""
+    return repr(text) if len(text) <= LONGEST else f"{text[: LONGEST - 1]!r}…"
+
+
 def is_printable(text: str) -> bool:
     """No control characters, line ends or halves of characters."""
     return not any(unicodedata.category(sign) in ("Cc", "Cs", "Zl", "Zp") for sign in text)

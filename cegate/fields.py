@@ -26,7 +26,7 @@ from typing import Annotated, Any, TypeVar
 
 import yaml
 
-from cegate.errors import ConfigError, is_printable, nearest, shown
+from cegate.errors import ConfigError, is_printable, nearest, quoted, shown
 from cegate.yamltext import NULLS, Text, parse_yaml
 
 MOST_LETTERS = 4096
@@ -72,7 +72,7 @@ class Pattern:
         """What is wrong with a value, behind its key; or ''."""
         if re.fullmatch(self.form, value):
             return ""
-        return f"={shown(value)!r} is no {self.name}; use {self.accepted}"
+        return f"={quoted(value)} is no {self.name}; use {self.accepted}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Reader:
                 values[name] = self.read(hints[name], value, f"{prefix}{name}")
             else:
                 guess = _colon_hint({name: value}) or self._suggest(_name(name), prefix.rstrip("."), hints)
-                self._note(f"unknown key '{shown(f'{prefix}{_name(name)}')}'{guess}")
+                self._note(f"unknown key {quoted(f'{prefix}{_name(name)}')}{guess}")
         if missing := [name for name in _needed(cls) if name not in values]:
             self._note(f"{prefix.rstrip('.')} lacks {', '.join(missing)}".lstrip())
             return None

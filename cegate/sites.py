@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from cegate.errors import ConfigError, nearest, shown
+from cegate.errors import ConfigError, nearest, quoted
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class SiteId(str):
         match = _SITE.fullmatch(text)
         if not match or match[1] not in _KINDS:
             raise ConfigError(
-                f"site {shown(text)!r} is not <kind>.<layer> or <kind>.<layer>.<stream>; kinds are "
+                f"site {quoted(text)} is not <kind>.<layer> or <kind>.<layer>.<stream>; kinds are "
                 f"{', '.join(_KINDS)}, layers count from 0{_meant(text)}"
             )
         site = super().__new__(cls, text)

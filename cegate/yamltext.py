@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from cegate.errors import ConfigError, shown
+from cegate.errors import ConfigError, quoted
 
 NULLS = ("", "~", "null", "Null", "NULL")
 MOST_LEVELS, MOST_VALUES = 32, 100_000
@@ -91,7 +91,7 @@ def _plain(node: yaml.Node, empty: set[tuple[str, ...]], path: tuple[str, ...] =
         elif key.value in lines:
             first, second = lines[key.value], _line(key)
             where = f"in line {first}" if first == second else f"in lines {first} and {second}"
-            raise ConfigError(f"key {shown(key.value)!r} is given twice, {where}; keep one")
+            raise ConfigError(f"key {quoted(key.value)} is given twice, {where}; keep one")
         else:
             values[key.value], lines[key.value] = _plain(item, empty, (*path, key.value)), _line(key)
     return {**merged, **values}

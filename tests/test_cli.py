@@ -162,6 +162,13 @@ def test_module_and_entry_point_are_the_same_command():
         assert done.stderr == "error: unknown key 'gate.kk'; did you mean 'gate.k'?\n"
 
 
+@pytest.mark.parametrize(("verb", "option"), [("predict", "weights"), ("evaluate", "run"), ("train", "config")])
+def test_an_option_that_is_empty_is_not_one_left_out(capsys, verb, option):
+    assert cegate([verb, f"--{option}", ""]) == cli.USAGE
+    line = f"error: --{option} is empty, as an unset variable leaves it; give a value, or leave it out\n"
+    assert capsys.readouterr().err == line
+
+
 def test_the_entry_point_knows_its_verbs(capsys):
     assert cegate(["evaluat"]) == cli.USAGE
     assert "did you mean 'evaluate'?" in capsys.readouterr().err

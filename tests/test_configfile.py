@@ -287,6 +287,7 @@ def test_a_repetition_on_the_command_line_is_refused_within_a_mapping_alone():
         ("run.device", "cuda:" + "9" * 300, "is no device; use auto, cpu, cuda or cuda:<index>"),
         ("run.name", "a\0b", r"run.name='a\x00b' is no text of one line"),
         ("run.name", "..", "run.name='..' is no folder name"),
+        ("run.name", "", "run.name='' is no folder name"),
         ("run.name", "x" * 500, "is no folder name; use letters, digits, '.', '_' and '-', 80 at most"),
         ("run.work_dir", "a\nb", "is no text of one line; use up to 4096 letters that can be printed"),
         ("run.work_dir", "\udcff", "is no text of one line"),
