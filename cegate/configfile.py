@@ -502,9 +502,7 @@ def _set_problems(item: SetConfig, prefix: str, classes: Sequence[str], training
         name = str(meaning)
         known = name in classes or name == "ignore" or (name.isdecimal() and int(name) < max(len(classes), 1))
         if classes and not known:
-            yield (
-                f"{prefix}.label_map.{shown(value)}={quoted(name)} is no class{nearest(name, [*classes, 'ignore'])}"
-            )
+            yield f"{prefix}.label_map.{shown(value)}={quoted(name)} is no class{nearest(name, [*classes, 'ignore'])}"
 
 
 def _model_problems(config: Config, training: bool) -> Iterator[str]:
