@@ -17,6 +17,10 @@
 
 #include "loops.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace cegate {
 
 using torch::headeronly::ScalarType;
