@@ -46,7 +46,8 @@ from cegate.config import (
     ToolboxConfig,
     Tune,
 )
-from cegate.configfile import MOST_BYTES, find_problems, read_config
+from cegate.configfile import MOST_BYTES, read_config
+from cegate.consistency import find_problems
 from cegate.errors import CheckpointError, ConfigError, refuse_unreadable, shown
 from cegate.fields import Pattern, read_fields
 from cegate.gate import GatePlan

@@ -14,6 +14,8 @@ from cegate.methods import METHODS
 from cegate.sites import PAPER_KINDS, kinds
 
 IGNORE = 255
+SOURCE_DOMAIN = "source"
+"""Its name among the domains that a model is measured in."""
 
 # bounds end where a number is surely a slip of the keyboard; memory ends earlier
 Word = Annotated[str, Pattern(r"[a-z][a-z0-9_]*", "word", "small letters, digits and '_', a letter first")]

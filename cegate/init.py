@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> int:
     _refuse_existing(out, overwrite=options["overwrite"])
 
     from cegate.data.draft import assumptions, draft
-    from cegate.data.survey import lines_of, survey
+    from cegate.data.survey import survey
+    from cegate.data.survey_lines import lines_of
 
     found = survey(root)
     cli.print_rows(str(root), lines_of(found))

@@ -19,6 +19,7 @@ FLOORS = [
     ("sites", "yamltext", "native", "compute", "masks", "released", "resize"),
     ("fields", "methods", "gate", "ops"),
     ("config",),
+    ("consistency",),
     ("configfile", "losses", "recipe", "metrics", "dispatch"),
     ("backbone", "runfolder"),
     ("parts", "data", "figures"),
@@ -95,7 +96,20 @@ def test_the_gate_sees_names_and_numbers_only():
 
 
 @pytest.mark.parametrize(
-    "module", ["config", "errors", "sites", "fields", "yamltext", "methods", "gate", "configfile", "cli", "recipe"]
+    "module",
+    [
+        "config",
+        "errors",
+        "sites",
+        "fields",
+        "yamltext",
+        "methods",
+        "gate",
+        "consistency",
+        "configfile",
+        "cli",
+        "recipe",
+    ],
 )
 def test_what_help_needs_does_not_import_torch(module):
     import subprocess

@@ -77,3 +77,10 @@ def test_results_and_every_gradient_are_those_of_an_eager_call(dynamic, backends
         for ours, eager in zip(*gradients, strict=True):
             assert eager.abs().max() > 0
             torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5 * eager.abs().max().item())
+
+
+def test_a_compiler_is_not_asked_whether_sums_and_norms_are_fused():
+    """torch 2.11 cannot trace the question, and a compiler fuses by itself."""
+    with ops.fused():
+        compiled = torch.compile(lambda x: x + ops.is_fused(), fullgraph=True, backend="eager")
+        assert ops.is_fused() and compiled(torch.zeros(())) == 0

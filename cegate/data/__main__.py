@@ -226,7 +226,8 @@ def _check(argv: Sequence[str]) -> int:
 
 def _list_folder(root: Path) -> int:
     """What a folder that nobody prepared holds."""
-    from cegate.data.survey import lines_of, survey
+    from cegate.data.survey import survey
+    from cegate.data.survey_lines import lines_of
 
     found = survey(root)
     cli.print_rows(str(root), lines_of(found))

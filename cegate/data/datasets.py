@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cegate.config import SecondConfig, SetConfig
-from cegate.configfile import is_list
+from cegate.consistency import is_list
 from cegate.data import climates, prepared
 from cegate.data.label_map import LabelMap
 from cegate.data.pairs import find_pairs, is_vector, read_names

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from cegate.data.layout import Part
-from cegate.data.survey import FRACTION, Images, Meaning, Survey, bands_of, meaning_of, percent
+from cegate.data.survey import FRACTION, Images, Meaning, Survey, bands_of, meaning_of
+from cegate.data.survey_lines import percent
 
 _CROP, _STEP, _LARGE_PX = 256, 16, 1024
 

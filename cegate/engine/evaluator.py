@@ -19,8 +19,8 @@ from torch import Tensor
 
 from cegate.checkpoint import load_checkpoint
 from cegate.compute import Precision, pick_device, precision_of
-from cegate.config import IGNORE, Config
-from cegate.configfile import SOURCE_DOMAIN, domain_title
+from cegate.config import IGNORE, SOURCE_DOMAIN, Config
+from cegate.configfile import domain_title
 from cegate.data.sets import SegmentationSet
 from cegate.data.stream import EvalStream
 from cegate.engine.sets import open_evaluated

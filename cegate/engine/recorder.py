@@ -20,8 +20,8 @@ from cegate.checkpoint import (
     save_state,
 )
 from cegate.compute import Numerics
-from cegate.config import Config
-from cegate.configfile import SOURCE_DOMAIN, domain_title, to_yaml
+from cegate.config import SOURCE_DOMAIN, Config
+from cegate.configfile import domain_title, to_yaml
 from cegate.engine import evaluator, results
 from cegate.engine.board import Board
 from cegate.engine.environment import environment_of, refuse_changes

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cegate.configfile import SOURCE_DOMAIN, domain_title
+from cegate.config import SOURCE_DOMAIN
+from cegate.configfile import domain_title
 from cegate.engine.evaluator import percent
 from cegate.figures import headline
 

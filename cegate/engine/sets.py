@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from cegate.config import Config, DataConfig, SetConfig
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.config import SOURCE_DOMAIN, Config, DataConfig, SetConfig
 from cegate.data.datasets import open_set
 from cegate.data.scale import ValueRange, is_eight_bit
 from cegate.data.sets import DEFAULT_BANDS, SegmentationSet

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from cegate import figures
-from cegate.config import Config
-from cegate.configfile import SOURCE_DOMAIN, changed_values
+from cegate.config import SOURCE_DOMAIN, Config
+from cegate.configfile import changed_values
 from cegate.errors import CegateError, CheckpointError
 from cegate.matrix.cells import DECIDED, WEIGHTS, Cell, is_place, read_saved_config
 from cegate.matrix.statistics import headline

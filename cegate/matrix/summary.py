@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.config import SOURCE_DOMAIN
 from cegate.matrix.cells import RATE, training_key
 from cegate.matrix.published import GROUPS, Group
 from cegate.matrix.reading import CellResult

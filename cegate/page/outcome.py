@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cegate.config import Config, SetConfig
-from cegate.configfile import SOURCE_DOMAIN, changed_values, domain_title
+from cegate.config import SOURCE_DOMAIN, Config, SetConfig
+from cegate.configfile import changed_values, domain_title
 from cegate.engine.evaluator import percent
 from cegate.engine.results import Record
 from cegate.errors import CheckpointError

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from cegate.adapter_folder import CONFIG_FILE
-from cegate.config import Config
-from cegate.configfile import SOURCE_DOMAIN
+from cegate.config import SOURCE_DOMAIN, Config
 from cegate.engine.results import Record, best_iteration, records_of
 from cegate.errors import CheckpointError, ConfigError, shown
 from cegate.fields import read_fields

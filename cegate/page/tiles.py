@@ -16,8 +16,8 @@ from PIL import Image
 
 from cegate.checkpoint import load_checkpoint
 from cegate.compute import Precision, pick_device, precision_of
-from cegate.config import IGNORE, Config
-from cegate.configfile import SOURCE_DOMAIN, domain_title
+from cegate.config import IGNORE, SOURCE_DOMAIN, Config
+from cegate.configfile import domain_title
 from cegate.data.datasets import open_set
 from cegate.data.sets import Item, SegmentationSet
 from cegate.data.transforms import normalise
